@@ -1,0 +1,27 @@
+"""Curvature of a loss in pure PyTorch: products with its Hessian and what can be learnt from them.
+
+Nothing here knows of Lightning; it works with any function of tensors.
+"""
+
+from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
+from lyapunov_lightning.curvature.lanczos import LanczosProgress, lanczos
+from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
+from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
+from lyapunov_lightning.curvature.operator import HessianOperator
+from lyapunov_lightning.curvature.power import power_iteration
+
+__all__ = [
+    "CurvatureWarning",
+    "Eigenpairs",
+    "HessianOperator",
+    "LanczosProgress",
+    "LinearOperator",
+    "LyapunovEstimate",
+    "LyapunovIteration",
+    "MeasurementError",
+    "NonFiniteCurvatureError",
+    "ScaledOperator",
+    "lanczos",
+    "power_iteration",
+]

@@ -1,0 +1,17 @@
+"""What can go wrong in a measurement without being the caller's mistake."""
+
+
+class MeasurementError(RuntimeError):
+    """A curvature measurement could not be completed.
+
+    Raised when the loss cannot be differentiated as asked, when a product is not finite, or when another process of
+    a distributed measurement failed. The message says which, and what to do about it.
+    """
+
+
+class NonFiniteCurvatureError(MeasurementError):
+    """The loss, its gradient or a Hessian-vector product is NaN or infinite."""
+
+
+class CurvatureWarning(UserWarning):
+    """The package tells the user about a measurement that is missing, degraded or to be read with care."""

@@ -1,0 +1,451 @@
+"""The Hessian of a mean loss as a linear operator.
+
+Three ways to a product ``Hv``, in the order in which `auto` prefers them:
+
+- *double backward*: differentiate ``gᵀv``. The graph of the gradient is built once for fixed batches and kept, so that
+  a product costs about two gradients; when it does not fit into the memory bound it is rebuilt for every product, which
+  costs about three (B. Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
+- *forward over reverse*: the directional derivative of the gradient in forward mode. Exact as well, keeps no graph.
+- *finite difference*: ``(g(θ + εv) - g(θ - εv)) / 2ε``. Needs a single backward only, so it works with kernels that
+  cannot be differentiated twice; it sees the curvature smoothed over ``ε``, the kinks of a ReLU network among it.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Optional, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
+from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
+from lyapunov_lightning.curvature.substitution import FunctionalLoss, SubstitutedLoss
+from lyapunov_lightning.curvature.vectors import FlatLayout, unique_tensors
+
+Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
+
+_STEPS = {torch.float32: 5e-2, torch.float64: 1e-6}
+"""Length of the finite-difference step: in float32 the papers' Δq, below which rounding takes over."""
+
+
+class HessianOperator:
+    r"""The Hessian of the mean loss over fixed batches, known by its products ``v -> Hv``.
+
+    The operator is that of ``L(θ) = Σ_b N_b L_b(θ) / Σ_b N_b`` with ``N_b`` samples in batch ``b``: the mean over the
+    samples also where the last batch is smaller. Every evaluation of a batch sees the same random numbers, so that
+    dropout masks are those of one and the same function, and leaves the global generators as they were. Neither the
+    parameters nor their ``.grad`` are touched.
+
+    Parameters that require no gradient, or that the loss does not depend on, are rows and columns of zeros. A parameter
+    that is given twice (tied weights) counts once.
+
+    Args:
+        loss: Maps a batch to its scalar mean loss, as a function of `parameters` at their present values. If it has a
+            method ``at(values, batch)`` that evaluates the loss at other values of the parameters, that is used where
+            other values are needed; else the parameters are substituted in the operations that `loss` performs.
+        parameters: The parameters, the coordinates of the vectors in this order.
+        batches: The batches, in any structure that `loss` understands.
+        method: How products are computed, see the module's docstring. ``"auto"`` is double backward, and finite
+            differences with one warning where PyTorch cannot differentiate twice.
+        weights: Number of samples ``N_b`` of each batch. By default the leading dimension of its first tensor.
+        step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
+            distance to both sides. By default 1e-6 for float64 parameters and 5e-2 for float32.
+        max_graph_bytes: The most memory that kept gradient graphs may hold. Batches whose graph does not fit any more
+            are differentiated anew for every product; 0 keeps none.
+        reduce: Sums a flat buffer over all processes of a distributed measurement, in place. It is called once a
+            product. The operator is then that of the union of all processes' batches, some of which may have none.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MeasurementError: If PyTorch cannot compute what was asked for, with the reason; in `matvec`, `gradient` and
+            `value`.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator
+        >>> x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> batches = [torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)]
+        >>> hessian = HessianOperator(lambda batch: (batch @ x).square().mean() / 2, [x], batches)
+        >>> hessian.matvec(torch.ones(2, dtype=torch.float64))
+        tensor([0.5000, 2.0000], dtype=torch.float64)
+
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any], Tensor],
+        parameters: Iterable[Tensor],
+        batches: Iterable[Any],
+        *,
+        method: Method = "auto",
+        weights: Optional[Sequence[float]] = None,
+        step: Optional[float] = None,
+        max_graph_bytes: int = 2**30,
+        reduce: Optional[Callable[[Tensor], None]] = None,
+    ) -> None:
+        if method not in get_args(Method):
+            raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
+        if step is not None and not step > 0:
+            raise ValueError(f"`step` should be a positive float, got {step}.")
+        if max_graph_bytes < 0:
+            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
+        self._parameters = unique_tensors(parameters)
+        self._layout = FlatLayout(self._parameters)
+        self._trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        self._batches = list(batches)
+        if not self._batches and reduce is None:
+            raise ValueError("`batches` should hold at least one batch, got none.")
+        self._weights = _checked_weights(weights, self._batches, needed=len(self._batches) > 1 or reduce is not None)
+        self._loss = loss if isinstance(loss, FunctionalLoss) else SubstitutedLoss(loss, self._parameters)
+        self._auto = method == "auto"
+        self._method = "double_backward" if method == "auto" else method
+        self._step = _STEPS[self._layout.dtype] if step is None else step
+        self._max_graph_bytes = max_graph_bytes
+        self._reduce = reduce
+        self._plain_rnn = False
+        self._random_states = [RandomState.capture()]
+        self._graphs: dict[int, list[Optional[Tensor]]] = {}
+        self._graph_bytes = 0
+        self.num_matvecs = 0
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates, that is of parameters."""
+        return self._layout.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the vectors."""
+        return self._layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the vectors."""
+        return self._layout.device
+
+    @property
+    def method(self) -> str:
+        """How products are computed at present; `auto` may have fallen back to finite differences."""
+        return self._method
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the kept gradient graphs hold."""
+        return self._graph_bytes
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product ``Hv``.
+
+        Args:
+            vector: Shape ``(size,)``.
+
+        Returns:
+            A new vector of shape ``(size,)``.
+
+        """
+        vector = vector.detach().to(dtype=self.dtype, device=self.device)
+        self.num_matvecs += 1
+        return self._mean(lambda: self._with_fallback(lambda: self._local_product(vector)))
+
+    def gradient(self, displacement: Optional[Tensor] = None) -> Tensor:
+        """The gradient of the mean loss, of shape ``(size,)``.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+        return self._mean(lambda: self._local_gradient(displacement))
+
+    def value(self, displacement: Optional[Tensor] = None) -> float:
+        """The mean loss.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+
+        def local() -> Tensor:
+            values = self._displaced(displacement)
+            total = torch.zeros(1, dtype=self.dtype, device=self.device)
+            with torch.no_grad():
+                for index, weight in enumerate(self._weights):
+                    total += weight * self._evaluate(index, values).to(total)
+            return total
+
+        return float(self._mean(local, size=1))
+
+    # The mean over all samples of all processes.
+
+    def _mean(self, local_sum: Callable[[], Tensor], size: Optional[int] = None) -> Tensor:
+        """A sum over this process's samples, turned into the mean over those of all processes: one collective.
+
+        A process whose own part fails still enters the collective and says so there; the others would wait for ever.
+        """
+        if self._reduce is None:
+            return local_sum().div_(sum(self._weights))
+        buffer = torch.zeros((size or self.size) + 2, dtype=self.dtype, device=self.device)
+        failure: Optional[Exception] = None
+        try:
+            buffer[:-2] = local_sum()
+            buffer[-2] = sum(self._weights)
+        except Exception as error:  # handed on below, once the other processes know of it
+            failure = error
+            buffer.zero_()
+            buffer[-1] = 1
+        self._reduce(buffer)
+        count, failures = buffer[-2:].tolist()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # or this frame and the traceback keep each other, and the graph, alive
+        if failures:
+            raise MeasurementError(f"The measurement failed in {int(failures)} other process(es); their log says why.")
+        if count == 0:
+            raise MeasurementError("No process has a batch to measure the curvature on.")
+        return buffer[:-2] / count
+
+    # One process's part.
+
+    def _local_product(self, vector: Tensor) -> Tensor:
+        total = self._layout.zeros()
+        if not self._trainable:
+            return total
+        product = {
+            "double_backward": self._double_backward,
+            "forward_over_reverse": self._forward_over_reverse,
+            "finite_difference": self._finite_difference,
+        }[self._method]
+        for index, weight in enumerate(self._weights):
+            total.add_(product(index, vector), alpha=weight)
+        return total
+
+    @torch.enable_grad()
+    def _local_gradient(self, displacement: Optional[Tensor]) -> Tensor:
+        values = self._displaced(displacement)
+        total = self._layout.zeros()
+        for index, weight in enumerate(self._weights):
+            if values is None and index in self._graphs:
+                gradient = self._layout.flatten(self._graphs[index])
+            else:
+                gradient = self._layout.flatten(self._differentiate(index, values))
+            total.add_(gradient, alpha=weight)
+        return total
+
+    def _double_backward(self, index: int, vector: Tensor) -> Tensor:
+        graph = self._graphs.get(index)
+        kept = graph is not None
+        if graph is None:
+            graph, kept = self._gradient_graph(index)
+        directions = self._layout.split(vector)
+        active = [(g, d) for g, d in zip(graph, directions) if g is not None and g.requires_grad]
+        if not active:  # a loss that is linear in the parameters
+            return self._layout.zeros()
+        outputs, cotangents = zip(*active)
+        product = torch.autograd.grad(outputs, self._trainable, cotangents, retain_graph=kept, allow_unused=True)
+        return self._layout.flatten(self._with_frozen(product))
+
+    def _forward_over_reverse(self, index: int, vector: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self._parameters]
+            duals = [
+                forward_ad.make_dual(leaf, direction) if leaf.requires_grad else leaf
+                for leaf, direction in zip(leaves, self._layout.split(vector))
+            ]
+            gradient = self._gradient_of(self._evaluate(index, duals), leaves)
+            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
+            return self._layout.flatten(tangents)
+
+    def _finite_difference(self, index: int, vector: Tensor) -> Tensor:
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+            raise MeasurementError(
+                "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
+                " float32 (mixed precision does), or use `method='double_backward'`."
+            )
+        norm = torch.linalg.vector_norm(vector)
+        if norm == 0:
+            return self._layout.zeros()
+        displacement = vector * (self._step / norm)
+        ahead = self._layout.flatten(self._differentiate(index, self._displaced(displacement)))
+        behind = self._layout.flatten(self._differentiate(index, self._displaced(-displacement)))
+        return (ahead - behind).mul_(norm / (2 * self._step))
+
+    def _gradient_graph(self, index: int) -> tuple[list[Optional[Tensor]], bool]:
+        """The gradient of one batch with its graph, and whether the graph is kept for further products."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self._parameters}
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    saved[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the tensor itself may hold the very node that saves it: a cycle, never freed
+
+        with torch.autograd.graph.saved_tensors_hooks(count, _unchanged):
+            graph = self._differentiate(index, create_graph=True)
+        num_bytes = sum(saved.values()) + sum(g.numel() * g.element_size() for g in graph if g is not None)
+        keep = self._graph_bytes + num_bytes <= self._max_graph_bytes
+        if keep:
+            self._graphs[index] = graph
+            self._graph_bytes += num_bytes
+        return graph, keep
+
+    def _differentiate(
+        self, index: int, values: Optional[list[Tensor]] = None, create_graph: bool = False
+    ) -> list[Optional[Tensor]]:
+        """The gradient of one batch's loss, at the parameters or at other values of them."""
+        loss = self._evaluate(index, values)
+        return self._gradient_of(loss, self._parameters if values is None else values, create_graph)
+
+    def _gradient_of(
+        self, loss: Tensor, points: Sequence[Tensor], create_graph: bool = False
+    ) -> list[Optional[Tensor]]:
+        if not loss.requires_grad:
+            return [None] * len(points)
+        trainable = [point for point in points if point.requires_grad]
+        substituted = points is not self._parameters
+        inputs = trainable + self._trainable if substituted else trainable
+        gradient = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+        if substituted and any(g is not None for g in gradient[len(trainable) :]):
+            raise MeasurementError(
+                "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function"
+                " or a reference kept outside the module. Use `method='double_backward'`, or a loss with a method"
+                " `at(values, batch)`."
+            )
+        return self._with_frozen(gradient[: len(trainable)])
+
+    def _with_frozen(self, gradient: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
+        """One entry for every parameter from one for every trainable parameter."""
+        entries = iter(gradient)
+        return [next(entries) if parameter.requires_grad else None for parameter in self._parameters]
+
+    def _displaced(self, displacement: Optional[Tensor]) -> Optional[list[Tensor]]:
+        if displacement is None:
+            return None
+        pieces = self._layout.split(displacement.detach().to(dtype=self.dtype, device=self.device))
+        return [
+            (parameter.detach() + piece).requires_grad_(parameter.requires_grad)
+            for parameter, piece in zip(self._parameters, pieces)
+        ]
+
+    def _evaluate(self, index: int, values: Optional[Sequence[Tensor]] = None) -> Tensor:
+        """The loss of one batch, with the same random numbers every time."""
+        batch = self._batches[index]
+        with ExitStack() as stack:
+            stack.enter_context(preserved_randomness(self._random_states[index]))
+            if torch.is_grad_enabled() and self._method != "finite_difference":
+                stack.enter_context(_twice_differentiable(self._plain_rnn))
+            loss = self._loss(batch) if values is None else self._loss.at(values, batch)
+            if index + 1 == len(self._random_states):
+                self._random_states.append(RandomState.capture())
+        return _checked_scalar(loss)
+
+    # What to do where PyTorch cannot differentiate twice.
+
+    def _with_fallback(self, compute: Callable[[], Tensor]) -> Tensor:
+        while True:
+            try:
+                with torch.enable_grad():
+                    return compute()
+            except RuntimeError as error:
+                if isinstance(error, (torch.OutOfMemoryError, MeasurementError)) or not self._falls_back(error):
+                    raise
+
+    def _falls_back(self, error: RuntimeError) -> bool:
+        """Whether another way is left after this error, which is then taken."""
+        if self._method == "finite_difference":
+            return False
+        self._graphs.clear()
+        self._graph_bytes = 0
+        if "rnn" in str(error).lower() and not self._plain_rnn:
+            self._plain_rnn = True
+            return True
+        if not self._auto:
+            return False
+        self._method = "finite_difference"
+        self._local_gradient(None)  # an error of the loss itself is not one of the second derivative
+        warnings.warn(
+            "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
+            f" gradient, which blur the kinks of ReLU networks over a distance of {self._step:g}. PyTorch says:"
+            f" {str(error).splitlines()[0]}",
+            CurvatureWarning,
+            stacklevel=5,
+        )
+        return True
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextmanager
+def _twice_differentiable(plain_rnn: bool) -> Iterator[None]:
+    """Choose kernels that have second derivatives: unfused attention and, where asked, unfused recurrent layers."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if plain_rnn:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the next line warns of TF32 on Intel GPUs, whatever the device
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield
+
+
+def _checked_scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise MeasurementError(f"The loss should be a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise MeasurementError(
+            f"The loss should be a scalar, got a tensor of shape {tuple(loss.shape)}. Reduce it, for example with"
+            " `.mean()`."
+        )
+    return loss.reshape(())
+
+
+def _checked_weights(weights: Optional[Sequence[float]], batches: list[Any], needed: bool) -> list[float]:
+    if weights is None:
+        return [float(num_samples(batch)) for batch in batches] if needed else [1.0] * len(batches)
+    if len(weights) != len(batches):
+        raise ValueError(f"`weights` should hold one number for each of {len(batches)} batches, got {len(weights)}.")
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"`weights` should be positive, got {list(weights)}.")
+    return [float(weight) for weight in weights]
+
+
+def num_samples(batch: Any) -> int:
+    """The number of samples of a batch: the leading dimension of the first tensor in it that has one.
+
+    Raises:
+        ValueError: If there is no such tensor.
+
+    """
+    for tensor in _tensors(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise ValueError(
+        f"The number of samples of a batch of type {type(batch).__name__} is not known, since it holds no tensor with a"
+        " leading dimension. Give `weights`."
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a nested structure, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _tensors(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _tensors(getattr(batch, field.name))
+    elif hasattr(batch, "__dict__"):
+        yield from _tensors(vars(batch))
