@@ -70,9 +70,9 @@ def lanczos(
         tol: Relative tolerance of the residuals.
         max_matvecs: The most products to spend; ``100 + 50 * (largest + smallest)`` if None. What has not converged by
             then is returned as such.
-        start: A vector ``(size,)``, or rows ``(j, size)``, in whose direction the wanted eigenvectors are expected, such
-            as those of an earlier, similar operator. A little noise is added, so that a direction that `start` lacks is
-            not missed.
+        start: A vector ``(size,)``, or rows ``(j, size)``, in whose direction the wanted eigenvectors are expected,
+            such as those of an earlier, similar operator. A little noise is added, so that a direction that `start`
+            lacks is not missed.
         seed: Seed of the start vector, or of the noise added to it.
         max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, and the
             whole space for operators of up to 128 numbers.
@@ -278,9 +278,9 @@ class _KrylovBasis:
         top = largest > 0 and not bool(ritz.converged[:largest].all())
         bottom = smallest > 0 and not bool(ritz.converged[largest:].all())
         if top == bottom:
-            top_share = (spare * (largest > 0)) // ((largest > 0) + (smallest > 0))
-        else:
-            top_share = spare if top else 0
+            top = largest > 0
+            bottom = smallest > 0
+        top_share = spare * top // (top + bottom)
         return largest + top_share, smallest + spare - top_share
 
     def compress(self, largest: int, smallest: int) -> None:

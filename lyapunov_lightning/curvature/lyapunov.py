@@ -103,7 +103,7 @@ class LyapunovIteration:
         gradient: Callable[[Tensor], Tensor],
         gradient_here: Tensor,
         *,
-        lr: Optional[float] = None,
+        lr: float = 0.0,
         momentum: float = 0.0,
     ) -> LyapunovEstimate:
         """Move the perturbation once: one gradient.
@@ -119,7 +119,7 @@ class LyapunovIteration:
             NonFiniteCurvatureError: If a gradient is not finite; the state stays as it was.
 
         """
-        if self._map == "sgd" and (lr is None or not lr > 0):
+        if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
         q = self._perturbation_like(gradient_here)
         curvature_q = gradient(q) - gradient_here
@@ -148,7 +148,6 @@ class LyapunovIteration:
             self._control(exponent)
             paper = 1 / self.beta
         else:
-            assert lr is not None
             eigenvalue = (1 + momentum - growth - (momentum / growth if momentum else 0.0)) / lr
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
             end = "largest" if growth < 0 else "smallest"

@@ -208,7 +208,7 @@ class HessianOperator:
             raise MeasurementError(f"The measurement failed in {int(failures)} other process(es); their log says why.")
         if count == 0:
             raise MeasurementError("No process has a batch to measure the curvature on.")
-        return buffer[:-2] / count
+        return buffer[:-2].div_(count)
 
     # One process's part.
 
@@ -243,10 +243,10 @@ class HessianOperator:
         if graph is None:
             graph, kept = self._gradient_graph(index)
         directions = self._layout.split(vector)
-        active = [(g, d) for g, d in zip(graph, directions) if g is not None and g.requires_grad]
+        active = [(g, d) for g, d in zip(graph, directions, strict=True) if g is not None and g.requires_grad]
         if not active:  # a loss that is linear in the parameters
             return self._layout.zeros()
-        outputs, cotangents = zip(*active)
+        outputs, cotangents = zip(*active, strict=True)
         product = torch.autograd.grad(outputs, self._trainable, cotangents, retain_graph=kept, allow_unused=True)
         return self._layout.flatten(self._with_frozen(product))
 
@@ -255,7 +255,7 @@ class HessianOperator:
             leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in self._parameters]
             duals = [
                 forward_ad.make_dual(leaf, direction) if leaf.requires_grad else leaf
-                for leaf, direction in zip(leaves, self._layout.split(vector))
+                for leaf, direction in zip(leaves, self._layout.split(vector), strict=True)
             ]
             gradient = self._gradient_of(self._evaluate(index, duals), leaves)
             tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
@@ -331,7 +331,7 @@ class HessianOperator:
         pieces = self._layout.split(displacement.detach().to(dtype=self.dtype, device=self.device))
         return [
             (parameter.detach() + piece).requires_grad_(parameter.requires_grad)
-            for parameter, piece in zip(self._parameters, pieces)
+            for parameter, piece in zip(self._parameters, pieces, strict=True)
         ]
 
     def _evaluate(self, index: int, values: Optional[Sequence[Tensor]] = None) -> Tensor:

@@ -30,7 +30,7 @@ class RandomState:
         """The present states. Never initialises an accelerator that the process does not use."""
         return cls(
             python=random.getstate(),
-            numpy=np.random.get_state(legacy=False),  # type: ignore[arg-type]
+            numpy=np.random.get_state(legacy=False),
             cpu=torch.get_rng_state(),
             cuda=tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
             mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,

@@ -46,7 +46,7 @@ class SubstitutedLoss:
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """The loss with `values` in place of the parameters."""
-        with _Substitution(dict(zip(map(id, self._parameters), values))):
+        with _Substitution(dict(zip(map(id, self._parameters), values, strict=True))):
             return self._loss(batch)
 
 

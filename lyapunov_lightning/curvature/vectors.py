@@ -54,7 +54,7 @@ class FlatLayout:
     def flatten(self, tensors: Sequence[Optional[Tensor]]) -> Tensor:
         """The flat vector of shape ``(size,)`` of one tensor a parameter; None stands for zeros."""
         flat = self.zeros()
-        for target, tensor in zip(flat.split(self._sizes), tensors):
+        for target, tensor in zip(flat.split(self._sizes), tensors, strict=True):
             if tensor is not None:
                 dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
                 target.copy_(dense.detach().reshape(-1))
@@ -71,5 +71,7 @@ class FlatLayout:
             raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
         return [
             piece.view(shape).to(device=device, dtype=dtype)
-            for piece, shape, dtype, device in zip(vector.split(self._sizes), self._shapes, self._dtypes, self._devices)
+            for piece, shape, dtype, device in zip(
+                vector.split(self._sizes), self._shapes, self._dtypes, self._devices, strict=True
+            )
         ]
