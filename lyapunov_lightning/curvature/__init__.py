@@ -5,7 +5,7 @@ Nothing here knows of Lightning; it works with any function of tensors.
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
-from lyapunov_lightning.curvature.lanczos import LanczosProgress, lanczos
+from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
 from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
 from lyapunov_lightning.curvature.operator import HessianOperator
@@ -15,7 +15,6 @@ __all__ = [
     "CurvatureWarning",
     "Eigenpairs",
     "HessianOperator",
-    "LanczosProgress",
     "LinearOperator",
     "LyapunovEstimate",
     "LyapunovIteration",

@@ -12,7 +12,6 @@ the rest of the basis is given up for a fresh random vector, and the copies that
 space.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -33,15 +32,6 @@ _MIN_CHALLENGE = 8
 """Products that a challenge spends at least before it lets the eigenvalues stand."""
 
 
-@dataclass(frozen=True)
-class LanczosProgress:
-    """Where a running solver stands: products spent, pairs wanted, pairs that meet the tolerance."""
-
-    num_matvecs: int
-    num_wanted: int
-    num_converged: int
-
-
 def lanczos(
     operator: LinearOperator,
     *,
@@ -52,7 +42,6 @@ def lanczos(
     start: Optional[Tensor] = None,
     seed: int = 0,
     max_basis_vectors: Optional[int] = None,
-    callback: Optional[Callable[[LanczosProgress], None]] = None,
 ) -> Eigenpairs:
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors and residuals.
 
@@ -76,7 +65,6 @@ def lanczos(
         seed: Seed of the start vector, or of the noise added to it.
         max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, and the
             whole space for operators of up to 128 numbers.
-        callback: Told of the progress each time that the Ritz values are looked at.
 
     Returns:
         The eigenpairs, of the upper end descending, then of the lower end ascending.
@@ -132,8 +120,6 @@ def lanczos(
         if basis.length < wanted or not (last or basis.is_full or basis.is_worth_checking):
             continue
         ritz = basis.ritz(largest, smallest, tol)
-        if callback is not None:
-            callback(LanczosProgress(num_matvecs, wanted, int(ritz.converged.sum())))
         if last or challenge.is_met(basis, ritz):
             break
         if challenge.is_due(ritz, tol):
