@@ -1,0 +1,7 @@
+"""PyTorch Lightning callbacks that measure the curvature of the loss while a network trains, and act on it."""
+
+from lyapunov_lightning.callbacks.curvature_probe import CurvatureProbe
+
+__version__ = "0.1.0"
+
+__all__ = ["CurvatureProbe"]

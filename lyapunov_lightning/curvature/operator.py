@@ -129,6 +129,11 @@ class HessianOperator:
         return self._layout.device
 
     @property
+    def parameters(self) -> Sequence[Tensor]:
+        """The parameters, each once, in the order of the coordinates."""
+        return tuple(self._parameters)
+
+    @property
     def method(self) -> str:
         """How products are computed at present; `auto` may have fallen back to finite differences."""
         return self._method
@@ -262,11 +267,6 @@ class HessianOperator:
             return self._layout.flatten(tangents)
 
     def _finite_difference(self, index: int, vector: Tensor) -> Tensor:
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
-            raise MeasurementError(
-                "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
-                " float32 (mixed precision does), or use `method='double_backward'`."
-            )
         norm = torch.linalg.vector_norm(vector)
         if norm == 0:
             return self._layout.zeros()
@@ -328,6 +328,11 @@ class HessianOperator:
     def _displaced(self, displacement: Optional[Tensor]) -> Optional[list[Tensor]]:
         if displacement is None:
             return None
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+            raise MeasurementError(
+                "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
+                " float32 (mixed precision does), or use `method='double_backward'`."
+            )
         pieces = self._layout.split(displacement.detach().to(dtype=self.dtype, device=self.device))
         return [
             (parameter.detach() + piece).requires_grad_(parameter.requires_grad)

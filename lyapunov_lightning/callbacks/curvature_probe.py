@@ -1,0 +1,324 @@
+"""The sharpness of the training loss, step by step."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Optional, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from lyapunov_lightning.curvature.linear import ScaledOperator
+from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
+from lyapunov_lightning.curvature.operator import HessianOperator, Method
+from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.tracking import End, ExtremeTracker
+from lyapunov_lightning.training.batches import Data, ProbeData
+from lyapunov_lightning.training.gradients import OwnGradient
+from lyapunov_lightning.training.objective import Mode
+from lyapunov_lightning.training.problem import CurvatureProblem
+from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.schedule import Schedule
+
+Estimator = Literal["lanczos", "lyapunov", "power"]
+
+_H0_CONVENTION = math.e - 1
+"""``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
+
+
+class CurvatureProbe(Callback):
+    r"""Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
+
+    The largest eigenvalue, the *sharpness*, decides on the stability of the training: gradient descent with learning
+    rate :math:`\eta` diverges along directions of curvature above :math:`2/\eta`, and networks tend to train right at
+    that edge. The probe measures it every few steps on the batch of the step, or on fixed data, at the parameters
+    before the step, and changes nothing: the run is bit-identical to one without the probe.
+
+    Three estimators:
+
+    - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
+      eigenvector; stops at the residual `tol`. 2 to 10 products of about 2 gradients each.
+    - ``"lyapunov"``: one iteration a probe of the finite-size Lyapunov exponent, which follows a perturbation of the
+      parameters from probe to probe. Costs one gradient where the step's own gradient can be used, else two. The
+      largest end is Algorithm 1 of the paper; the smallest end follows the training map itself, with the learning rate
+      and the momentum of the optimizer (SGD only).
+    - ``"power"``: power iteration, the classical baseline.
+
+    Logged, all but the last three in the unit of the loss's second derivative:
+
+    - ``curvature/lambda_max``, ``curvature/lambda_min``: the eigenvalues of the ends asked for.
+    - ``curvature/residual`` (``residual_min`` for the smallest of both ends): ``‖Hv − λv‖``; an eigenvalue of the
+      Hessian lies within it. ``curvature/converged`` is 1 where it met `tol`, and 0 where it did not or the
+      measurement failed.
+    - ``curvature/stability_limit``: the eigenvalue at which the optimizer's present learning rate turns unstable. To be
+      read against ``lambda_max`` for SGD, and for Adam, AdamW, RMSprop, and parameter groups of different learning
+      rates against ``curvature/preconditioned_lambda_max``, which is then measured as well (not by ``"lyapunov"``).
+    - ``curvature/preconditioned_residual``: the residual of the latter.
+    - ``curvature/lr_times_lambda_max``: learning rate times ``lambda_max``; 2 is the edge of stability of plain SGD.
+    - ``curvature/inverse_h0``: the paper's quasi-Newton learning rate, in its own convention, in which it is
+      ``(e − 1)/λ_max`` once settled, not ``1/λ_max``.
+    - ``curvature/lyapunov_exponent``: the exponent of the map that was followed (``lyapunov`` only). When both ends are
+      followed, ``curvature/lyapunov_exponent_sgd`` is that of the training map. ``curvature/paper_lambda_min`` is the
+      smallest eigenvalue in the paper's convention. Beyond the edge of stability the sharpest direction is the one that
+      grows under the training map; its eigenvalue is then logged as ``lambda_max``.
+    - ``curvature/matvecs``: Hessian-vector products spent (for ``"lyapunov"`` differences of gradients).
+    - ``curvature/seconds``: wall-clock time spent.
+
+    The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
+    ``curvature/lambda_max``. A measurement that fails is warned of once and leaves the training alone.
+
+    Args:
+        every_n_steps: Probe before every n-th optimizer step. Not used if `max_overhead` is given.
+        estimator: How the eigenvalue is estimated, see above.
+        end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``.
+        data: ``"batch"`` for the step's own batch (with gradient accumulation the first of it), ``"fixed"`` for the
+            same samples of the training set throughout.
+        method: How products are computed: ``"double_backward"``, ``"forward_over_reverse"``, ``"finite_difference"``,
+            or ``"auto"``, the first of these that the model allows.
+        tol: Relative residual at which an eigenvalue counts as converged.
+        max_overhead: Share of the training time that probing may take, such as 0.05, in place of a fixed interval.
+        num_batches: Size of the fixed data in batches for each process.
+        fraction: Size of the fixed data as a share of the training set, if `num_batches` is not given.
+        mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss.
+        loss_fn: Maps the module and a batch to the scalar loss to measure, in place of what ``training_step`` returns.
+            A module can define a method ``curvature_loss(batch)`` to the same end.
+        iterations: Iterations of ``"lyapunov"`` for each probe.
+        delta_q: Length of the perturbation that ``"lyapunov"`` follows, in parameter space.
+        log_prefix: Put in front of every tag, so that several probes live side by side.
+        seed: Seed of the first direction, and of the choice of fixed data.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: If the module or the strategy cannot be measured: manual optimization without a
+            loss of its own, sharded parameters, nothing to train.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lyapunov_lightning import CurvatureProbe
+        >>> probe = CurvatureProbe(every_n_steps=50, end="both")
+        >>> trainer = Trainer(callbacks=[probe], max_epochs=1, logger=False)
+
+    Reference:
+        "A chaos theory approach to understand neural network optimization", Algorithm 1, secs. 2 and 3, appendix B.
+
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        estimator: Estimator = "lanczos",
+        end: End = "largest",
+        data: Data = "batch",
+        method: Method = "auto",
+        tol: float = 1e-2,
+        *,
+        max_overhead: Optional[float] = None,
+        num_batches: Optional[int] = None,
+        fraction: float = 0.05,
+        mode: Mode = "train",
+        loss_fn: Optional[Callable[[pl.LightningModule, Any], Tensor]] = None,
+        iterations: int = 1,
+        delta_q: float = 5e-2,
+        log_prefix: Optional[str] = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"`estimator` should be one of {', '.join(get_args(Estimator))}, got {estimator!r}.")
+        if end not in get_args(End):
+            raise ValueError(f"`end` should be one of {', '.join(get_args(End))}, got {end!r}.")
+        if method not in get_args(Method):
+            raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
+        if not tol > 0:
+            raise ValueError(f"`tol` should be a positive float, got {tol}.")
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"`iterations` should be a positive int, got {iterations}.")
+        self._estimator = estimator
+        self._end = end
+        self._tol = tol
+        self._iterations = iterations
+        self._delta_q = delta_q
+        self._log_prefix = log_prefix
+        self._schedule = Schedule(every_n_steps, max_overhead)
+        self._recorder = Recorder(type(self).__name__, log_prefix)
+        self._problem = CurvatureProblem(
+            type(self).__name__,
+            ProbeData(data, num_batches=num_batches, fraction=fraction, seed=seed),
+            mode=mode,
+            method="finite_difference" if estimator == "lyapunov" else method,
+            loss_fn=loss_fn,
+        )
+        solver: Literal["lanczos", "power"] = "power" if estimator == "power" else "lanczos"
+        self._hessian = ExtremeTracker(solver, end, tol, seed)
+        self._preconditioned = ExtremeTracker(solver, "largest", tol, seed)
+        self._ascent = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed) if end != "smallest" else None
+        self._descent = LyapunovIteration(map="sgd", delta_q=delta_q, seed=seed) if end != "largest" else None
+        self._own_gradient = OwnGradient()
+        self._uses_own_gradient = estimator == "lyapunov" and data == "batch"
+        self._waiting: Optional[HessianOperator] = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(estimator=self._estimator, end=self._end, log_prefix=self._log_prefix)
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage == "fit":
+            self._problem.check_setup(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._problem.check_start(trainer, pl_module)
+        if self._estimator == "lyapunov" and self._descent is not None:
+            self._check_training_map(trainer.optimizers)
+        if not trainer.loggers:
+            self._recorder.warn_once(
+                "no logger",
+                "the Trainer has no logger, so the curvature is found in `trainer.callback_metrics` only. Pass a logger"
+                " to the Trainer to get curves.",
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        self._waiting = None
+        self._problem.observe(trainer, batch, batch_idx)
+        if self._schedule.is_due(trainer):
+            with self._recorder.measurement(trainer, "curvature") as scalars:
+                operator = self._problem.operator(trainer, pl_module, batch, batch_idx)
+                if operator is not None and self._uses_own_gradient and self._own_gradient.may_fit(trainer):
+                    self._waiting = operator
+                elif operator is not None:
+                    scalars.update(self._measure(trainer, operator, after_backward=False))
+            self._schedule.record(scalars.get("curvature/seconds", 0.0))
+
+    @override
+    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        operator, self._waiting = self._waiting, None
+        if operator is not None:
+            with self._recorder.measurement(trainer, "curvature") as scalars:
+                scalars.update(self._measure(trainer, operator, after_backward=True))
+            self._schedule.record(scalars["curvature/seconds"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state_dict[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """The parts that go on where they were in a resumed run."""
+        parts: dict[str, Any]
+        if self._estimator != "lyapunov":
+            parts = {"hessian": self._hessian, "preconditioned": self._preconditioned}
+        else:
+            parts = {"ascent": self._ascent, "descent": self._descent, "own_gradient": self._own_gradient}
+        return {"schedule": self._schedule, **{name: part for name, part in parts.items() if part is not None}}
+
+    def _measure(self, trainer: "pl.Trainer", operator: HessianOperator, after_backward: bool) -> dict[str, float]:
+        """All scalars of one probe, but for the time."""
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        stability = None if optimizer is None else self._stability(optimizer, operator)
+        with progress(trainer, type(self).__name__) as report:
+            if self._estimator == "lyapunov":
+                scalars = self._exponents(trainer, operator, after_backward, report)
+            else:
+                scalars = self._eigenvalues(operator, stability, report)
+        if stability is not None and stability.limit < math.inf:
+            scalars["curvature/stability_limit"] = stability.limit
+        if optimizer is not None and "curvature/lambda_max" in scalars:
+            lr = learning_rate(optimizer)
+            if not math.isnan(lr):
+                scalars["curvature/lr_times_lambda_max"] = lr * scalars["curvature/lambda_max"]
+        return scalars
+
+    def _eigenvalues(
+        self, operator: HessianOperator, stability: Optional[Stability], report: Callable[[], None]
+    ) -> dict[str, float]:
+        watched = WatchedOperator(operator, report)
+        pairs = self._hessian.measure(watched)
+        scalars: dict[str, float] = {}
+        converged, matvecs = bool(pairs.converged.all()), pairs.num_matvecs
+        if pairs.num_largest:
+            scalars["curvature/lambda_max"] = lambda_max = float(pairs.largest)
+            scalars["curvature/residual"] = float(pairs.residuals[0])
+            if lambda_max > 0:
+                scalars["curvature/inverse_h0"] = _H0_CONVENTION / lambda_max
+        if len(pairs.smallest):
+            scalars["curvature/lambda_min"] = float(pairs.smallest)
+            scalars[f"curvature/residual{'_min' if pairs.num_largest else ''}"] = float(pairs.residuals[-1])
+        if pairs.num_largest and stability is not None and stability.scale is not None:
+            top = self._preconditioned.measure(ScaledOperator(watched, stability.scale))
+            scalars["curvature/preconditioned_lambda_max"] = float(top.largest)
+            scalars["curvature/preconditioned_residual"] = float(top.residuals[0])
+            converged, matvecs = converged and bool(top.converged), matvecs + top.num_matvecs
+        return {**scalars, "curvature/converged": float(converged), "curvature/matvecs": float(matvecs)}
+
+    def _exponents(
+        self, trainer: "pl.Trainer", operator: HessianOperator, after_backward: bool, report: Callable[[], None]
+    ) -> dict[str, float]:
+        here = self._own_gradient.take(trainer, operator) if after_backward else operator.gradient()
+
+        def gradient(displacement: Tensor) -> Tensor:
+            there = operator.gradient(displacement)
+            report()
+            return there
+
+        scalars: dict[str, float] = {}
+        estimates: list[LyapunovEstimate] = []
+        if self._ascent is not None:
+            for _ in range(self._iterations):
+                estimate = self._ascent.step(gradient, here)
+            estimates.append(estimate)
+            scalars["curvature/lyapunov_exponent"] = estimate.exponent
+            scalars["curvature/lambda_max"] = estimate.eigenvalue
+            scalars["curvature/inverse_h0"] = 1 / estimate.paper_eigenvalue
+            scalars["curvature/residual"] = estimate.residual
+        if self._descent is not None:
+            group = trainer.optimizers[0].param_groups[0]
+            for _ in range(self._iterations):
+                estimate = self._descent.step(gradient, here, lr=group["lr"], momentum=group["momentum"])
+            estimates.append(estimate)
+            alone = self._ascent is None
+            scalars[f"curvature/lyapunov_exponent{'' if alone else '_sgd'}"] = estimate.exponent
+            scalars[f"curvature/residual{'' if alone else '_min'}"] = estimate.residual
+            if estimate.end == "smallest":
+                scalars["curvature/lambda_min"] = estimate.eigenvalue
+                scalars["curvature/paper_lambda_min"] = estimate.paper_eigenvalue
+            elif alone:  # beyond the edge of stability the sharpest direction grows fastest
+                scalars["curvature/lambda_max"] = estimate.eigenvalue
+        converged = all(e.residual <= self._tol * abs(e.eigenvalue) for e in estimates)
+        matvecs = self._iterations * len(estimates)
+        return {**scalars, "curvature/converged": float(converged), "curvature/matvecs": float(matvecs)}
+
+    def _stability(self, optimizer: torch.optim.Optimizer, operator: HessianOperator) -> Optional[Stability]:
+        if not is_known(optimizer):
+            self._recorder.warn_once(
+                "unknown optimizer",
+                f"the stability limit of {type(optimizer).__name__} is not known, so `curvature/stability_limit` is"
+                " left out.",
+            )
+        return stability_of(optimizer, operator.parameters)
+
+    def _check_training_map(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        plain = all(
+            type(optimizer) is torch.optim.SGD
+            and len(optimizer.param_groups) == 1
+            and not (optimizer.param_groups[0]["nesterov"] or optimizer.param_groups[0]["dampening"])
+            for optimizer in optimizers
+        )
+        if not optimizers or not plain:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}(estimator='lyapunov', end={self._end!r})` follows the map of SGD with one"
+                " parameter group and plain or heavy-ball momentum, which is not the optimizer here. Use"
+                " `estimator='lanczos'`, or `end='largest'`."
+            )
