@@ -118,7 +118,7 @@ class _Adam:
         if "exp_avg_sq" not in state:
             return None
         second_moment: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+        correction: float = 1 - group["betas"][1] ** float(state["step"])
         return (second_moment / correction).sqrt().add(group["eps"])
 
     def added_curvature(self, groups: Sequence[dict[str, Any]]) -> float:
