@@ -76,8 +76,9 @@ class CurvatureProbe(Callback):
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``.
         data: ``"batch"`` for the step's own batch (with gradient accumulation the first of it), ``"fixed"`` for the
             same samples of the training set throughout.
-        method: How products are computed: ``"double_backward"``, ``"forward_over_reverse"``, ``"finite_difference"``,
-            or ``"auto"``, the first of these that the model allows.
+        method: How products are computed: ``"double_backward"`` and ``"forward_over_reverse"`` are exact,
+            ``"finite_difference"`` works with any model, ``"auto"`` is double backward, and finite differences with a
+            warning where PyTorch cannot differentiate twice.
         tol: Relative residual at which an eigenvalue counts as converged.
         max_overhead: Share of the training time that probing may take, such as 0.05, in place of a fixed interval.
         num_batches: Size of the fixed data in batches for each process.
@@ -120,7 +121,7 @@ class CurvatureProbe(Callback):
         num_batches: Optional[int] = None,
         fraction: float = 0.05,
         mode: Mode = "train",
-        loss_fn: Optional[Callable[[pl.LightningModule, Any], Tensor]] = None,
+        loss_fn: Optional[Callable[[pl.LightningModule, Any], Any]] = None,
         iterations: int = 1,
         delta_q: float = 5e-2,
         log_prefix: Optional[str] = None,

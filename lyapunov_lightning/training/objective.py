@@ -25,7 +25,7 @@ from torchmetrics import Metric
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 
-LossFn = Callable[["pl.LightningModule", Any], Tensor]
+LossFn = Callable[["pl.LightningModule", Any], Any]
 Mode = Literal["train", "eval"]
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)

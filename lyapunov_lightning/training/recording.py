@@ -5,6 +5,7 @@ Lightning's private names that this needs are each used in one place, and `tests
 
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,10 +71,11 @@ class Recorder:
         except Exception as error:
             scalars.clear()
             scalars[f"{group}/converged"] = 0.0
+            place = traceback.extract_tb(error.__traceback__)[-1]
             self.warn_once(
                 type(error).__name__,
                 f"the measurement at step {trainer.global_step} failed, and training goes on without it."
-                f" {type(error).__name__}: {error}",
+                f" {type(error).__name__} at {place.filename}:{place.lineno}: {error}",
             )
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()  # the training needs what the measurement took
@@ -169,7 +171,7 @@ class _RichBar(_Bar):
 
     def __init__(self, display: Any, description: str) -> None:
         self._display = display
-        self._task = display.add_task(description, total=None)
+        self._task = display.add_task(description, total=float("inf"))
 
     def show(self, count: int) -> None:
         self._display.update(self._task, completed=count)

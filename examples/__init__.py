@@ -1,0 +1,1 @@
+"""Models, data and configurations to try the callbacks on; not part of the installed package."""

@@ -1,0 +1,121 @@
+"""Small networks, and the LightningModule that trains them."""
+
+import itertools
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+Loss = Literal["cross_entropy", "squared_error"]
+
+
+class Classifier(pl.LightningModule):
+    """Trains a network to classify.
+
+    Args:
+        network: Maps inputs to one output for each class.
+        num_classes: Number of classes.
+        loss: ``"cross_entropy"``, or ``"squared_error"``: half the squared distance to the one-hot labels.
+        optimizer: Makes the optimizer from the parameters.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int = 10,
+        loss: Loss = "cross_entropy",
+        optimizer: OptimizerCallable = torch.optim.SGD,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+        self.loss = loss
+        self.optimizer = optimizer
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        outputs = self(inputs)
+        loss = self._loss(outputs, labels)
+        self.train_accuracy(outputs, labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", self.train_accuracy)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        inputs, labels = batch
+        outputs = self(inputs)
+        self.val_accuracy(outputs, labels)
+        self.log("val/loss", self._loss(outputs, labels))
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+    def _loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        if self.loss == "cross_entropy":
+            return functional.cross_entropy(outputs, labels)
+        targets = functional.one_hot(labels, self.num_classes).to(outputs)
+        return (outputs - targets).square().sum(dim=1).mean() / 2
+
+
+class MLP(nn.Sequential):
+    """Fully connected network on flattened inputs.
+
+    Args:
+        in_features: Number of inputs.
+        hidden: Width of each hidden layer.
+        num_classes: Number of outputs.
+        activation: ``"tanh"``, ``"relu"`` or ``"gelu"``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: list[int],
+        num_classes: int = 10,
+        activation: Literal["tanh", "relu", "gelu"] = "relu",
+    ) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        widths = [in_features, *hidden]
+        for width_in, width_out in itertools.pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), _activation(activation)]
+        super().__init__(*layers, nn.Linear(widths[-1], num_classes))
+
+
+class LeNet(nn.Sequential):
+    """Two convolutions and two fully connected layers, for 32 x 32 images.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        activation: ``"tanh"``, ``"relu"`` or ``"gelu"``.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, num_classes: int = 10, activation: Literal["tanh", "relu", "gelu"] = "relu"
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 6, 5),
+            _activation(activation),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            _activation(activation),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(400, 120),
+            _activation(activation),
+            nn.Linear(120, num_classes),
+        )
+
+
+def _activation(name: str) -> nn.Module:
+    return {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}[name]()
