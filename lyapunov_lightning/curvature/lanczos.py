@@ -50,7 +50,8 @@ def lanczos(
     ``A`` the error is usually nearer to its square over the distance to the next eigenvalue.
 
     The result is a function of the arguments alone: the seed determines every random number, and the global generators
-    are neither read nor advanced. The memory is that of ``max_basis_vectors + 1`` vectors.
+    are neither read nor advanced. The memory is that of the Krylov basis, which grows as it is needed to at most
+    ``max_basis_vectors + 1`` vectors.
 
     Args:
         operator: The symmetric operator, known by ``matvec``, ``size``, ``dtype`` and ``device``.
@@ -166,7 +167,7 @@ class _KrylovBasis:
     def __init__(self, operator: LinearOperator, capacity: int, seed: int) -> None:
         self._operator = operator
         self._generator = torch.Generator().manual_seed(seed)
-        self._vectors = torch.empty(capacity + 1, operator.size, dtype=operator.dtype, device=operator.device)
+        self._vectors = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
         self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._coupling = torch.zeros(0, dtype=torch.float64)
         self._leaks = torch.zeros(0, 0, dtype=torch.float64)
@@ -198,7 +199,7 @@ class _KrylovBasis:
         direction = self._random_vector()
         if start is not None:
             direction = self._blend(start, direction)
-        self._vectors[self.length] = self._orthonormalised(direction)
+        self._grow_along(self._orthonormalised(direction))
 
     def expand(self) -> None:
         """Take the growing direction into the basis: one product."""
@@ -225,9 +226,9 @@ class _KrylovBasis:
             return
         if remainder > self.rounding:
             self._coupling[-1] = remainder
-            self._vectors[self.length] = product / remainder
+            self._grow_along(product.div_(remainder))
         else:  # an invariant subspace: what is left of the space is not reached from here
-            self._vectors[self.length] = self._orthonormalised(self._random_vector())
+            self._grow_along(self._orthonormalised(self._random_vector()))
 
     @property
     def is_worth_checking(self) -> bool:
@@ -288,6 +289,15 @@ class _KrylovBasis:
         """The vectors with these coefficients in the basis, one row for each column; ends the use of the basis."""
         self._rotate(coefficients)
         return self._vectors[: coefficients.shape[1]].clone()
+
+    def _grow_along(self, direction: Tensor) -> None:
+        """Put the direction behind the basis; the storage doubles where needed, up to ``capacity + 1`` vectors."""
+        rows = self._vectors.shape[0]
+        if self.length == rows:
+            grown = self._vectors.new_empty(min(max(2 * rows, 8), self.capacity + 1), self._vectors.shape[1])
+            grown[:rows] = self._vectors
+            self._vectors = grown
+        self._vectors[self.length] = direction
 
     def _eigh(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self._projection[: self.length, : self.length])
