@@ -2,9 +2,7 @@ r"""Extreme eigenpairs of a symmetric operator, both ends from one Krylov space.
 
 Thick-restart Lanczos: a Krylov basis grows by one product a step; when it is full it is compressed to the Ritz vectors
 nearest to both ends of the spectrum and grows on from there (K. Wu and H. Simon, "Thick-restart Lanczos method for
-large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000). Every new vector is orthogonalised twice
-against the whole basis ("twice is enough", B. Parlett, "The symmetric eigenvalue problem", sec. 6.9), so that no ghost
-copy of a converged eigenvalue comes up.
+large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000).
 
 The Krylov space of one vector holds one direction of each eigenspace, so a repeated eigenvalue looks like a simple one
 to it. When more than one eigenvalue of an end is wanted, the accepted ones are therefore *challenged*: they are kept,
@@ -12,14 +10,13 @@ the rest of the basis is given up for a fresh random vector, and the copies that
 space.
 """
 
-from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.krylov import KrylovBasis, RitzPairs, random_vector
 from lyapunov_lightning.curvature.linear import LinearOperator
 
 _START_NOISE = 0.1
@@ -71,7 +68,8 @@ def lanczos(
         The eigenpairs, of the upper end descending, then of the lower end ascending.
 
     Raises:
-        ValueError: If an argument is out of its range, or more eigenvalues are wanted than there are.
+        ValueError: If an argument is out of its range, more eigenvalues are wanted than there are, or `start` does not
+            fit the operator.
         NonFiniteCurvatureError: If a product is not finite.
 
     Example::
@@ -110,8 +108,9 @@ def lanczos(
             f"`max_basis_vectors` should be at least `largest + smallest + 2` = {wanted + 2}, got {max_basis_vectors}."
         )
 
-    basis = _KrylovBasis(operator, capacity=min(max_basis_vectors, size), seed=seed)
-    basis.begin(start)
+    generator = torch.Generator().manual_seed(seed)
+    basis = KrylovBasis(operator, min(max_basis_vectors, size), generator)
+    basis.begin(None if start is None else _blended(start, random_vector(operator, generator), generator))
     challenge = _Challenge(largest, smallest)
     num_matvecs = 0
     while True:
@@ -139,199 +138,17 @@ def lanczos(
     )
 
 
-@dataclass(frozen=True)
-class _Ritz:
-    """The wanted Ritz pairs of the present basis, and how near the next ones come to them."""
-
-    values: Tensor
-    coefficients: Tensor
-    residuals: Tensor
-    growing: Tensor
-    """The part of the residuals that further products can reduce: all but what challenges cut off."""
-    converged: Tensor
-    rounding: float
-    next_largest: float
-    """Upper bound on the largest Ritz value that is not wanted, its residual included."""
-    next_smallest: float
-    """Lower bound on the smallest Ritz value that is not wanted, its residual included."""
-
-
-class _KrylovBasis:
-    """An orthonormal basis ``V`` with the projection ``T = V A Vᵀ`` and what is known of ``A Vᵀ - Vᵀ T``.
-
-    The first `length` rows of the storage are the basis; the next row is the direction in which it grows. The residual
-    of the basis has one column in that direction (`_coupling` times it, for the newest vector alone, or for all kept
-    Ritz vectors just after a restart), and what earlier challenges cut off (`_leaks`).
-    """
-
-    def __init__(self, operator: LinearOperator, capacity: int, seed: int) -> None:
-        self._operator = operator
-        self._generator = torch.Generator().manual_seed(seed)
-        self._vectors = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
-        self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._coupling = torch.zeros(0, dtype=torch.float64)
-        self._leaks = torch.zeros(0, 0, dtype=torch.float64)
-        self._norm = 0.0
-        self._next_check = 0
-        self.capacity = capacity
-        self.length = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self.length == self.capacity
-
-    @property
-    def may_span_the_space(self) -> bool:
-        return self.capacity == self._operator.size
-
-    @property
-    def rounding(self) -> float:
-        """What the rounding of a product may amount to: no residual is known better than this."""
-        return 10 * torch.finfo(self._operator.dtype).eps * self._norm
-
-    def begin(self, start: Optional[Tensor] = None) -> None:
-        """Grow in a new direction, giving up the present one: near `start` if given, else random."""
-        if bool(self._coupling.any()):
-            leak = torch.zeros(1, self.length, dtype=torch.float64)
-            leak[0] = self._coupling
-            self._leaks = torch.cat([self._leaks.reshape(-1, self.length), leak])
-        self._coupling = torch.zeros(self.length, dtype=torch.float64)
-        direction = self._random_vector()
-        if start is not None:
-            direction = self._blend(start, direction)
-        self._grow_along(self._orthonormalised(direction))
-
-    def expand(self) -> None:
-        """Take the growing direction into the basis: one product."""
-        operator, length = self._operator, self.length
-        product = operator.matvec(self._vectors[length])
-        basis = self._vectors[: length + 1]
-        coefficients = basis @ product
-        product = product.addmv(basis.T, coefficients, alpha=-1)
-        correction = basis @ product
-        product.addmv_(basis.T, correction, alpha=-1)
-        column = (coefficients + correction).to("cpu", torch.float64)
-        remainder = float(torch.linalg.vector_norm(product))
-        if not (torch.isfinite(column).all() and remainder < float("inf")):
-            raise NonFiniteCurvatureError(
-                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
-            )
-        self._projection[: length + 1, length] = column
-        self._projection[length, : length + 1] = column
-        self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
-        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1))
-        self._coupling = torch.zeros(length + 1, dtype=torch.float64)
-        self.length += 1
-        if self.length == operator.size:
-            return
-        if remainder > self.rounding:
-            self._coupling[-1] = remainder
-            self._grow_along(product.div_(remainder))
-        else:  # an invariant subspace: what is left of the space is not reached from here
-            self._grow_along(self._orthonormalised(self._random_vector()))
-
-    @property
-    def is_worth_checking(self) -> bool:
-        """Whether the basis has grown enough since the Ritz values were last looked at."""
-        return self.length >= self._next_check
-
-    def ritz(self, largest: int, smallest: int, tol: float) -> _Ritz:
-        """The wanted Ritz pairs."""
-        self._next_check = self.length + max(1, self.length // 8)
-        values, vectors = self._eigh()
-        growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
-        bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)
-        wanted = _both_ends(self.length, largest, smallest)
-        below, above = smallest, self.length - largest
-        tolerance = (tol * values[wanted].abs()).clamp_min(self.rounding * (1 + len(self._leaks)))
-        return _Ritz(
-            values=values[wanted],
-            coefficients=vectors[:, wanted],
-            residuals=bounds[wanted],
-            growing=growing[wanted],
-            converged=bounds[wanted] <= tolerance,
-            rounding=self.rounding,
-            next_largest=float((values + bounds)[above - 1]) if below < above else -float("inf"),
-            next_smallest=float((values - bounds)[below]) if below < above else float("inf"),
-        )
-
-    def kept_at_restart(self, ritz: _Ritz, largest: int, smallest: int) -> tuple[int, int]:
-        """How many Ritz vectors of each end a restart keeps: the wanted ones, and half of the room beside them.
-
-        The vectors next to the wanted ones hasten the convergence of their end, so they are kept for ends that still
-        have some way to go.
-        """
-        spare = (self.capacity - largest - smallest) // 2
-        top = largest > 0 and not bool(ritz.converged[:largest].all())
-        bottom = smallest > 0 and not bool(ritz.converged[largest:].all())
-        if top == bottom:
-            top = largest > 0
-            bottom = smallest > 0
-        top_share = spare * top // (top + bottom)
-        return largest + top_share, smallest + spare - top_share
-
-    def compress(self, largest: int, smallest: int) -> None:
-        """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
-        values, vectors = self._eigh()
-        kept = _both_ends(self.length, largest, smallest)
-        rotation = vectors[:, kept]
-        growing = self._vectors[self.length].clone()
-        self._coupling = rotation.T @ self._coupling
-        self._leaks = self._leaks @ rotation
-        self._rotate(rotation)
-        self.length = len(kept)
-        self._vectors[self.length] = growing
-        self._projection.zero_()
-        self._projection[: self.length, : self.length] = torch.diag(values[kept])
-        self._next_check = self.length + 1
-
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """The vectors with these coefficients in the basis, one row for each column; ends the use of the basis."""
-        self._rotate(coefficients)
-        return self._vectors[: coefficients.shape[1]].clone()
-
-    def _grow_along(self, direction: Tensor) -> None:
-        """Put the direction behind the basis; the storage doubles where needed, up to ``capacity + 1`` vectors."""
-        rows = self._vectors.shape[0]
-        if self.length == rows:
-            grown = self._vectors.new_empty(min(max(2 * rows, 8), self.capacity + 1), self._vectors.shape[1])
-            grown[:rows] = self._vectors
-            self._vectors = grown
-        self._vectors[self.length] = direction
-
-    def _eigh(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self._projection[: self.length, : self.length])
-        return values, vectors
-
-    def _rotate(self, rotation: Tensor) -> None:
-        """Replace the basis by combinations of it, in slices of the long dimension to need no second basis."""
-        rotation = rotation.T.to(self._vectors)
-        kept, length = rotation.shape
-        width = max(1, self._vectors.shape[1] // 16)
-        for piece in self._vectors.split(width, dim=1):
-            piece[:kept] = rotation @ piece[:length]
-
-    def _random_vector(self) -> Tensor:
-        operator = self._operator
-        vector = torch.randn(operator.size, generator=self._generator, dtype=operator.dtype)
-        return vector.to(operator.device)
-
-    def _blend(self, start: Tensor, noise: Tensor) -> Tensor:
-        """A combination of the rows of `start` in which each has its share, and a little of everything else."""
-        rows = start.detach().to(noise).reshape(-1, noise.shape[0])
-        weights = torch.randn(rows.shape[0], generator=self._generator, dtype=torch.float64).sign().to(rows)
-        direction = weights @ rows
-        norm = torch.linalg.vector_norm(direction)
-        if not bool(torch.isfinite(norm)):
-            raise ValueError("`start` should be finite.")
-        return direction + noise * (_START_NOISE * norm / torch.linalg.vector_norm(noise)) if norm > 0 else noise
-
-    def _orthonormalised(self, vector: Tensor) -> Tensor:
-        basis = self._vectors[: self.length]
-        for _ in range(2):
-            vector = vector.addmv(basis.T, basis @ vector, alpha=-1)
-            vector = vector / torch.linalg.vector_norm(vector)
-        return vector
+def _blended(start: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """A combination of the rows of `start` in which each has its share, and a little of everything else."""
+    if start.shape[-1:] != noise.shape or start.ndim > 2:
+        raise ValueError(f"`start` should have rows of length {len(noise)}, got shape {tuple(start.shape)}.")
+    rows = start.detach().to(noise).reshape(-1, len(noise))
+    signs = torch.randn(len(rows), generator=generator, dtype=torch.float64).sign().to(rows)
+    direction = signs @ rows
+    norm = torch.linalg.vector_norm(direction)
+    if not bool(torch.isfinite(norm)):
+        raise ValueError("`start` should be finite.")
+    return direction + noise * (_START_NOISE * norm / torch.linalg.vector_norm(noise)) if norm > 0 else noise
 
 
 class _Challenge:
@@ -345,11 +162,11 @@ class _Challenge:
     def __init__(self, largest: int, smallest: int) -> None:
         self._largest = largest
         self._smallest = smallest
-        self._accepted: Optional[_Ritz] = None
+        self._accepted: Optional[RitzPairs] = None
         self._started_at = 0
         self._number = 0
 
-    def is_due(self, ritz: _Ritz, tol: float) -> bool:
+    def is_due(self, ritz: RitzPairs, tol: float) -> bool:
         """Whether the pairs are good enough to be challenged.
 
         A challenge cuts off the direction in which they could still be improved. The first one asks for a quarter of
@@ -360,12 +177,12 @@ class _Challenge:
         good = ritz.growing <= (share * ritz.values.abs()).clamp_min(ritz.rounding)
         return needed and self._accepted is None and bool((ritz.converged & good).all())
 
-    def start(self, basis: _KrylovBasis, accepted: _Ritz) -> None:
+    def start(self, basis: KrylovBasis, accepted: RitzPairs) -> None:
         self._accepted = accepted
         self._started_at = basis.length
         self._number += 1
 
-    def is_met(self, basis: _KrylovBasis, ritz: _Ritz) -> bool:
+    def is_met(self, basis: KrylovBasis, ritz: RitzPairs) -> bool:
         """Whether the converged pairs may stand."""
         if self._largest <= 1 and self._smallest <= 1:
             return bool(ritz.converged.all())  # the outermost value of an end is right whatever its multiplicity
@@ -381,9 +198,3 @@ class _Challenge:
         beyond_largest = self._largest > 0 and ritz.next_largest > float(ritz.values[last] + ritz.residuals[last])
         beyond_smallest = self._smallest > 0 and ritz.next_smallest < float(ritz.values[-1] - ritz.residuals[-1])
         return basis.is_full or not (beyond_largest or beyond_smallest)
-
-
-def _both_ends(length: int, largest: int, smallest: int) -> Tensor:
-    """Positions in an ascending list: the last ones from the top down, then the first ones from the bottom up."""
-    top = torch.arange(length - 1, length - 1 - largest, -1)
-    return torch.cat([top, torch.arange(smallest)])

@@ -1,0 +1,222 @@
+"""A Krylov basis that can be compressed: what every eigen-solver here grows.
+
+The basis is an orthonormal one of ``span(v, Av, A²v, ...)``. It grows by one product a step, every new vector being
+orthogonalised twice against the whole basis, and its Ritz pairs, the eigenpairs of ``A`` projected on it, come nearer
+to the extreme eigenpairs of ``A``.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.linear import LinearOperator
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """The wanted Ritz pairs of a basis, and how near the next ones come to them.
+
+    Attributes:
+        values: The Ritz values, the upper end descending, then the lower end ascending.
+        coefficients: The Ritz vectors' coefficients in the basis, one column each.
+        residuals: Bounds on the residuals.
+        growing: The part of these that further products can reduce: all but what was cut off.
+        converged: Which of them meet the tolerance.
+        rounding: What the rounding of a product may amount to.
+        next_largest: Upper bound on the largest Ritz value that is not wanted, its residual included.
+        next_smallest: Lower bound on the smallest Ritz value that is not wanted, its residual included.
+
+    """
+
+    values: Tensor
+    coefficients: Tensor
+    residuals: Tensor
+    growing: Tensor
+    converged: Tensor
+    rounding: float
+    next_largest: float
+    next_smallest: float
+
+
+class KrylovBasis:
+    """An orthonormal basis ``V`` with the projection ``T = V A Vᵀ`` and what is known of ``A Vᵀ - Vᵀ T``.
+
+    The first `length` rows of the storage are the basis; the next row is the direction in which it grows. The residual
+    of the basis has one column in that direction (`_coupling` times it, for the newest vector alone, or for all kept
+    Ritz vectors just after a restart), and what was cut off when a new direction was begun (`_leaks`).
+
+    Args:
+        operator: The operator ``A``.
+        capacity: The most vectors that the basis may hold.
+        generator: Source of random directions, on the CPU.
+
+    """
+
+    def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
+        self._operator = operator
+        self._generator = generator
+        self._vectors = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+        self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self._coupling = torch.zeros(0, dtype=torch.float64)
+        self._leaks = torch.zeros(0, 0, dtype=torch.float64)
+        self._norm = 0.0
+        self._next_check = 0
+        self.capacity = capacity
+        self.length = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it must be compressed before it can grow."""
+        return self.length == self.capacity
+
+    @property
+    def may_span_the_space(self) -> bool:
+        """Whether it can grow until the Ritz pairs are the eigenpairs."""
+        return self.capacity == self._operator.size
+
+    @property
+    def rounding(self) -> float:
+        """What the rounding of a product may amount to: no residual is known better than this."""
+        return 10 * torch.finfo(self._operator.dtype).eps * self._norm
+
+    def begin(self, direction: Optional[Tensor] = None) -> None:
+        """Grow in a new direction, a random one if none is given, and give up the present one."""
+        if bool(self._coupling.any()):
+            leak = torch.zeros(1, self.length, dtype=torch.float64)
+            leak[0] = self._coupling
+            self._leaks = torch.cat([self._leaks.reshape(-1, self.length), leak])
+        self._coupling = torch.zeros(self.length, dtype=torch.float64)
+        if direction is None:
+            direction = random_vector(self._operator, self._generator)
+        self._grow_along(self._orthonormalised(direction))
+
+    def expand(self) -> None:
+        """Take the growing direction into the basis: one product."""
+        operator, length = self._operator, self.length
+        product = operator.matvec(self._vectors[length])
+        basis = self._vectors[: length + 1]
+        coefficients = basis @ product
+        product = product.addmv(basis.T, coefficients, alpha=-1)
+        correction = basis @ product
+        product.addmv_(basis.T, correction, alpha=-1)
+        column = (coefficients + correction).to("cpu", torch.float64)
+        remainder = float(torch.linalg.vector_norm(product))
+        if not (torch.isfinite(column).all() and remainder < float("inf")):
+            raise NonFiniteCurvatureError(
+                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
+            )
+        self._projection[: length + 1, length] = column
+        self._projection[length, : length + 1] = column
+        self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
+        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1))
+        self._coupling = torch.zeros(length + 1, dtype=torch.float64)
+        self.length += 1
+        if self.length == operator.size:
+            return
+        if remainder > self.rounding:
+            self._coupling[-1] = remainder
+            self._grow_along(product.div_(remainder))
+        else:  # an invariant subspace: what is left of the space is not reached from here
+            self._grow_along(self._orthonormalised(random_vector(operator, self._generator)))
+
+    @property
+    def is_worth_checking(self) -> bool:
+        """Whether the basis has grown enough since the Ritz values were last looked at."""
+        return self.length >= self._next_check
+
+    def ritz(self, largest: int, smallest: int, tol: float) -> RitzPairs:
+        """The wanted Ritz pairs."""
+        self._next_check = self.length + max(1, self.length // 8)
+        values, vectors = self._eigh()
+        growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
+        bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)
+        wanted = both_ends(self.length, largest, smallest)
+        below, above = smallest, self.length - largest
+        tolerance = (tol * values[wanted].abs()).clamp_min(self.rounding * (1 + len(self._leaks)))
+        return RitzPairs(
+            values=values[wanted],
+            coefficients=vectors[:, wanted],
+            residuals=bounds[wanted],
+            growing=growing[wanted],
+            converged=bounds[wanted] <= tolerance,
+            rounding=self.rounding,
+            next_largest=float((values + bounds)[above - 1]) if below < above else -float("inf"),
+            next_smallest=float((values - bounds)[below]) if below < above else float("inf"),
+        )
+
+    def kept_at_restart(self, ritz: RitzPairs, largest: int, smallest: int) -> tuple[int, int]:
+        """How many Ritz vectors of each end a restart keeps: the wanted ones, and half of the room beside them.
+
+        The vectors next to the wanted ones hasten the convergence of their end, so they are kept for ends that still
+        have some way to go.
+        """
+        spare = (self.capacity - largest - smallest) // 2
+        top = largest > 0 and not bool(ritz.converged[:largest].all())
+        bottom = smallest > 0 and not bool(ritz.converged[largest:].all())
+        if top == bottom:
+            top = largest > 0
+            bottom = smallest > 0
+        top_share = spare * top // (top + bottom)
+        return largest + top_share, smallest + spare - top_share
+
+    def compress(self, largest: int, smallest: int) -> None:
+        """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
+        values, vectors = self._eigh()
+        kept = both_ends(self.length, largest, smallest)
+        rotation = vectors[:, kept]
+        growing = self._vectors[self.length].clone()
+        self._coupling = rotation.T @ self._coupling
+        self._leaks = self._leaks @ rotation
+        self._rotate(rotation)
+        self.length = len(kept)
+        self._vectors[self.length] = growing
+        self._projection.zero_()
+        self._projection[: self.length, : self.length] = torch.diag(values[kept])
+        self._next_check = self.length + 1
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """The vectors with these coefficients in the basis, one row for each column; ends the use of the basis."""
+        self._rotate(coefficients)
+        return self._vectors[: coefficients.shape[1]].clone()
+
+    def _grow_along(self, direction: Tensor) -> None:
+        """Put the direction behind the basis; the storage doubles where needed, up to ``capacity + 1`` vectors."""
+        rows = self._vectors.shape[0]
+        if self.length == rows:
+            grown = self._vectors.new_empty(min(max(2 * rows, 8), self.capacity + 1), self._vectors.shape[1])
+            grown[:rows] = self._vectors
+            self._vectors = grown
+        self._vectors[self.length] = direction
+
+    def _eigh(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._projection[: self.length, : self.length])
+        return values, vectors
+
+    def _rotate(self, rotation: Tensor) -> None:
+        """Replace the basis by combinations of it, in slices of the long dimension to need no second basis."""
+        rotation = rotation.T.to(self._vectors)
+        kept, length = rotation.shape
+        width = max(1, self._vectors.shape[1] // 16)
+        for piece in self._vectors.split(width, dim=1):
+            piece[:kept] = rotation @ piece[:length]
+
+    def _orthonormalised(self, vector: Tensor) -> Tensor:
+        basis = self._vectors[: self.length]
+        for _ in range(2):
+            vector = vector.addmv(basis.T, basis @ vector, alpha=-1)
+            vector = vector / torch.linalg.vector_norm(vector)
+        return vector
+
+
+def both_ends(length: int, largest: int, smallest: int) -> Tensor:
+    """Positions in an ascending list: the last ones from the top down, then the first ones from the bottom up."""
+    top = torch.arange(length - 1, length - 1 - largest, -1)
+    return torch.cat([top, torch.arange(smallest)])
+
+
+def random_vector(operator: LinearOperator, generator: torch.Generator) -> Tensor:
+    """A vector of independent standard normal numbers for the operator, the same on every device."""
+    return torch.randn(operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
