@@ -3,6 +3,13 @@
 Nothing here knows of Lightning; it works with any function of tensors.
 """
 
+from lyapunov_lightning.curvature.density import (
+    Estimate,
+    Moments,
+    SpectralDensity,
+    spectral_density,
+    stochastic_moments,
+)
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.curvature.lanczos import lanczos
@@ -14,13 +21,18 @@ from lyapunov_lightning.curvature.power import power_iteration
 __all__ = [
     "CurvatureWarning",
     "Eigenpairs",
+    "Estimate",
     "HessianOperator",
     "LinearOperator",
     "LyapunovEstimate",
     "LyapunovIteration",
     "MeasurementError",
+    "Moments",
     "NonFiniteCurvatureError",
     "ScaledOperator",
+    "SpectralDensity",
     "lanczos",
     "power_iteration",
+    "spectral_density",
+    "stochastic_moments",
 ]

@@ -130,7 +130,7 @@ class KrylovBasis:
     def ritz(self, largest: int, smallest: int, tol: float) -> RitzPairs:
         """The wanted Ritz pairs."""
         self._next_check = self.length + max(1, self.length // 8)
-        values, vectors = self._eigh()
+        values, vectors = self.eigh()
         growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
         bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)
         wanted = both_ends(self.length, largest, smallest)
@@ -164,7 +164,7 @@ class KrylovBasis:
 
     def compress(self, largest: int, smallest: int) -> None:
         """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
-        values, vectors = self._eigh()
+        values, vectors = self.eigh()
         kept = both_ends(self.length, largest, smallest)
         rotation = vectors[:, kept]
         growing = self._vectors[self.length].clone()
@@ -191,7 +191,8 @@ class KrylovBasis:
             self._vectors = grown
         self._vectors[self.length] = direction
 
-    def _eigh(self) -> tuple[Tensor, Tensor]:
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
         values, vectors = torch.linalg.eigh(self._projection[: self.length, : self.length])
         return values, vectors
 
