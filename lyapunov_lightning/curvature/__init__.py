@@ -14,7 +14,12 @@ from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
-from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
+from lyapunov_lightning.curvature.lyapunov import (
+    LyapunovEstimate,
+    LyapunovIteration,
+    LyapunovSpectrum,
+    LyapunovSpectrumEstimate,
+)
 from lyapunov_lightning.curvature.operator import HessianOperator
 from lyapunov_lightning.curvature.power import power_iteration
 
@@ -26,6 +31,8 @@ __all__ = [
     "LinearOperator",
     "LyapunovEstimate",
     "LyapunovIteration",
+    "LyapunovSpectrum",
+    "LyapunovSpectrumEstimate",
     "MeasurementError",
     "Moments",
     "NonFiniteCurvatureError",

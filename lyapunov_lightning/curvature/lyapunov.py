@@ -145,7 +145,7 @@ class LyapunovIteration:
         exponent = math.log(abs(growth)) if growth else -math.inf
         if self._map == "ascent":
             eigenvalue, end = (growth - 1) / self.beta, "largest"
-            self._control(exponent)
+            self.beta = controlled(self.beta, exponent)
             paper = 1 / self.beta
         else:
             eigenvalue = (1 + momentum - growth - (momentum / growth if momentum else 0.0)) / lr
@@ -175,11 +175,6 @@ class LyapunovIteration:
         self._perturbation = state["perturbation"]
         self._velocity = state["velocity"]
 
-    def _control(self, exponent: float) -> None:
-        """Steer the exponent to 1 by dividing β by it (Algorithm 1), within bounds."""
-        inverse = 1 / exponent if exponent > 0 else math.inf
-        self.beta *= min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING)
-
     def _perturbation_like(self, gradient: Tensor) -> Tensor:
         if self._perturbation is None or self._perturbation.shape != gradient.shape:
             generator = torch.Generator().manual_seed(self._seed)
@@ -190,3 +185,148 @@ class LyapunovIteration:
         if self._velocity is not None:
             self._velocity = self._velocity.to(gradient)
         return self._perturbation
+
+
+@dataclass(frozen=True)
+class LyapunovSpectrumEstimate:
+    """One iteration of `LyapunovSpectrum`.
+
+    Attributes:
+        exponents: Shape ``(k,)``: the finite-size exponents of this iteration, largest growth first once settled.
+        mean_exponents: Shape ``(k,)``: their average over all iterations so far, the Lyapunov spectrum along the way.
+        eigenvalues: Shape ``(k,)``: the Hessian eigenvalues that belong to the exponents, by exact inversion.
+        paper_eigenvalues: Shape ``(k,)``: the same in the paper's limit of small steps, ``λ/β`` for the ascent map and
+            ``-λ/α`` for the training map.
+        num_gradients: Gradients that were spent.
+
+    """
+
+    exponents: Tensor
+    mean_exponents: Tensor
+    eigenvalues: Tensor
+    paper_eigenvalues: Tensor
+    num_gradients: int
+
+
+class LyapunovSpectrum:
+    """Follows k perturbations that are kept orthogonal: the k largest Lyapunov exponents.
+
+    After every step the perturbations are orthogonalised in their order and brought back to the length ``Δq``; the
+    growth of each, once the parts along its predecessors are taken out, gives an exponent (G. Benettin et al., 1980;
+    the paper's appendix C). The ascent map finds the k largest eigenvalues of the Hessian, the training map of plain
+    SGD the k smallest.
+
+    Args:
+        num_perturbations: How many, k.
+        map: ``"ascent"``, whose step size is controlled by the first exponent, or ``"sgd"``.
+        delta_q: The length ``Δq`` of the perturbations, in parameter space.
+        seed: Seed of the first perturbations.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import LyapunovSpectrum
+        >>> hessian = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+        >>> spectrum = LyapunovSpectrum(2)
+        >>> for _ in range(100):
+        ...     estimate = spectrum.step(lambda q: hessian @ q, torch.zeros(3, dtype=torch.float64))
+        >>> estimate.eigenvalues.round(decimals=3)
+        tensor([4., 2.], dtype=torch.float64)
+
+    """
+
+    def __init__(
+        self, num_perturbations: int, *, map: LyapunovMap = "ascent", delta_q: float = 5e-2, seed: int = 0
+    ) -> None:
+        if num_perturbations < 1:
+            raise ValueError(f"`num_perturbations` should be a positive int, got {num_perturbations}.")
+        if map not in ("ascent", "sgd"):
+            raise ValueError(f"`map` should be 'ascent' or 'sgd', got {map!r}.")
+        if not delta_q > 0:
+            raise ValueError(f"`delta_q` should be a positive float, got {delta_q}.")
+        self._count = num_perturbations
+        self._map = map
+        self._delta_q = delta_q
+        self._seed = seed
+        self._perturbations: Optional[Tensor] = None
+        self._sum = torch.zeros(num_perturbations, dtype=torch.float64)
+        self._num_steps = 0
+        self.beta = 1.0
+
+    def step(
+        self, gradient: Callable[[Tensor], Tensor], gradient_here: Tensor, *, lr: float = 0.0
+    ) -> LyapunovSpectrumEstimate:
+        """Move all perturbations once: k gradients.
+
+        Args:
+            gradient: Maps a displacement ``q`` of shape ``(n,)`` to the gradient at ``θ + q``.
+            gradient_here: The gradient at ``θ``, shape ``(n,)``, of the same loss on the same batch.
+            lr: Learning rate ``α`` of the training map.
+
+        Raises:
+            ValueError: If the training map is followed without a positive `lr`, or there are fewer parameters than
+                perturbations.
+            NonFiniteCurvatureError: If a gradient is not finite; the state stays as it was.
+
+        """
+        if self._map == "sgd" and not lr > 0:
+            raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
+        directions = self._directions(gradient_here)
+        step = self.beta if self._map == "ascent" else -lr
+        moved = torch.stack([q + step * (gradient(q) - gradient_here) for q in directions * self._delta_q])
+        if not bool(torch.isfinite(moved).all()):
+            raise NonFiniteCurvatureError(
+                f"The gradient at or near the present parameters (distance {self._delta_q:g}) is not finite."
+            )
+        orthonormal, triangle = torch.linalg.qr(moved.T)
+        growth = triangle.diagonal().to("cpu", torch.float64) / self._delta_q
+        exponents = growth.abs().log()
+        # The QR factors are unique up to signs; the sign of the growth is that of the turn of the perturbation itself.
+        turned = (orthonormal.T * directions).sum(dim=1).to("cpu", torch.float64) * growth
+        multipliers = growth.abs() * turned.sign()
+        eigenvalues = (multipliers - 1) / step
+        self._perturbations = orthonormal.T
+        self._sum += exponents
+        self._num_steps += 1
+        paper = exponents / step
+        if self._map == "ascent":
+            self.beta = controlled(self.beta, float(exponents[0]))
+        return LyapunovSpectrumEstimate(
+            exponents, self._sum / self._num_steps, eigenvalues, paper, num_gradients=self._count
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The perturbations, the sums and the control, on the CPU."""
+        perturbations = None if self._perturbations is None else self._perturbations.cpu()
+        return {
+            "perturbations": perturbations,
+            "sum": self._sum.clone(),
+            "num_steps": self._num_steps,
+            "beta": self.beta,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._perturbations = state["perturbations"]
+        self._sum = state["sum"].clone()
+        self._num_steps = state["num_steps"]
+        self.beta = state["beta"]
+
+    def _directions(self, gradient: Tensor) -> Tensor:
+        """The unit vectors of the perturbations, one row each."""
+        if len(gradient) < self._count:
+            raise ValueError(
+                f"`num_perturbations` should be at most the number of parameters {len(gradient)}, got {self._count}."
+            )
+        if self._perturbations is None or self._perturbations.shape[1] != len(gradient):
+            generator = torch.Generator().manual_seed(self._seed)
+            random = torch.randn(len(gradient), self._count, generator=generator, dtype=gradient.dtype)
+            self._perturbations = torch.linalg.qr(random).Q.T
+        self._perturbations = self._perturbations.to(gradient)
+        return self._perturbations
+
+
+def controlled(beta: float, exponent: float) -> float:
+    """The step size that steers the exponent to 1: β divided by it (Algorithm 1), within bounds."""
+    inverse = 1 / exponent if exponent > 0 else math.inf
+    return beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING)
