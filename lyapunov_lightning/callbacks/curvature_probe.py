@@ -21,7 +21,7 @@ from lyapunov_lightning.training.gradients import OwnGradient
 from lyapunov_lightning.training.objective import Mode
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
-from lyapunov_lightning.training.schedule import Schedule
+from lyapunov_lightning.training.schedule import Schedule, Timetable
 
 Estimator = Literal["lanczos", "lyapunov", "power"]
 
@@ -71,7 +71,7 @@ class CurvatureProbe(Callback):
     ``curvature/lambda_max``. A measurement that fails is warned of once and leaves the training alone.
 
     Args:
-        every_n_steps: Probe before every n-th optimizer step. Not used if `max_overhead` is given.
+        every_n_steps: Probe before every n-th optimizer step. Not used if `max_overhead` or `schedule` is given.
         estimator: How the eigenvalue is estimated, see above.
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``.
         data: ``"batch"`` for the step's own batch (with gradient accumulation the first of it), ``"fixed"`` for the
@@ -81,6 +81,7 @@ class CurvatureProbe(Callback):
             warning where PyTorch cannot differentiate twice.
         tol: Relative residual at which an eigenvalue counts as converged.
         max_overhead: Share of the training time that probing may take, such as 0.05, in place of a fixed interval.
+        schedule: Any other schedule, in place of `every_n_steps` and `max_overhead`.
         num_batches: Size of the fixed data in batches for each process.
         fraction: Size of the fixed data as a share of the training set, if `num_batches` is not given.
         mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss.
@@ -118,6 +119,7 @@ class CurvatureProbe(Callback):
         tol: float = 1e-2,
         *,
         max_overhead: Optional[float] = None,
+        schedule: Optional[Schedule] = None,
         num_batches: Optional[int] = None,
         fraction: float = 0.05,
         mode: Mode = "train",
@@ -138,13 +140,17 @@ class CurvatureProbe(Callback):
             raise ValueError(f"`tol` should be a positive float, got {tol}.")
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"`iterations` should be a positive int, got {iterations}.")
+        if schedule is None:  # both are checked, also the one that is not used
+            schedule = Schedule(every_n_steps=every_n_steps, max_overhead=max_overhead)
+            if max_overhead is not None:
+                schedule = Schedule(max_overhead=max_overhead)
         self._estimator = estimator
         self._end = end
         self._tol = tol
         self._iterations = iterations
         self._delta_q = delta_q
         self._log_prefix = log_prefix
-        self._schedule = Schedule(every_n_steps, max_overhead)
+        self._timetable = Timetable(schedule)
         self._recorder = Recorder(type(self).__name__, log_prefix)
         self._problem = CurvatureProblem(
             type(self).__name__,
@@ -190,14 +196,14 @@ class CurvatureProbe(Callback):
     ) -> None:
         self._waiting = None
         self._problem.observe(trainer, batch, batch_idx)
-        if self._schedule.is_due(trainer):
+        if self._timetable.is_due(trainer, batch_idx):
             with self._recorder.measurement(trainer, "curvature") as scalars:
                 operator = self._problem.operator(trainer, pl_module, batch, batch_idx)
                 if operator is not None and self._uses_own_gradient and self._own_gradient.may_fit(trainer):
                     self._waiting = operator
                 elif operator is not None:
                     scalars.update(self._measure(trainer, operator, after_backward=False))
-            self._schedule.record(scalars.get("curvature/seconds", 0.0))
+            self._timetable.record(scalars.get("curvature/seconds", 0.0))
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -205,7 +211,7 @@ class CurvatureProbe(Callback):
         if operator is not None:
             with self._recorder.measurement(trainer, "curvature") as scalars:
                 scalars.update(self._measure(trainer, operator, after_backward=True))
-            self._schedule.record(scalars["curvature/seconds"])
+            self._timetable.record(scalars["curvature/seconds"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -223,7 +229,7 @@ class CurvatureProbe(Callback):
             parts = {"hessian": self._hessian, "preconditioned": self._preconditioned}
         else:
             parts = {"ascent": self._ascent, "descent": self._descent, "own_gradient": self._own_gradient}
-        return {"schedule": self._schedule, **{name: part for name, part in parts.items() if part is not None}}
+        return {"timetable": self._timetable, **{name: part for name, part in parts.items() if part is not None}}
 
     def _measure(self, trainer: "pl.Trainer", operator: HessianOperator, after_backward: bool) -> dict[str, float]:
         """All scalars of one probe, but for the time."""
