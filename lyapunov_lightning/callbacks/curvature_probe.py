@@ -22,6 +22,7 @@ from lyapunov_lightning.training.objective import Mode
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
 from lyapunov_lightning.training.schedule import Schedule, Timetable
+from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subscription
 
 Estimator = Literal["lanczos", "lyapunov", "power"]
 
@@ -150,23 +151,23 @@ class CurvatureProbe(Callback):
         self._iterations = iterations
         self._delta_q = delta_q
         self._log_prefix = log_prefix
-        self._timetable = Timetable(schedule)
         self._recorder = Recorder(type(self).__name__, log_prefix)
-        self._problem = CurvatureProblem(
+        problem = CurvatureProblem(
             type(self).__name__,
             ProbeData(data, num_batches=num_batches, fraction=fraction, seed=seed),
             mode=mode,
             method="finite_difference" if estimator == "lyapunov" else method,
             loss_fn=loss_fn,
         )
-        solver: Literal["lanczos", "power"] = "power" if estimator == "power" else "lanczos"
-        self._hessian = ExtremeTracker(solver, end, tol, seed)
-        self._preconditioned = ExtremeTracker(solver, "largest", tol, seed)
+        request = EigenRequest(int(end != "smallest"), int(end != "largest"), tol, seed)
+        self.subscription = Subscription(problem, Timetable(schedule), request if estimator == "lanczos" else None)
+        self._power = ExtremeTracker("power", end, tol, seed)
+        self._preconditioned = ExtremeTracker("power" if estimator == "power" else "lanczos", "largest", tol, seed)
         self._ascent = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed) if end != "smallest" else None
         self._descent = LyapunovIteration(map="sgd", delta_q=delta_q, seed=seed) if end != "largest" else None
         self._own_gradient = OwnGradient()
         self._uses_own_gradient = estimator == "lyapunov" and data == "batch"
-        self._waiting: Optional[HessianOperator] = None
+        self._waiting: Optional[Measurement] = None
 
     @property
     @override
@@ -176,11 +177,11 @@ class CurvatureProbe(Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
-            self._problem.check_setup(trainer, pl_module)
+            self.subscription.problem.check_setup(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._problem.check_start(trainer, pl_module)
+        self.subscription.start(trainer, pl_module)
         if self._estimator == "lyapunov" and self._descent is not None:
             self._check_training_map(trainer.optimizers)
         if not trainer.loggers:
@@ -195,23 +196,23 @@ class CurvatureProbe(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         self._waiting = None
-        self._problem.observe(trainer, batch, batch_idx)
-        if self._timetable.is_due(trainer, batch_idx):
+        self.subscription.problem.observe(trainer, batch, batch_idx)
+        if self.subscription.timetable.is_due(trainer, batch_idx):
             with self._recorder.measurement(trainer, "curvature") as scalars:
-                operator = self._problem.operator(trainer, pl_module, batch, batch_idx)
-                if operator is not None and self._uses_own_gradient and self._own_gradient.may_fit(trainer):
-                    self._waiting = operator
-                elif operator is not None:
-                    scalars.update(self._measure(trainer, operator, after_backward=False))
-            self._timetable.record(scalars.get("curvature/seconds", 0.0))
+                measurement = self.subscription.take(trainer, pl_module, batch, batch_idx)
+                if measurement is not None and self._uses_own_gradient and self._own_gradient.may_fit(trainer):
+                    self._waiting = measurement
+                elif measurement is not None:
+                    scalars.update(self._measure(trainer, measurement, after_backward=False))
+            self.subscription.timetable.record(scalars.get("curvature/seconds", 0.0))
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        operator, self._waiting = self._waiting, None
-        if operator is not None:
+        measurement, self._waiting = self._waiting, None
+        if measurement is not None:
             with self._recorder.measurement(trainer, "curvature") as scalars:
-                scalars.update(self._measure(trainer, operator, after_backward=True))
-            self._timetable.record(scalars["curvature/seconds"])
+                scalars.update(self._measure(trainer, measurement, after_backward=True))
+            self.subscription.timetable.record(scalars["curvature/seconds"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -225,21 +226,23 @@ class CurvatureProbe(Callback):
     def _stateful(self) -> dict[str, Any]:
         """The parts that go on where they were in a resumed run."""
         parts: dict[str, Any]
-        if self._estimator != "lyapunov":
-            parts = {"hessian": self._hessian, "preconditioned": self._preconditioned}
-        else:
+        if self._estimator == "lyapunov":
             parts = {"ascent": self._ascent, "descent": self._descent, "own_gradient": self._own_gradient}
-        return {"timetable": self._timetable, **{name: part for name, part in parts.items() if part is not None}}
+        else:
+            parts = {"power": self._power, "preconditioned": self._preconditioned, "vectors": self.subscription}
+        parts["timetable"] = self.subscription.timetable
+        return {name: part for name, part in parts.items() if part is not None}
 
-    def _measure(self, trainer: "pl.Trainer", operator: HessianOperator, after_backward: bool) -> dict[str, float]:
+    def _measure(self, trainer: "pl.Trainer", measurement: Measurement, after_backward: bool) -> dict[str, float]:
         """All scalars of one probe, but for the time."""
+        operator = measurement.operator
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         stability = None if optimizer is None else self._stability(optimizer, operator)
         with progress(trainer, type(self).__name__) as report:
             if self._estimator == "lyapunov":
                 scalars = self._exponents(trainer, operator, after_backward, report)
             else:
-                scalars = self._eigenvalues(operator, stability, report)
+                scalars = self._eigenvalues(measurement, stability, report)
         if stability is not None and stability.limit < math.inf:
             scalars["curvature/stability_limit"] = stability.limit
         if optimizer is not None and "curvature/lambda_max" in scalars:
@@ -249,10 +252,15 @@ class CurvatureProbe(Callback):
         return scalars
 
     def _eigenvalues(
-        self, operator: HessianOperator, stability: Optional[Stability], report: Callable[[], None]
+        self, measurement: Measurement, stability: Optional[Stability], report: Callable[[], None]
     ) -> dict[str, float]:
-        watched = WatchedOperator(operator, report)
-        pairs = self._hessian.measure(watched)
+        watched = WatchedOperator(measurement.operator, report)
+        request = self.subscription.request
+        if request is None:
+            pairs = self._power.measure(watched)
+        else:
+            pairs = measurement.eigenpairs(request, type(self).__name__)
+            self.subscription.vectors = pairs.vectors
         scalars: dict[str, float] = {}
         converged, matvecs = bool(pairs.converged.all()), pairs.num_matvecs
         if pairs.num_largest:

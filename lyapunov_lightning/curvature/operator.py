@@ -184,26 +184,56 @@ class HessianOperator:
 
         return float(self._mean(local, size=1))
 
+    def mean_over_batches(
+        self, statistic: Callable[[Tensor], Tensor], size: int, max_batches: Optional[int] = None
+    ) -> Tensor:
+        """The mean of a statistic of the mini-batch gradients, each batch counted once.
+
+        Where the gradient graphs are kept, the gradients cost nothing more.
+
+        Args:
+            statistic: Maps the gradient of one batch, of shape ``(size_of_operator,)``, to a vector.
+            size: The length of that vector.
+            max_batches: How many of each process's batches to use; all if None.
+
+        Returns:
+            A vector of shape ``(size,)``.
+
+        """
+        indices = range(len(self._batches))[:max_batches]
+
+        def local() -> Tensor:
+            total = torch.zeros(size, dtype=self.dtype, device=self.device)
+            for index in indices:
+                total += statistic(self._batch_gradient(index))
+            return total
+
+        return self._mean(local, size, count=len(indices))
+
     # The mean over all samples of all processes.
 
-    def _mean(self, local_sum: Callable[[], Tensor], size: Optional[int] = None) -> Tensor:
+    def _mean(
+        self, local_sum: Callable[[], Tensor], size: Optional[int] = None, count: Optional[float] = None
+    ) -> Tensor:
         """A sum over this process's samples, turned into the mean over those of all processes: one collective.
 
         A process whose own part fails still enters the collective and says so there; the others would wait for ever.
         """
+        if count is None:
+            count = sum(self._weights)
         if self._reduce is None:
-            return local_sum().div_(sum(self._weights))
+            return local_sum().div_(count)
         buffer = torch.zeros((size or self.size) + 2, dtype=self.dtype, device=self.device)
         failure: Optional[Exception] = None
         try:
             buffer[:-2] = local_sum()
-            buffer[-2] = sum(self._weights)
+            buffer[-2] = count
         except Exception as error:  # handed on below, once the other processes know of it
             failure = error
             buffer.zero_()
             buffer[-1] = 1
         self._reduce(buffer)
-        count, failures = buffer[-2:].tolist()
+        total_count, failures = buffer[-2:].tolist()
         if failure is not None:
             try:
                 raise failure
@@ -211,9 +241,9 @@ class HessianOperator:
                 failure = None  # or this frame and the traceback keep each other, and the graph, alive
         if failures:
             raise MeasurementError(f"The measurement failed in {int(failures)} other process(es); their log says why.")
-        if count == 0:
+        if total_count == 0:
             raise MeasurementError("No process has a batch to measure the curvature on.")
-        return buffer[:-2].div_(count)
+        return buffer[:-2].div_(total_count)
 
     # One process's part.
 
@@ -230,17 +260,17 @@ class HessianOperator:
             total.add_(product(index, vector), alpha=weight)
         return total
 
-    @torch.enable_grad()
     def _local_gradient(self, displacement: Optional[Tensor]) -> Tensor:
         values = self._displaced(displacement)
         total = self._layout.zeros()
         for index, weight in enumerate(self._weights):
-            if values is None and index in self._graphs:
-                gradient = self._layout.flatten(self._graphs[index])
-            else:
-                gradient = self._layout.flatten(self._differentiate(index, values))
-            total.add_(gradient, alpha=weight)
+            total.add_(self._batch_gradient(index, values), alpha=weight)
         return total
+
+    @torch.enable_grad()
+    def _batch_gradient(self, index: int, values: Optional[list[Tensor]] = None) -> Tensor:
+        graph = self._graphs.get(index) if values is None else None
+        return self._layout.flatten(self._differentiate(index, values) if graph is None else graph)
 
     def _double_backward(self, index: int, vector: Tensor) -> Tensor:
         graph = self._graphs.get(index)

@@ -7,6 +7,7 @@ global random generators and reset its workers.
 
 import math
 import random
+from collections.abc import Hashable
 from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
@@ -57,6 +58,14 @@ class ProbeData:
         self._seed = seed
         self._passing: list[ProbeBatch] = []
         self._fixed: Optional[list[ProbeBatch]] = None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for sources of the same batches."""
+        if self._data == "batch":
+            return ("batch",)
+        size = self._fraction if self._num_batches is None else self._num_batches
+        return ("fixed", self._num_batches is None, size, self._seed)
 
     def check(self, owner: str, trainer: "pl.Trainer") -> None:
         """Refuse a fixed set that cannot be had, once the dataloaders are known.

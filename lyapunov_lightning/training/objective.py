@@ -10,7 +10,7 @@ import copy
 import inspect
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -60,6 +60,7 @@ class TrainingObjective:
         pl_module: The module, not wrapped for distributed training.
         mode: ``"train"`` leaves dropout and BatchNorm as they are in training, ``"eval"`` switches them to evaluation.
         loss_fn: Maps the module and a batch to a scalar mean loss.
+        names: The parameters that it is a function of; all trainable ones if None.
 
     """
 
@@ -70,12 +71,15 @@ class TrainingObjective:
         *,
         mode: Mode = "train",
         loss_fn: Optional[LossFn] = None,
+        names: Optional[Collection[str]] = None,
     ) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
         self._mode = mode
         self._loss_fn = loss_fn
-        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        named = trainable_parameters(pl_module)
+        if names is not None:
+            named = {name: parameter for name, parameter in named.items() if name in names}
         self._names = [f"module.{name}" for name in named]
         self.parameters = list(named.values())
 
@@ -108,6 +112,11 @@ class TrainingObjective:
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             return module.training_step(batch, probe.batch_idx)
         return module.training_step(batch)
+
+
+def trainable_parameters(pl_module: "pl.LightningModule") -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, each once."""
+    return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
 
 
 def check_objective(
@@ -158,7 +167,7 @@ def check_parameters(owner: str, pl_module: "pl.LightningModule") -> None:
         MisconfigurationException: If no parameter requires a gradient.
 
     """
-    if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+    if not trainable_parameters(pl_module):
         raise MisconfigurationException(
             f"`{owner}` needs a module with trainable parameters, but {type(pl_module).__name__} has none. Remove the"
             " callback, or set `requires_grad` on the parameters that are to be trained."

@@ -1,5 +1,6 @@
 """From a LightningModule in a Trainer to the operator of a measurement."""
 
+from collections.abc import Collection, Hashable
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -53,6 +54,11 @@ class CurvatureProblem:
         self._loss_fn = loss_fn
         self._step = step
 
+    @property
+    def key(self) -> Hashable:
+        """Equal for problems that are the same at the same step."""
+        return self._data.key, self._mode, self._method, self._loss_fn, self._step
+
     def check_setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Refuse what is known to be impossible before anything runs; for the hook ``setup``."""
         check_objective(self._owner, trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn)
@@ -67,9 +73,21 @@ class CurvatureProblem:
         self._data.observe(trainer, batch, batch_idx)
 
     def operator(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        names: Optional[Collection[str]] = None,
     ) -> Optional[HessianOperator]:
         """The Hessian at the present parameters, or None while the fixed data are not complete.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            batch: The batch of the present step.
+            batch_idx: Its index.
+            names: The parameters whose diagonal block of the Hessian is meant; all trainable ones if None.
 
         Raises:
             MeasurementError: If one of the processes cannot build its part.
@@ -81,7 +99,7 @@ class CurvatureProblem:
         try:
             batches = self._data.batches(trainer, batch, batch_idx)
             if batches is not None:
-                objective = TrainingObjective(trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn)
+                objective = TrainingObjective(trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn, names=names)
                 operator = HessianOperator(
                     objective, objective.parameters, batches, method=self._method, step=self._step, reduce=reduce
                 )
