@@ -6,7 +6,6 @@ from typing import Any, Literal, Optional, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +18,7 @@ from lyapunov_lightning.curvature.tracking import End, ExtremeTracker
 from lyapunov_lightning.training.batches import Data, ProbeData
 from lyapunov_lightning.training.gradients import OwnGradient
 from lyapunov_lightning.training.objective import Mode
+from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
 from lyapunov_lightning.training.schedule import Schedule, Timetable
@@ -183,13 +183,14 @@ class CurvatureProbe(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.subscription.start(trainer, pl_module)
         if self._estimator == "lyapunov" and self._descent is not None:
-            self._check_training_map(trainer.optimizers)
-        if not trainer.loggers:
-            self._recorder.warn_once(
-                "no logger",
-                "the Trainer has no logger, so the curvature is found in `trainer.callback_metrics` only. Pass a logger"
-                " to the Trainer to get curves.",
-            )
+            check_training_map(type(self).__name__, trainer.optimizers)
+        self._recorder.check_loggers(trainer)
+        self._recorder.layout(trainer, self)
+
+    def charts(self) -> dict[str, dict[str, list[str]]]:
+        """The curves that belong on one chart, for TensorBoard's custom scalars."""
+        sharpness = ["curvature/lambda_max$", "curvature/preconditioned_lambda_max$", "curvature/stability_limit$"]
+        return {"curvature": {"sharpness and stability limit": self._recorder.patterns(sharpness)}}
 
     @override
     def on_train_batch_start(
@@ -323,17 +324,3 @@ class CurvatureProbe(Callback):
                 " left out.",
             )
         return stability_of(optimizer, operator.parameters)
-
-    def _check_training_map(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        plain = all(
-            type(optimizer) is torch.optim.SGD
-            and len(optimizer.param_groups) == 1
-            and not (optimizer.param_groups[0]["nesterov"] or optimizer.param_groups[0]["dampening"])
-            for optimizer in optimizers
-        )
-        if not optimizers or not plain:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}(estimator='lyapunov', end={self._end!r})` follows the map of SGD with one"
-                " parameter group and plain or heavy-ball momentum, which is not the optimizer here. Use"
-                " `estimator='lanczos'`, or `end='largest'`."
-            )

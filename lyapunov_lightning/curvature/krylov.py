@@ -14,6 +14,9 @@ from torch import Tensor
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator
 
+_BLOCK = 8
+"""Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
+
 
 @dataclass(frozen=True)
 class RitzPairs:
@@ -58,7 +61,7 @@ class KrylovBasis:
     def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
         self._operator = operator
         self._generator = generator
-        self._vectors = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+        self._blocks: list[Tensor] = []
         self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._coupling = torch.zeros(0, dtype=torch.float64)
         self._leaks = torch.zeros(0, 0, dtype=torch.float64)
@@ -96,12 +99,9 @@ class KrylovBasis:
     def expand(self) -> None:
         """Take the growing direction into the basis: one product."""
         operator, length = self._operator, self.length
-        product = operator.matvec(self._vectors[length])
-        basis = self._vectors[: length + 1]
-        coefficients = basis @ product
-        product = product.addmv(basis.T, coefficients, alpha=-1)
-        correction = basis @ product
-        product.addmv_(basis.T, correction, alpha=-1)
+        product = operator.matvec(self._row(length))
+        product, coefficients = self._orthogonalised(product, length + 1)
+        product, correction = self._orthogonalised(product, length + 1)
         column = (coefficients + correction).to("cpu", torch.float64)
         remainder = float(torch.linalg.vector_norm(product))
         if not (torch.isfinite(column).all() and remainder < float("inf")):
@@ -167,12 +167,12 @@ class KrylovBasis:
         values, vectors = self.eigh()
         kept = both_ends(self.length, largest, smallest)
         rotation = vectors[:, kept]
-        growing = self._vectors[self.length].clone()
+        growing = self._row(self.length).clone()
         self._coupling = rotation.T @ self._coupling
         self._leaks = self._leaks @ rotation
         self._rotate(rotation)
         self.length = len(kept)
-        self._vectors[self.length] = growing
+        self._grow_along(growing)
         self._projection.zero_()
         self._projection[: self.length, : self.length] = torch.diag(values[kept])
         self._next_check = self.length + 1
@@ -180,16 +180,28 @@ class KrylovBasis:
     def combine(self, coefficients: Tensor) -> Tensor:
         """The vectors with these coefficients in the basis, one row for each column; ends the use of the basis."""
         self._rotate(coefficients)
-        return self._vectors[: coefficients.shape[1]].clone()
+        count = coefficients.shape[1]
+        needed = -(-count // _BLOCK)
+        del self._blocks[needed:]
+        return torch.cat(self._blocks)[:count]
+
+    def _row(self, index: int) -> Tensor:
+        return self._blocks[index // _BLOCK][index % _BLOCK]
 
     def _grow_along(self, direction: Tensor) -> None:
-        """Put the direction behind the basis; the storage doubles where needed, up to ``capacity + 1`` vectors."""
-        rows = self._vectors.shape[0]
-        if self.length == rows:
-            grown = self._vectors.new_empty(min(max(2 * rows, 8), self.capacity + 1), self._vectors.shape[1])
-            grown[:rows] = self._vectors
-            self._vectors = grown
-        self._vectors[self.length] = direction
+        """Put the direction behind the basis."""
+        if self.length == len(self._blocks) * _BLOCK:
+            rows = min(_BLOCK, self.capacity + 1 - self.length)
+            self._blocks.append(direction.new_empty(rows, len(direction)))
+        self._row(self.length).copy_(direction)
+
+    def _orthogonalised(self, vector: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The vector without its components along the first rows, and these components."""
+        rows = [block[: length - start] for start, block in zip(range(0, length, _BLOCK), self._blocks, strict=False)]
+        coefficients = torch.cat([block @ vector for block in rows])
+        for block, part in zip(rows, coefficients.split(_BLOCK), strict=True):
+            vector = vector.addmv(block.T, part, alpha=-1)
+        return vector, coefficients
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
@@ -198,16 +210,19 @@ class KrylovBasis:
 
     def _rotate(self, rotation: Tensor) -> None:
         """Replace the basis by combinations of it, in slices of the long dimension to need no second basis."""
-        rotation = rotation.T.to(self._vectors)
-        kept, length = rotation.shape
-        width = max(1, self._vectors.shape[1] // 16)
-        for piece in self._vectors.split(width, dim=1):
-            piece[:kept] = rotation @ piece[:length]
+        size = self._operator.size
+        kept, length = rotation.shape[1], rotation.shape[0]
+        rotation = rotation.T.to(self._blocks[0])
+        for start in range(0, size, max(1, size // 16)):
+            columns = slice(start, start + max(1, size // 16))
+            pieces = torch.cat([block[:, columns] for block in self._blocks])[:length]
+            for first, rotated in zip(range(0, kept, _BLOCK), (rotation @ pieces).split(_BLOCK), strict=True):
+                self._blocks[first // _BLOCK][: len(rotated), columns] = rotated
 
     def _orthonormalised(self, vector: Tensor) -> Tensor:
-        basis = self._vectors[: self.length]
         for _ in range(2):
-            vector = vector.addmv(basis.T, basis @ vector, alpha=-1)
+            if self.length:
+                vector, _ = self._orthogonalised(vector, self.length)
             vector = vector / torch.linalg.vector_norm(vector)
         return vector
 

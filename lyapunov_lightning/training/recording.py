@@ -3,11 +3,12 @@
 Lightning's private names that this needs are each used in one place, and `tests/test_lightning_contract.py` holds them.
 """
 
+import re
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -15,7 +16,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
@@ -50,6 +53,47 @@ class Recorder:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(tagged, step=step)
+
+    def check_loggers(self, trainer: "pl.Trainer") -> None:
+        """Tell the user of a run without logger where its values are to be found."""
+        if not trainer.loggers:
+            self.warn_once(
+                "no logger",
+                "the Trainer has no logger, so what is measured is found in `trainer.callback_metrics` only. Pass a"
+                " logger to the Trainer to get curves.",
+            )
+
+    def patterns(self, tags: Sequence[str]) -> list[str]:
+        """Regular expressions for tags, given as such without prefix."""
+        return [f"^{re.escape(self._prefix)}{tag}" for tag in tags]
+
+    def figure(self, trainer: "pl.Trainer", tag: str, figure: Figure) -> None:
+        """Show a figure in those loggers that can: TensorBoard and Weights & Biases."""
+        tag, step = f"{self._prefix}{tag}", trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(tag, figure, step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(tag, [figure], step=step)
+
+    def layout(self, trainer: "pl.Trainer", callback: "pl.Callback") -> None:
+        """Put curves that belong together on one chart of TensorBoard's tab "Custom scalars".
+
+        The layout is one for the whole run, so the first callback that has one logs those of all.
+
+        """
+        owners = [callback for callback in trainer.callbacks if hasattr(callback, "charts")]  # type: ignore[attr-defined]
+        if owners[0] is not callback or not trainer.is_global_zero:
+            return
+        charts: dict[str, dict[str, list[Any]]] = {}
+        for owner in owners:
+            for group, members in owner.charts().items():
+                charts.setdefault(group, {}).update(
+                    {name: ["Multiline", patterns] for name, patterns in members.items()}
+                )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(charts)
 
     @contextmanager
     def measurement(self, trainer: "pl.Trainer", group: str) -> Iterator[dict[str, float]]:
