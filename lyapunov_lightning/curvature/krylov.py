@@ -129,7 +129,7 @@ class KrylovBasis:
 
     def ritz(self, largest: int, smallest: int, tol: float) -> RitzPairs:
         """The wanted Ritz pairs."""
-        self._next_check = self.length + max(1, self.length // 8)
+        self._next_check = self.length + max(1, self.length // 16)
         values, vectors = self.eigh()
         growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
         bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)

@@ -169,10 +169,10 @@ class _Challenge:
     def is_due(self, ritz: RitzPairs, tol: float) -> bool:
         """Whether the pairs are good enough to be challenged.
 
-        A challenge cuts off the direction in which they could still be improved. The first one asks for a quarter of
+        A challenge cuts off the direction in which they could still be improved. The first one asks for half of
         the tolerance and each further one for half as much, so that all that they cut off stays below it.
         """
-        share = tol * 0.5 ** (self._number + 2)
+        share = tol * 0.5 ** (self._number + 1)
         needed = self._largest > 1 or self._smallest > 1
         good = ritz.growing <= (share * ritz.values.abs()).clamp_min(ritz.rounding)
         return needed and self._accepted is None and bool((ritz.converged & good).all())
