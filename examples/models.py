@@ -117,5 +117,28 @@ class LeNet(nn.Sequential):
         )
 
 
+class SimpleCNN(nn.Sequential):
+    """Four convolutions and two linear layers, for 32 x 32 images: appendix D of the sharpest-directions paper.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+        activation: ``"relu"`` as in the paper, ``"tanh"`` or ``"gelu"``.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, num_classes: int = 10, activation: Literal["tanh", "relu", "gelu"] = "relu"
+    ) -> None:
+        layers: list[nn.Module] = []
+        widths = [in_channels, 32, 32, 64, 64]
+        for index, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(width_in, width_out, 3, padding=1), _activation(activation)]
+            if index % 2:
+                layers.append(nn.MaxPool2d(2))
+        super().__init__(
+            *layers, nn.Flatten(), nn.Linear(4096, 128), _activation(activation), nn.Linear(128, num_classes)
+        )
+
+
 def _activation(name: str) -> nn.Module:
     return {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}[name]()

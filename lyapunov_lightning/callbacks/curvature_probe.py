@@ -17,10 +17,10 @@ from lyapunov_lightning.curvature.stability import Stability, is_known, learning
 from lyapunov_lightning.curvature.tracking import End, ExtremeTracker
 from lyapunov_lightning.training.batches import Data, ProbeData
 from lyapunov_lightning.training.gradients import OwnGradient
-from lyapunov_lightning.training.objective import Mode
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.sandbox import Mode
 from lyapunov_lightning.training.schedule import Schedule, Timetable
 from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subscription
 

@@ -21,10 +21,11 @@ from lyapunov_lightning.curvature.operator import HessianOperator, Method
 from lyapunov_lightning.curvature.tracking import ExtremeTracker
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
 from lyapunov_lightning.training.batches import Data, ProbeData
-from lyapunov_lightning.training.objective import Mode, trainable_parameters
+from lyapunov_lightning.training.objective import trainable_parameters
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.sandbox import Mode
 from lyapunov_lightning.training.schedule import Schedule, Timetable
 from lyapunov_lightning.training.series import SeriesFile, check_safetensors, save_vectors
 from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subscription
@@ -222,6 +223,7 @@ class SpectrumTracker(Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.subscription.start(trainer, pl_module)
+        self._every_step.start()
         parameters = trainable_parameters(pl_module)
         size = sum(parameter.numel() for parameter in parameters.values())
         if self._largest + self._smallest > size:

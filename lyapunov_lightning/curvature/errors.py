@@ -13,5 +13,17 @@ class NonFiniteCurvatureError(MeasurementError):
     """The loss, its gradient or a Hessian-vector product is NaN or infinite."""
 
 
+class PeerFailureError(MeasurementError):
+    """Other processes of a distributed measurement failed; they say why themselves.
+
+    Args:
+        num_processes: How many.
+
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        super().__init__(f"The measurement failed in {num_processes} other process(es); their log says why.")
+
+
 class CurvatureWarning(UserWarning):
     """The package tells the user about a measurement that is missing, degraded or to be read with care."""

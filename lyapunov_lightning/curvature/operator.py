@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
-from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, PeerFailureError
 from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.curvature.substitution import FunctionalLoss, SubstitutedLoss
 from lyapunov_lightning.curvature.vectors import FlatLayout, unique_tensors
@@ -240,7 +241,7 @@ class HessianOperator:
             finally:
                 failure = None  # or this frame and the traceback keep each other, and the graph, alive
         if failures:
-            raise MeasurementError(f"The measurement failed in {int(failures)} other process(es); their log says why.")
+            raise PeerFailureError(int(failures))
         if total_count == 0:
             raise MeasurementError("No process has a batch to measure the curvature on.")
         return buffer[:-2].div_(total_count)
@@ -282,7 +283,8 @@ class HessianOperator:
         if not active:  # a loss that is linear in the parameters
             return self._layout.zeros()
         outputs, cotangents = zip(*active, strict=True)
-        product = torch.autograd.grad(outputs, self._trainable, cotangents, retain_graph=kept, allow_unused=True)
+        with _without_hooks(self._trainable):
+            product = torch.autograd.grad(outputs, self._trainable, cotangents, retain_graph=kept, allow_unused=True)
         return self._layout.flatten(self._with_frozen(product))
 
     def _forward_over_reverse(self, index: int, vector: Tensor) -> Tensor:
@@ -341,7 +343,8 @@ class HessianOperator:
         trainable = [point for point in points if point.requires_grad]
         substituted = points is not self._parameters
         inputs = trainable + self._trainable if substituted else trainable
-        gradient = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+        with _without_hooks(self._trainable):
+            gradient = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
         if substituted and any(g is not None for g in gradient[len(trainable) :]):
             raise MeasurementError(
                 "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function"
@@ -403,8 +406,8 @@ class HessianOperator:
             return True
         if not self._auto:
             return False
-        self._method = "finite_difference"
         self._local_gradient(None)  # an error of the loss itself is not one of the second derivative
+        self._method = "finite_difference"
         warnings.warn(
             "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
             f" gradient, which blur the kinks of ReLU networks over a distance of {self._step:g}. PyTorch says:"
@@ -415,21 +418,53 @@ class HessianOperator:
         return True
 
 
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Keep hooks on the parameters' gradients, the user's own, from seeing and changing those of a measurement."""
+    kept = [(hooks, dict(hooks)) for hooks in (parameter._backward_hooks for parameter in parameters) if hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @contextmanager
 def _twice_differentiable(plain_rnn: bool) -> Iterator[None]:
-    """Choose kernels that have second derivatives: unfused attention and, where asked, unfused recurrent layers."""
+    """Choose operations with second derivatives that are right: unfused attention, weight norm, and RNNs if asked."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_UnfusedWeightNorm())
         if plain_rnn:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the next line warns of TF32 on Intel GPUs, whatever the device
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
+
+
+class _UnfusedWeightNorm(TorchFunctionMode):
+    """Weight normalisation from its parts: the fused one takes the norm for a constant in its second derivative."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Optional[Mapping[str, Any]] = None,
+    ) -> Any:
+        function = _weight_norm if func is torch._weight_norm else func
+        return function(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _checked_scalar(loss: object) -> Tensor:

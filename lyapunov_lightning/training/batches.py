@@ -48,9 +48,9 @@ class ProbeData:
     ) -> None:
         if data not in ("batch", "fixed"):
             raise ValueError(f"`data` should be 'batch' or 'fixed', got {data!r}.")
-        if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 1):
+        if num_batches is not None and (type(num_batches) is not int or num_batches < 1):
             raise ValueError(f"`num_batches` should be a positive int, got {num_batches}.")
-        if not 0 < fraction <= 1:
+        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ValueError(f"`fraction` should be in (0, 1], got {fraction}.")
         self._data = data
         self._num_batches = num_batches

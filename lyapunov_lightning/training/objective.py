@@ -1,35 +1,25 @@
 """The training loss of a LightningModule as a function of its parameters, without side effects.
 
-A replayed ``training_step`` does more than return a loss: it updates BatchNorm statistics and metrics, logs, appends to
-lists, draws random numbers. `TrainingObjective` runs it in a sandbox that takes all of that back: buffers and
-parameters are substituted, whatever the modules keep as attributes is put back, and logging goes nowhere. The random
-numbers are the operator's to keep.
+`TrainingObjective` replays the ``training_step`` on the bare module, with copies in the place of its buffers,
+parameters and batch, and in a sandbox that takes back what else it does. The random numbers are the operator's to keep.
 """
 
-import copy
 import inspect
-import sys
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple, Optional
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.training.sandbox import Mode, sandbox
 
 LossFn = Callable[["pl.LightningModule", Any], Any]
-Mode = Literal["train", "eval"]
-
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class ProbeBatch(NamedTuple):
@@ -52,8 +42,9 @@ class TrainingObjective:
     """The training loss, as `HessianOperator` wants it: of a batch, at the module's parameters or at other values.
 
     The loss is, in this order, `loss_fn` if given, the module's own method ``curvature_loss(batch)`` if it has one, and
-    what ``training_step`` returns. It is the raw loss: not divided by ``accumulate_grad_batches`` and not scaled for
-    half precision; the precision plugin's context is entered as in training.
+    what ``training_step`` returns; the first two should not write to parameters. It is the raw loss: not divided by
+    ``accumulate_grad_batches`` and not scaled for half precision; the precision plugin's context is entered as in
+    training.
 
     Args:
         trainer: The trainer that fits the module.
@@ -77,6 +68,7 @@ class TrainingObjective:
         self._pl_module = pl_module
         self._mode = mode
         self._loss_fn = loss_fn
+        self._is_step = loss_fn is None and not hasattr(pl_module, "curvature_loss")
         named = trainable_parameters(pl_module)
         if names is not None:
             named = {name: parameter for name, parameter in named.items() if name in names}
@@ -93,22 +85,23 @@ class TrainingObjective:
 
     def _evaluate(self, substitutes: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
         replay = _Replay(self._pl_module, lambda: self._loss(batch))
-        buffers = {name: buffer.clone() for name, buffer in replay.named_buffers()}
-        with _sandbox(self._trainer, self._pl_module, self._mode), self._trainer.precision_plugin.train_step_context():
-            output = torch.func.functional_call(replay, {**buffers, **substitutes}, ())
+        # A step may write to parameters too, such as those of a target network; a loss of the user's may not.
+        written = [replay.named_buffers(), replay.named_parameters() if self._is_step else ()]
+        copies = {name: t.clone() for tensors in written for name, t in tensors if name not in substitutes}
+        with sandbox(self._trainer, self._pl_module, self._mode), self._trainer.precision_plugin.train_step_context():
+            output = torch.func.functional_call(replay, {**copies, **substitutes}, ())
         return _loss_of(output)
 
     def _loss(self, probe: ProbeBatch) -> Any:
-        module, batch = self._pl_module, probe.batch
+        module, batch = self._pl_module, apply_to_collection(probe.batch, Tensor, torch.clone)
         if not probe.is_transferred:
             batch = self._trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         if self._loss_fn is not None:
             return self._loss_fn(module, batch)
-        own = getattr(module, "curvature_loss", None)
-        if own is not None:
-            return own(batch)
+        if not self._is_step:
+            return module.curvature_loss(batch)  # type: ignore[operator]
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             return module.training_step(batch, probe.batch_idx)
         return module.training_step(batch)
@@ -199,80 +192,3 @@ class _Replay(nn.Module):
 
     def forward(self) -> Any:
         return self._function()
-
-
-@contextmanager
-def _sandbox(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mode: Mode) -> Iterator[None]:
-    """Everything that a step does to its modules and loggers is taken back, also on an exception."""
-    modules = list(_all_modules(pl_module))
-    kept = [(vars(module), _Attributes(vars(module))) for module in modules]
-    loggers = trainer.loggers
-    with ExitStack() as stack:
-        try:
-            trainer.loggers = [DummyLogger() for _ in loggers]
-            for module in modules:
-                _isolate(module)
-                if mode == "eval":
-                    module.training = False
-            if "torch._dynamo" in sys.modules:  # something may be compiled, and compiled code has one derivative only
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
-        finally:
-            trainer.loggers = loggers
-            for attributes, before in kept:
-                before.restore(attributes)
-
-
-def _all_modules(pl_module: "pl.LightningModule") -> Iterator[nn.Module]:
-    """The module, its submodules, and modules (metrics, most often) in its plain containers."""
-    seen: set[int] = set()
-    stack: list[nn.Module] = list(pl_module.modules())
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        for name, value in vars(module).items():
-            if name not in _REGISTRIES and type(value) in _CONTAINERS:
-                items = value.values() if isinstance(value, dict) else value
-                stack.extend(inner for item in items if isinstance(item, nn.Module) for inner in item.modules())
-
-
-def _isolate(module: nn.Module) -> None:
-    """Make what the module does to the outside go nowhere."""
-    attributes = vars(module)
-    if isinstance(module, pl.LightningModule):
-        attributes.update(log=_ignore, log_dict=_ignore, print=_ignore)
-    if isinstance(module, Metric):
-        attributes["dist_sync_on_step"] = False  # a collective that processes with fewer batches would not join
-    for name, value in attributes.items():
-        if isinstance(value, Tensor) and not value.requires_grad:
-            attributes[name] = value.clone()  # such as a metric's state, which is updated in place
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-class _Attributes:
-    """The attributes of a module as they were, the contents of its containers among them."""
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self._values = dict(attributes)
-        self._contents = [
-            (value, copy.copy(value))
-            for name, value in attributes.items()
-            if name not in _REGISTRIES and type(value) in _CONTAINERS
-        ]
-
-    def restore(self, attributes: dict[str, Any]) -> None:
-        for added in attributes.keys() - self._values.keys():
-            del attributes[added]
-        attributes.update(self._values)
-        for container, content in self._contents:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                getattr(container, "extend" if isinstance(container, deque) else "update")(content)

@@ -6,17 +6,17 @@ from typing import Any, Optional
 import lightning.pytorch as pl
 import torch
 
-from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.errors import PeerFailureError
 from lyapunov_lightning.curvature.operator import HessianOperator, Method
 from lyapunov_lightning.training.batches import ProbeData
 from lyapunov_lightning.training.distributed import sum_over_processes
 from lyapunov_lightning.training.objective import (
     LossFn,
-    Mode,
     TrainingObjective,
     check_objective,
     check_parameters,
 )
+from lyapunov_lightning.training.sandbox import Mode
 
 
 class CurvatureProblem:
@@ -64,7 +64,12 @@ class CurvatureProblem:
         check_objective(self._owner, trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn)
 
     def check_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Refuse what can be told once model and data are there; for the hook ``on_train_start``."""
+        """Refuse what can be told once model and data are there; for the hook ``on_train_start``.
+
+        The module is looked at again, since Lightning may have converted its layers since ``setup``.
+
+        """
+        check_objective(self._owner, trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn)
         check_parameters(self._owner, pl_module)
         self._data.check(self._owner, trainer)
 
@@ -90,7 +95,7 @@ class CurvatureProblem:
             names: The parameters whose diagonal block of the Hessian is meant; all trainable ones if None.
 
         Raises:
-            MeasurementError: If one of the processes cannot build its part.
+            PeerFailureError: If another process cannot build its part; what was wrong in this one is raised as it is.
 
         """
         reduce = sum_over_processes(trainer)
@@ -111,7 +116,7 @@ class CurvatureProblem:
             reduce(flags)
             failures, missing = flags.tolist()
             if failure is None and failures:
-                raise MeasurementError(f"The measurement failed in {int(failures)} other process(es).")
+                raise PeerFailureError(int(failures))
             if missing:
                 operator = None
         if failure is not None:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from matplotlib.figure import Figure
 
-from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
 from lyapunov_lightning.curvature.linear import LinearOperator
 
 _PATIENCE = 2.0
@@ -120,6 +120,7 @@ class Recorder:
                 type(error).__name__,
                 f"the measurement at step {trainer.global_step} failed, and training goes on without it."
                 f" {type(error).__name__} at {place.filename}:{place.lineno}: {error}",
+                everywhere=not isinstance(error, PeerFailureError),
             )
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()  # the training needs what the measurement took
@@ -127,11 +128,12 @@ class Recorder:
             scalars[f"{group}/seconds"] = _clock(device) - started
             self.log(trainer, scalars)
 
-    def warn_once(self, kind: str, message: str) -> None:
-        """Warn the user, the first time for each kind of cause, on the first process."""
+    def warn_once(self, kind: str, message: str, *, everywhere: bool = False) -> None:
+        """Warn the user, the first time for each kind of cause: on the first process, or on every one that says so."""
         if kind not in self._warned:
             self._warned.add(kind)
-            _warn(f"`{self._owner}`: {message}")
+            warn = _warn if everywhere else rank_zero_only(_warn)
+            warn(f"`{self._owner}`: {message}")
 
 
 def _clock(device: torch.device) -> float:
@@ -141,7 +143,6 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@rank_zero_only
 def _warn(message: str) -> None:
     warnings.warn(message, CurvatureWarning, stacklevel=4)
 
@@ -189,15 +190,28 @@ def progress(trainer: "pl.Trainer", description: str) -> Iterator[Callable[[], N
         nonlocal bar, count
         count += 1
         if bar is None and time.perf_counter() - started > _PATIENCE:
-            bar = _open_bar(trainer, description)
+            bar = _Bar()
+            with _drawing():
+                bar = _open_bar(trainer, description)
         if bar is not None:
-            bar.show(count)
+            with _drawing():
+                bar.show(count)
 
     try:
         yield report
     finally:
         if bar is not None:
-            bar.close()
+            with _drawing():
+                bar.close()
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """A bar that cannot be drawn is told of, and does not end what it was to show: in other processes that goes on."""
+    try:
+        yield
+    except Exception as error:
+        _warn(f"The progress bar of a measurement cannot be drawn: {type(error).__name__}: {error}")
 
 
 class _Bar:

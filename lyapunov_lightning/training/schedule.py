@@ -61,9 +61,14 @@ class Timetable:
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        self._restored_step: Optional[int] = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin a run: nothing has been measured yet, except before the checkpoint that it goes on from."""
         self._batch: Optional[tuple[int, int]] = None
         self._batch_is_due = False
-        self._last_step: Optional[int] = None
+        self._last_step, self._restored_step = self._restored_step, None
         self._first_step: Optional[int] = None
         self._next_step = 0
         self._started = 0.0
@@ -95,7 +100,7 @@ class Timetable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._last_step = state["last_step"]
+        self._last_step = self._restored_step = state["last_step"]
 
     def _fits(self, trainer: "pl.Trainer", batch_idx: int) -> bool:
         rules, step = self._schedule, trainer.global_step

@@ -129,6 +129,7 @@ class Subscription:
     def start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Check the problem, and drop what an interrupted run has left; for the hook ``on_train_start``."""
         self._measurement = None
+        self.timetable.start()
         self.problem.check_start(trainer, pl_module)
 
     def take(

@@ -31,7 +31,7 @@ _NOT_STATE = re.compile(r"_trainer|_fabric|_jit|_compiler_ctx|_parameters|_buffe
 """Attributes of modules that are the frameworks' own, or are compared elsewhere."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Outcome:
     """All that a run leaves behind. Only what `measured` holds may depend on the callbacks."""
 
@@ -64,7 +64,7 @@ def train(
     *,
     module: Callable[[], pl.LightningModule] = BusyModule,
     dataset: Callable[[], Any] = AugmentedClusters,
-    batch_size: int = 11,
+    batch_size: int = 9,
     steps: int = 52,
     accumulate: int = 1,
     precision: str = "32-true",
@@ -131,12 +131,16 @@ def train(
 
 
 def assert_identical(expected: Outcome, actual: Outcome) -> None:
-    """Fail, naming the first differences, unless both runs were the same in everything but what callbacks measured."""
-    differences: list[str] = []
+    """Fail, naming the first difference of each kind, unless both runs were the same but for what was measured."""
+    __tracebackhide__ = True
+    lines: list[str] = []
     for field in dataclasses.fields(Outcome):
         if field.name != "measured":
+            differences: list[str] = []
             _compare(field.name, getattr(expected, field.name), getattr(actual, field.name), differences)
-    assert not differences, "\n".join(["The callback changed the run:", *differences[:12]])
+            more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
+            lines += [f"{first}{more}" for first in differences[:1]]
+    assert not lines, "\n".join(["The callback changed the run:", *lines])
 
 
 class _Witness(Callback):
@@ -192,7 +196,7 @@ def _plain(value: Any, root: str = "") -> Any:
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, Mapping):
-        return {key: _plain(inner, root) for key, inner in value.items()}
+        return {_plain(key, root): _plain(inner, root) for key, inner in value.items()}
     if isinstance(value, (list, tuple, deque)):
         return [_plain(inner, root) for inner in value]
     if isinstance(value, nn.Module):
@@ -216,4 +220,8 @@ def _compare(path: str, expected: Any, actual: Any, differences: list[str]) -> N
         for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
             _compare(f"{path}[{index}]", one, other, differences)
     elif expected != actual:
-        differences.append(f"{path}: {str(expected)[:100]} without, {str(actual)[:100]} with the callback")
+        differences.append(f"{path}: {_brief(expected)} without, {_brief(actual)} with the callback")
+
+
+def _brief(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 100 else f"{repr(value)[:60]}..."

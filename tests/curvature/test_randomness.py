@@ -1,0 +1,92 @@
+"""The global generators: kept, put back and replayed."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
+from tests.curvature.helpers import rng_state
+
+
+def draws() -> list[float]:
+    """One number of each generator; torch's normal and NumPy's integers use more than one word of theirs."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.standard_normal()),
+        float(torch.rand(())),
+        float(torch.randn(())),
+    ]
+
+
+def test_a_block_leaves_no_trace_in_any_generator() -> None:
+    before = rng_state()
+    with preserved_randomness():
+        draws()
+        assert rng_state() != before
+    assert rng_state() == before
+
+
+def test_a_block_that_raises_leaves_no_trace_either() -> None:
+    before = rng_state()
+
+    @preserved_randomness()
+    def block() -> None:
+        draws()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        block()
+    assert rng_state() == before
+
+
+def test_seeding_within_a_block_leaves_no_trace() -> None:
+    before = rng_state()
+    with preserved_randomness():
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+    assert rng_state() == before
+
+
+def test_a_block_draws_what_the_run_would_have_drawn() -> None:
+    with preserved_randomness():
+        first = draws()
+    assert draws() == first
+
+
+def test_a_block_starts_from_the_given_state() -> None:
+    state = RandomState.capture()
+    first = draws()
+    before = rng_state()
+    assert draws() != first
+    for _ in range(2):
+        with preserved_randomness(state):
+            assert draws() == first
+    state.restore()
+    assert draws() == first
+    assert rng_state() == before
+
+
+def test_a_captured_state_does_not_move_on_with_the_generators() -> None:
+    state = RandomState.capture()
+    first = draws()
+    for _ in range(1000):  # NumPy's and PyTorch's 624 words are drawn anew in between
+        draws()
+    state.restore()
+    assert draws() == first
+
+
+def test_blocks_nest() -> None:
+    before = rng_state()
+    state = RandomState.capture()
+    with preserved_randomness(state):
+        first = draws()
+        inner = rng_state()
+        with preserved_randomness(state):
+            assert draws() == first
+        assert rng_state() == inner
+    assert rng_state() == before

@@ -1,0 +1,300 @@
+"""Two real processes measure what one would measure on all the data, take every branch together, and never hang."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lyapunov_lightning.curvature import HessianOperator
+from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
+from lyapunov_lightning.curvature.tracking import ExtremeTracker
+from lyapunov_lightning.training.batches import ProbeData
+from lyapunov_lightning.training.distributed import sum_over_processes
+from tests.training import distributed_runs as runs
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240
+"""Seconds for all checks together, after which the processes are taken to hang."""
+
+Outcomes = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What both processes returned from a check, which is a reason to fail where one of them did not."""
+    directory = tmp_path_factory.mktemp("distributed")
+    processes = []
+    for rank in range(runs.WORLD_SIZE):
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "SLURM"))},
+            **{"LOCAL_RANK": str(rank), "NODE_RANK": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        }
+        command = [sys.executable, "-m", "tests.training.distributed_runs", str(directory), str(rank)]
+        with open(directory / f"{rank}.log", "w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        for process in processes:
+            process.wait(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        pass  # the missing outcomes tell
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+    def load(name: str) -> list[Any]:
+        loaded = []
+        for rank in range(runs.WORLD_SIZE):
+            path = directory / f"{name}-{rank}.pt"
+            if not path.exists():
+                pytest.fail(f"process {rank} hung or died:\n{(directory / f'{rank}.log').read_text()[-3000:]}")
+            loaded.append(torch.load(path, weights_only=False))
+        failures = [f"process {rank}:\n{o.trace}" for rank, o in enumerate(loaded) if isinstance(o, runs.Failure)]
+        if failures:
+            pytest.fail("\n".join(failures))
+        return loaded
+
+    return load
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equality of nested structures, bit by bit in their tensors and with NaN equal to itself."""
+    if isinstance(first, Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second or (first != first and second != second)
+
+
+# The operator alone.
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize("dtype", runs.DTYPES)
+@pytest.mark.parametrize("kind", runs.SHARDS)
+def test_operator_on_shards_is_that_of_their_union(outcomes, kind, dtype, method):
+    first = outcomes("operator")[0][kind, dtype, method]
+    batches = [batch for shard in runs.shards(kind, torch.float64) for batch in shard]
+    union = tuple(map(torch.cat, zip(*batches, strict=True)))  # one batch, so that no weights come in
+    exact = runs.measured([union], torch.float64, "double_backward", None)
+    rtol = {"float64": 1e-11, "float32": 1e-5}[dtype]
+    for name in first:
+        expected = exact[name]
+        if method == "finite_difference" and "product" in name:
+            rtol = {"float64": 1e-7, "float32": 5e-2}[dtype]  # smoothed over the step of this dtype
+        assert (first[name].double() - expected).norm() <= rtol * expected.norm(), name
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize("dtype", runs.DTYPES)
+@pytest.mark.parametrize("kind", runs.SHARDS)
+def test_operator_on_shards_is_the_same_bit_by_bit_in_both_processes(outcomes, kind, dtype, method):
+    first, second = (outcome[kind, dtype, method] for outcome in outcomes("operator"))
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("dtype", runs.DTYPES)
+def test_finite_differences_on_shards_are_those_on_their_union(outcomes, dtype):
+    batches = [batch for shard in runs.shards("unequal", runs.DTYPES[dtype]) for batch in shard]
+    expected = runs.measured(batches, runs.DTYPES[dtype], "finite_difference", None)["product"]
+    product = outcomes("operator")[0]["unequal", dtype, "finite_difference"]["product"]
+    assert (product - expected).norm() <= {"float64": 1e-8, "float32": 1e-5}[dtype] * expected.norm()
+
+
+def test_a_product_is_one_flat_collective(outcomes):
+    size = sum(parameter.numel() for parameter in runs.small_network(torch.float64).parameters())
+    for found in outcomes("collectives"):
+        products = found.pop("lanczos products")
+        assert len(found.pop("lanczos")) == len(products) > 0
+        for what, calls in found.items():
+            assert [name for name, _ in calls] == ["all_reduce"], what
+            assert size <= calls[0][1] <= size + 8, what
+
+
+def test_a_single_process_has_no_collectives():
+    assert sum_over_processes(SimpleNamespace(world_size=1)) is None
+
+
+@pytest.mark.parametrize("what", ["matvec", "gradient", "value"])
+@pytest.mark.parametrize("fault", runs.FAULTS)
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_a_failing_process_keeps_its_error_and_the_other_learns_of_it(outcomes, method, fault, what):
+    (other, after_other), (own, after_own) = (outcome[method, fault, what] for outcome in outcomes("failing_loss"))
+    assert re.match("PeerFailureError: .*1 other process", other)
+    assert re.match(
+        "PlannedError: planned" if fault not in ("not-a-scalar", "not-a-tensor") else "MeasurementError", own
+    )
+    assert "other process" not in own
+    assert torch.equal(after_other, after_own)  # both are in step again
+    assert after_own.isfinite().all()
+    assert after_own.any()
+
+
+def test_without_a_batch_anywhere_every_process_is_told(outcomes):
+    assert all(re.match("MeasurementError: No process has a batch", told) for told in outcomes("no_batches"))
+
+
+# The probe in a training.
+
+
+def dense_hessian(parameters: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    module = runs.Smooth().double()
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    inputs, targets = (tensor.double() for tensor in batch)
+
+    def loss(flat: Tensor) -> Tensor:
+        pieces = flat.split([math.prod(shape) for shape in shapes.values()])
+        values = {name.removeprefix("net."): p.view(s) for (name, s), p in zip(shapes.items(), pieces, strict=True)}
+        return nn.functional.mse_loss(torch.func.functional_call(module.net, values, (inputs,)), targets)
+
+    return torch.func.hessian(loss)(parameters.double())
+
+
+def union_of(batches: list[Any]) -> tuple[Tensor, ...]:
+    return tuple(map(torch.cat, zip(*batches, strict=True)))
+
+
+@pytest.mark.parametrize("estimator", ["lanczos", "power", "lyapunov"])
+def test_probe_is_identical_in_both_processes(outcomes, estimator):
+    first, second = (outcome[estimator] for outcome in outcomes("probe_on_the_step"))
+    assert len(first["logged"]) == 3
+    assert same(first["logged"], second["logged"])
+    assert same(first["state"], second["state"])
+    assert same(first["parameters"], second["parameters"])
+    assert [len(x) for x, _ in first["batches"] + second["batches"]] == [5] * 6 + [3] * 6
+
+
+def test_probe_on_the_step_sees_the_batches_of_both_processes(outcomes):
+    first, second = (outcome["lanczos"] for outcome in outcomes("probe_on_the_step"))
+    for step, logged in first["logged"]:
+        batch = union_of([first["batches"][step], second["batches"][step]])
+        values = torch.linalg.eigvalsh(dense_hessian(first["parameters"][step], batch))
+        assert logged["curvature/converged"] == 1
+        assert logged["curvature/lambda_max"] == pytest.approx(float(values[-1]), rel=1e-9)
+        assert logged["curvature/lambda_min"] == pytest.approx(float(values[0]), rel=1e-9)
+
+
+def single_process(first: Any, second: Any) -> Iterator[tuple[dict[str, float], HessianOperator]]:
+    """What was logged, beside the operator of one process that has the batches of both."""
+    module = runs.Smooth().double()
+    for step, logged in first["logged"]:
+        nn.utils.vector_to_parameters(first["parameters"][step], module.parameters())
+        batch = union_of([first["batches"][step], second["batches"][step]])
+        method = "finite_difference" if "curvature/lyapunov_exponent" in logged else "auto"
+        yield logged, HessianOperator(module.loss, module.net.parameters(), [batch], method=method)
+
+
+def test_power_iteration_is_that_on_the_batches_of_both_processes(outcomes):
+    tracker = ExtremeTracker("power", "both", tol=1e-4, seed=0)
+    for logged, operator in single_process(*(outcome["power"] for outcome in outcomes("probe_on_the_step"))):
+        pairs = tracker.measure(operator)
+        assert logged["curvature/lambda_max"] == pytest.approx(float(pairs.largest), rel=1e-8)
+        assert logged["curvature/lambda_min"] == pytest.approx(float(pairs.smallest), rel=1e-8)
+
+
+def test_lyapunov_iteration_is_that_on_the_batches_of_both_processes(outcomes):
+    iteration = LyapunovIteration(map="ascent", delta_q=5e-2, seed=0)
+    for logged, operator in single_process(*(outcome["lyapunov"] for outcome in outcomes("probe_on_the_step"))):
+        estimate = iteration.step(operator.gradient, operator.gradient())
+        assert logged["curvature/lyapunov_exponent"] == pytest.approx(estimate.exponent, rel=1e-8)
+        assert logged["curvature/lambda_max"] == pytest.approx(estimate.eigenvalue, rel=1e-8)
+
+
+@pytest.mark.parametrize("share", runs.FRACTIONS)
+def test_probe_on_fixed_data_sees_the_samples_that_one_process_would_draw(outcomes, share):
+    first, second = (outcome[share] for outcome in outcomes("probe_on_fixed_data"))
+    loader = torch.utils.data.DataLoader(runs.regression(runs.FIXED_SAMPLES), runs.FIXED_BATCH)
+    alone = SimpleNamespace(train_dataloader=loader, global_rank=0, world_size=1)
+    probes = ProbeData("fixed", fraction=runs.FRACTIONS[share], seed=5).batches(alone, None, 0)
+    batch = union_of([probe.batch for probe in probes])
+    assert len(batch[0]) == {"uneven": 7, "one-sample": 1, "all": 21}[share]
+    assert same(first["logged"], second["logged"])
+    assert [step for step, _ in first["logged"]] == [0, 3]
+    for step, logged in first["logged"]:
+        values = torch.linalg.eigvalsh(dense_hessian(first["parameters"][step], batch))
+        assert logged["curvature/converged"] == 1
+        assert logged["curvature/lambda_max"] == pytest.approx(float(values[-1]), rel=1e-9)
+        assert logged["curvature/lambda_min"] == pytest.approx(float(values[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("what", "failing_step"), [("loss of lanczos", 2), ("loss of power", 2), ("loss of lyapunov", 2), ("data", 0)]
+)
+def test_training_goes_on_in_both_processes_when_one_cannot_measure(outcomes, what, failing_step):
+    for outcome in outcomes("failing_probe"):
+        assert outcome[what]["steps"] == 6
+        assert torch.equal(outcome[what]["parameters"], outcome["without probe"]["parameters"])
+        converged = outcome[what]["converged"]
+        assert len(converged) == 6
+        assert converged[failing_step] == 0
+        if what != "loss of lyapunov":  # whose single iteration need not have met the tolerance
+            assert converged.count(1.0) == 5
+
+
+@pytest.mark.parametrize("what", ["loss of lanczos", "loss of power", "loss of lyapunov", "data"])
+def test_users_are_told_once_where_and_why_a_measurement_failed(outcomes, what):
+    first, second = (outcome[what]["warned"] for outcome in outcomes("failing_probe"))
+    assert len(first) == 1
+    assert re.search("PeerFailureError.*other process", first[0])
+    assert len(second) == 1, "the process that failed says nothing, and no other process knows why"
+    assert re.search("PlannedError.*planned", second[0])
+
+
+@pytest.mark.parametrize("settings", runs.IDENTITY)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "parameters",
+        "gradients",
+        "buffers",
+        "optimizer",
+        "logged",
+        "callback metrics",
+        "metrics",
+        "attributes",
+        "generators",
+        "steps",
+    ],
+)
+def test_training_of_two_processes_is_bit_identical_with_and_without_probes(outcomes, settings, part):
+    for outcome in outcomes("identity"):
+        found = outcome[settings]
+        assert found["with"]["measurements"] > 50
+        assert found["without"]["measurements"] == 0
+        assert found["with"]["steps"] == runs.IDENTITY_STEPS
+        assert same(found["without"][part], found["with"][part])
+
+
+def test_bit_identity_is_of_a_training_that_did_something(outcomes):
+    first, second = (outcome["fp32"]["without"] for outcome in outcomes("identity"))
+    assert len(first["logged"]) >= runs.IDENTITY_STEPS
+    assert not same(first["attributes"], second["attributes"])  # the processes saw different data
+    assert same(first["parameters"], second["parameters"])
+    losses = torch.stack(first["attributes"][0])
+    assert losses[-10:].mean() < losses[:10].mean()
+
+
+def test_share_of_the_time_is_decided_by_the_first_process_for_both(outcomes):
+    first, second = outcomes("share_of_the_time")
+    assert first == second
+    assert first["only-first-can-afford-all"] == list(range(60))
+    assert first["only-second-can-afford-all"] == [0]
+    some = first["first-can-afford-some"]
+    assert some[0] == 0
+    assert 2 <= len(some) <= 30
+
+
+def test_batchnorm_that_is_to_be_synchronised_is_refused_before_training(outcomes):
+    for told in outcomes("synchronised_batchnorm"):
+        assert re.match(r"MisconfigurationException: `CurvatureProbe`.*SyncBatchNorm", told)
