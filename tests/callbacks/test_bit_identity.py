@@ -188,15 +188,22 @@ class NestedContainers(WithState):
         return len(self.outputs["loss"]) + self.table[0][1]
 
 
-class TensorInContainer(WithState):
+class TensorInDict(WithState):
     def prepare(self) -> None:
         self.averages = {"loss": torch.zeros(())}
-        self.pair = (torch.zeros(()), torch.zeros(()))
 
     def act(self, loss: Tensor, batch: Any) -> Any:
         self.averages["loss"].mul_(0.9).add_(loss.cpu(), alpha=0.1)
-        self.pair[1].add_(1)
-        return self.averages["loss"] + self.pair[1]
+        return self.averages["loss"]
+
+
+class TensorInTuple(WithState):
+    def prepare(self) -> None:
+        self.sums = (torch.zeros(()), torch.zeros(()))
+
+    def act(self, loss: Tensor, batch: Any) -> Any:
+        self.sums[1].add_(1)
+        return self.sums[1]
 
 
 @dataclass
@@ -342,7 +349,8 @@ class OwnLoggers(WithState):
     [
         FlatContainers,
         NestedContainers,
-        TensorInContainer,
+        TensorInDict,
+        TensorInTuple,
         PlainObject,
         NumpyArray,
         OwnTorchGenerator,

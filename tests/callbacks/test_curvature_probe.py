@@ -20,6 +20,16 @@ from lyapunov_lightning import CurvatureProbe
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
+
+def name_of(value: object) -> str:
+    """The name of a parameter in a test's id: the same in every process, which a set's or a function's repr is not."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={name_of(entry)}" for key, entry in value.items()) or "default"
+    if isinstance(value, (set, frozenset)):
+        return "+".join(sorted(map(str, value)))
+    return getattr(value, "__name__", str(value))
+
+
 Fit = Callable[..., pl.Trainer]
 
 
@@ -126,7 +136,7 @@ def sgd(**options: Any) -> Callable[[Any], torch.optim.Optimizer]:
         {"method": "finite_difference"},
         {"estimator": "power", "tol": 1e-4},
     ],
-    ids=lambda probe: ",".join(map(str, probe.values())),
+    ids=name_of,
 )
 def test_both_ends_are_those_of_the_dense_hessian_at_each_step(
     fit: Fit, probe: dict[str, Any], accumulate: int
@@ -281,7 +291,7 @@ BOTTOM = {"lambda_min", "residual", "converged", "matvecs", "seconds"}
             ALWAYS | {"lyapunov_exponent", "lambda_min", "residual_min", "lyapunov_exponent_sgd", "paper_lambda_min"},
         ),
     ],
-    ids=str,
+    ids=name_of,
 )
 @pytest.mark.parametrize("prefix", [None, "mine"])
 def test_exactly_the_documented_tags_are_logged(fit: Fit, probe: dict[str, Any], tags: set[str], prefix: Any) -> None:
@@ -349,7 +359,7 @@ class Warmup(SmallRegressor):
 
 
 @pytest.mark.parametrize(
-    "probe", [{}, {"estimator": "lyapunov", "end": "both"}, {"estimator": "lyapunov", "end": "smallest"}], ids=str
+    "probe", [{}, {"estimator": "lyapunov", "end": "both"}, {"estimator": "lyapunov", "end": "smallest"}], ids=name_of
 )
 def test_warmup_from_a_learning_rate_of_zero_is_no_failure(fit: Fit, probe: dict[str, Any]) -> None:
     logger = fit(Warmup(), CurvatureProbe(1, **probe), max_steps=4).logger
@@ -444,9 +454,9 @@ class Counted(SmallRegressor):
         ({"end": "both"}, 3, 2),
         ({"data": "fixed", "num_batches": 1}, 2, 2),
     ],
-    ids=str,
+    ids=name_of,
 )
-@pytest.mark.parametrize("module", [{}, {"dropout": 0.3}, {"optimizer": sgd(momentum=0.9)}], ids=str)
+@pytest.mark.parametrize("module", [{}, {"dropout": 0.3}, {"optimizer": sgd(momentum=0.9)}], ids=name_of)
 def test_lyapunov_reuses_the_gradient_of_the_step(
     fit: Fit, options: dict[str, Any], first: int, later: int, module: dict[str, Any]
 ) -> None:
@@ -691,7 +701,7 @@ class ReferenceOnSamples(Callback):
 @pytest.mark.parametrize(
     ("options", "num_samples"),
     [({"num_batches": 2}, 16), ({"num_batches": 99}, 48), ({"fraction": 1.0}, 48), ({"fraction": 0.4}, 20), ({}, 3)],
-    ids=str,
+    ids=name_of,
 )
 def test_fixed_data_are_the_same_samples_throughout(
     fit: Fit, options: dict[str, Any], num_samples: int, accumulate: int
@@ -741,7 +751,7 @@ class WithBatchNorm(SmallRegressor):
         self.net.insert(1, nn.BatchNorm1d(4).double())
 
 
-@pytest.mark.parametrize("options", [{"fraction": 9 / 48}, {"fraction": 17 / 48}], ids=str)
+@pytest.mark.parametrize("options", [{"fraction": 9 / 48}, {"fraction": 17 / 48}], ids=name_of)
 def test_fixed_data_never_leave_a_batch_of_one_to_batch_norm(fit: Fit, options: dict[str, Any]) -> None:
     logger = fit(WithBatchNorm(), CurvatureProbe(4, data="fixed", **options)).logger
     assert list(logger.curve("curvature/lambda_max")) == [0, 4, 8]
@@ -859,7 +869,7 @@ IN_AN_EPOCH = DataLoader(ConcatDataset([Subset(regression_data(), range(8))] * 6
         {"every_n_steps": 3, "estimator": "lyapunov", "end": "both", "iterations": 2},
         {"every_n_steps": 2, "data": "fixed", "fraction": 0.5},
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_resumed_run_logs_the_same_bits(
     fit: Fit, tmp_path: Path, options: dict[str, Any], at: int, loader: DataLoader
