@@ -17,6 +17,9 @@ from lyapunov_lightning.curvature.linear import LinearOperator
 _BLOCK = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
 
+_NEGLIGIBLE = 1e-8
+"""Residual, relative to the operator's norm, below which a pair counts as converged whatever its value: its eigenvalue is then at the rounding error of double precision."""
+
 
 @dataclass(frozen=True)
 class RitzPairs:
@@ -28,7 +31,7 @@ class RitzPairs:
         residuals: Bounds on the residuals.
         growing: The part of these that further products can reduce: all but what was cut off.
         converged: Which of them meet the tolerance.
-        rounding: What the rounding of a product may amount to.
+        negligible: Residual below which a pair counts as converged whatever its value.
         next_largest: Upper bound on the largest Ritz value that is not wanted, its residual included.
         next_smallest: Lower bound on the smallest Ritz value that is not wanted, its residual included.
 
@@ -39,7 +42,7 @@ class RitzPairs:
     residuals: Tensor
     growing: Tensor
     converged: Tensor
-    rounding: float
+    negligible: float
     next_largest: float
     next_smallest: float
 
@@ -135,14 +138,16 @@ class KrylovBasis:
         bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)
         wanted = both_ends(self.length, largest, smallest)
         below, above = smallest, self.length - largest
-        tolerance = (tol * values[wanted].abs()).clamp_min(self.rounding * (1 + len(self._leaks)))
+        # An eigenvalue that is zero beside the norm has no digits to be relative to.
+        negligible = max(2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE, tol / 100) * self._norm)
+        tolerance = (tol * values[wanted].abs()).clamp_min(negligible)
         return RitzPairs(
             values=values[wanted],
             coefficients=vectors[:, wanted],
             residuals=bounds[wanted],
             growing=growing[wanted],
             converged=bounds[wanted] <= tolerance,
-            rounding=self.rounding,
+            negligible=negligible,
             next_largest=float((values + bounds)[above - 1]) if below < above else -float("inf"),
             next_smallest=float((values - bounds)[below]) if below < above else float("inf"),
         )

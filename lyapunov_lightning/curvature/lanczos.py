@@ -5,9 +5,9 @@ nearest to both ends of the spectrum and grows on from there (K. Wu and H. Simon
 large symmetric eigenvalue problems", SIAM J. Matrix Anal. Appl. 22, 2000).
 
 The Krylov space of one vector holds one direction of each eigenspace, so a repeated eigenvalue looks like a simple one
-to it. When more than one eigenvalue of an end is wanted, the accepted ones are therefore *challenged*: they are kept,
-the rest of the basis is given up for a fresh random vector, and the copies that were missed come out of its Krylov
-space.
+to it. When more than one eigenvalue of an end is wanted, the accepted ones are therefore *challenged*: the direction in
+which the basis grows is given up for a fresh random one, and the copies that were missed come out of its Krylov space.
+A small operator's basis may span the whole space, and then does.
 """
 
 from typing import Optional
@@ -22,11 +22,14 @@ from lyapunov_lightning.curvature.linear import LinearOperator
 _START_NOISE = 0.1
 """Norm of the random part of a warm start, relative to the given vector."""
 
-_SMALL = 128
+_SMALL = 160
 """Operators up to this size get a basis that may span the whole space: the result is exact."""
 
 _MIN_CHALLENGE = 8
 """Products that a challenge spends at least before it lets the eigenvalues stand."""
+
+_MAX_CHALLENGE = 32
+"""Products that it spends at most while something may still come up, such as where the bulk of the spectrum begins."""
 
 
 def lanczos(
@@ -42,8 +45,8 @@ def lanczos(
 ) -> Eigenpairs:
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors and residuals.
 
-    A pair ``(θ, v)`` has converged when ``‖Av − θv‖ <= tol·|θ|``, or when the residual is down at the rounding error of
-    the products. The residual is a true error bound: an eigenvalue lies within it of ``θ``, and by the symmetry of
+    A pair ``(θ, v)`` has converged when ``‖Av − θv‖ <= tol·|θ|``, or when the residual is negligible beside the norm of
+    ``A``: down at the rounding error of the products, or at 1e-8 of it. The residual is a true error bound: an eigenvalue lies within it of ``θ``, and by the symmetry of
     ``A`` the error is usually nearer to its square over the distance to the next eigenvalue.
 
     The result is a function of the arguments alone: the seed determines every random number, and the global generators
@@ -62,7 +65,7 @@ def lanczos(
             lacks is not missed.
         seed: Seed of the start vector, or of the noise added to it.
         max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, and the
-            whole space for operators of up to 128 numbers.
+            whole space for operators of up to 160 numbers.
 
     Returns:
         The eigenpairs, of the upper end descending, then of the lower end ascending.
@@ -111,7 +114,7 @@ def lanczos(
     generator = torch.Generator().manual_seed(seed)
     basis = KrylovBasis(operator, min(max_basis_vectors, size), generator)
     basis.begin(None if start is None else _blended(start, random_vector(operator, generator), generator))
-    challenge = _Challenge(largest, smallest)
+    challenge = _Challenge(largest, smallest, needed=max(largest, smallest) > 1 and not basis.may_span_the_space)
     num_matvecs = 0
     while True:
         basis.expand()
@@ -120,12 +123,13 @@ def lanczos(
         if basis.length < wanted or not (last or basis.is_full or basis.is_worth_checking):
             continue
         ritz = basis.ritz(largest, smallest, tol)
-        if last or challenge.is_met(basis, ritz):
+        if last or challenge.is_met(ritz, num_matvecs):
             break
         if challenge.is_due(ritz, tol):
-            basis.compress(largest, smallest)
+            if basis.capacity - basis.length < _MAX_CHALLENGE:
+                basis.compress(largest, smallest)
             basis.begin()
-            challenge.start(basis, ritz)
+            challenge.start(ritz, num_matvecs)
         elif basis.is_full:
             basis.compress(*basis.kept_at_restart(ritz, largest, smallest))
     return Eigenpairs(
@@ -159,9 +163,10 @@ class _Challenge:
     solver then goes on, and challenges the new set in its turn.
     """
 
-    def __init__(self, largest: int, smallest: int) -> None:
+    def __init__(self, largest: int, smallest: int, *, needed: bool) -> None:
         self._largest = largest
         self._smallest = smallest
+        self._needed = needed
         self._accepted: Optional[RitzPairs] = None
         self._started_at = 0
         self._number = 0
@@ -173,28 +178,31 @@ class _Challenge:
         the tolerance and each further one for half as much, so that all that they cut off stays below it.
         """
         share = tol * 0.5 ** (self._number + 1)
-        needed = self._largest > 1 or self._smallest > 1
-        good = ritz.growing <= (share * ritz.values.abs()).clamp_min(ritz.rounding)
-        return needed and self._accepted is None and bool((ritz.converged & good).all())
+        good = ritz.growing <= (share * ritz.values.abs()).clamp_min(ritz.negligible / 2)
+        return self._needed and self._accepted is None and bool((ritz.converged & good).all())
 
-    def start(self, basis: KrylovBasis, accepted: RitzPairs) -> None:
+    def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
+        """Begin, with the pairs that are to stand."""
         self._accepted = accepted
-        self._started_at = basis.length
+        self._started_at = num_matvecs
         self._number += 1
 
-    def is_met(self, basis: KrylovBasis, ritz: RitzPairs) -> bool:
+    def is_met(self, ritz: RitzPairs, num_matvecs: int) -> bool:
         """Whether the converged pairs may stand."""
-        if self._largest <= 1 and self._smallest <= 1:
-            return bool(ritz.converged.all())  # the outermost value of an end is right whatever its multiplicity
+        if not self._needed:
+            return self._outermost_only() and bool(ritz.converged.all())
         if self._accepted is None:
             return False
         moved = (ritz.values - self._accepted.values).abs() > ritz.residuals + self._accepted.residuals
         if bool(moved.any()) or not bool(ritz.converged.all()):
             self._accepted = None
             return False
-        if basis.length - self._started_at < _MIN_CHALLENGE or basis.may_span_the_space:
-            return False
+        spent = num_matvecs - self._started_at
         last = self._largest - 1
         beyond_largest = self._largest > 0 and ritz.next_largest > float(ritz.values[last] + ritz.residuals[last])
         beyond_smallest = self._smallest > 0 and ritz.next_smallest < float(ritz.values[-1] - ritz.residuals[-1])
-        return basis.is_full or not (beyond_largest or beyond_smallest)
+        return spent >= (_MAX_CHALLENGE if beyond_largest or beyond_smallest else _MIN_CHALLENGE)
+
+    def _outermost_only(self) -> bool:
+        """Whether one value of an end is wanted, which is right whatever its multiplicity."""
+        return self._largest <= 1 and self._smallest <= 1
