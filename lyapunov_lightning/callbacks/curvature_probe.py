@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.linear import ScaledOperator
 from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
 from lyapunov_lightning.curvature.operator import HessianOperator, Method
@@ -213,7 +214,16 @@ class CurvatureProbe(Callback):
         if measurement is not None:
             with self._recorder.measurement(trainer, "curvature") as scalars:
                 scalars.update(self._measure(trainer, measurement, after_backward=True))
-            self.subscription.timetable.record(scalars["curvature/seconds"])
+            self.subscription.timetable.record(scalars.get("curvature/seconds", 0.0))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._waiting is not None:
+            self._waiting = None
+            with self._recorder.measurement(trainer, "curvature"):
+                raise MeasurementError("The step returned None for the probed batch, so there was no backward pass.")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -299,8 +309,8 @@ class CurvatureProbe(Callback):
             scalars["curvature/lambda_max"] = estimate.eigenvalue
             scalars["curvature/inverse_h0"] = 1 / estimate.paper_eigenvalue
             scalars["curvature/residual"] = estimate.residual
-        if self._descent is not None:
-            group = trainer.optimizers[0].param_groups[0]
+        group = trainer.optimizers[0].param_groups[0] if self._descent is not None else {"lr": 0.0}
+        if self._descent is not None and group["lr"] > 0:  # at a learning rate of 0 nothing moves
             for _ in range(self._iterations):
                 estimate = self._descent.step(gradient, here, lr=group["lr"], momentum=group["momentum"])
             estimates.append(estimate)
@@ -313,6 +323,8 @@ class CurvatureProbe(Callback):
             elif alone:  # beyond the edge of stability the sharpest direction grows fastest
                 scalars["curvature/lambda_max"] = estimate.eigenvalue
         converged = all(e.residual <= self._tol * abs(e.eigenvalue) for e in estimates)
+        if not estimates:
+            return {}
         matvecs = self._iterations * len(estimates)
         return {**scalars, "curvature/converged": float(converged), "curvature/matvecs": float(matvecs)}
 

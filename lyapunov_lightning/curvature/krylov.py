@@ -18,7 +18,8 @@ _BLOCK = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
 
 _NEGLIGIBLE = 1e-8
-"""Residual, relative to the operator's norm, below which a pair counts as converged whatever its value: its eigenvalue is then at the rounding error of double precision."""
+"""Residual, relative to the operator's norm, below which a pair has converged whatever its value: the eigenvalue is
+then known to the rounding error of double precision."""
 
 
 @dataclass(frozen=True)

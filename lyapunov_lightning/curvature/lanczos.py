@@ -46,8 +46,9 @@ def lanczos(
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors and residuals.
 
     A pair ``(θ, v)`` has converged when ``‖Av − θv‖ <= tol·|θ|``, or when the residual is negligible beside the norm of
-    ``A``: down at the rounding error of the products, or at 1e-8 of it. The residual is a true error bound: an eigenvalue lies within it of ``θ``, and by the symmetry of
-    ``A`` the error is usually nearer to its square over the distance to the next eigenvalue.
+    ``A``: down at the rounding error of the products, or at 1e-8 of the norm. The residual is a true error bound: an
+    eigenvalue lies within it of ``θ``, and by the symmetry of ``A`` the error is usually nearer to its square over the
+    distance to the next eigenvalue.
 
     The result is a function of the arguments alone: the seed determines every random number, and the global generators
     are neither read nor advanced. The memory is that of the Krylov basis, which grows as it is needed to at most

@@ -144,11 +144,11 @@ class LyapunovIteration:
             growth = -growth
         exponent = math.log(abs(growth)) if growth else -math.inf
         if self._map == "ascent":
-            eigenvalue, end = (growth - 1) / self.beta, "largest"
+            eigenvalue, end = (growth - 1) / self.beta, "largest" if growth >= 0 else "smallest"
             self.beta = controlled(self.beta, exponent)
             paper = 1 / self.beta
         else:
-            eigenvalue = (1 + momentum - growth - (momentum / growth if momentum else 0.0)) / lr
+            eigenvalue = (1 + momentum - growth - (momentum / growth if momentum and growth else 0.0)) / lr
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
             end = "largest" if growth < 0 else "smallest"
         if growth:
@@ -329,4 +329,4 @@ class LyapunovSpectrum:
 def controlled(beta: float, exponent: float) -> float:
     """The step size that steers the exponent to 1: β divided by it (Algorithm 1), within bounds."""
     inverse = 1 / exponent if exponent > 0 else math.inf
-    return beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING)
+    return min(max(beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING), 1e-30), 1e30)

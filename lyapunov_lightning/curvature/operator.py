@@ -14,18 +14,23 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Optional, get_args
+from typing import Any, Literal, Optional, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, PeerFailureError
 from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
-from lyapunov_lightning.curvature.substitution import FunctionalLoss, SubstitutedLoss
+from lyapunov_lightning.curvature.substitution import ScopedLoss, SubstitutedLoss
 from lyapunov_lightning.curvature.vectors import FlatLayout, unique_tensors
+
+Result = TypeVar("Result")
 
 Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
 
@@ -59,6 +64,7 @@ class HessianOperator:
             are differentiated anew for every product; 0 keeps none.
         reduce: Sums a flat buffer over all processes of a distributed measurement, in place. It is called once a
             product. The operator is then that of the union of all processes' batches, some of which may have none.
+        on_fallback: Called when ``"auto"`` falls back to finite differences, before the warning.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -88,6 +94,7 @@ class HessianOperator:
         step: Optional[float] = None,
         max_graph_bytes: int = 2**30,
         reduce: Optional[Callable[[Tensor], None]] = None,
+        on_fallback: Optional[Callable[[], None]] = None,
     ) -> None:
         if method not in get_args(Method):
             raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
@@ -102,16 +109,20 @@ class HessianOperator:
         if not self._batches and reduce is None:
             raise ValueError("`batches` should hold at least one batch, got none.")
         self._weights = _checked_weights(weights, self._batches, needed=len(self._batches) > 1 or reduce is not None)
-        self._loss = loss if isinstance(loss, FunctionalLoss) else SubstitutedLoss(loss, self._parameters)
+        self._loss = loss if isinstance(loss, ScopedLoss) else SubstitutedLoss(loss, self._parameters)
         self._auto = method == "auto"
         self._method = "double_backward" if method == "auto" else method
-        self._step = _STEPS[self._layout.dtype] if step is None else step
+        narrow = any(parameter.dtype == torch.float32 for parameter in self._trainable)
+        self._step = step if step is not None else _STEPS[torch.float32 if narrow else self._layout.dtype]
         self._max_graph_bytes = max_graph_bytes
         self._reduce = reduce
+        self._on_fallback = on_fallback
         self._plain_rnn = False
         self._random_states = [RandomState.capture()]
         self._graphs: dict[int, list[Optional[Tensor]]] = {}
         self._graph_bytes = 0
+        self._versions: list[int] = []
+        self._recomputes = False
         self.num_matvecs = 0
 
     @property
@@ -154,9 +165,10 @@ class HessianOperator:
             A new vector of shape ``(size,)``.
 
         """
-        vector = vector.detach().to(dtype=self.dtype, device=self.device)
         self.num_matvecs += 1
-        return self._mean(lambda: self._with_fallback(lambda: self._local_product(vector)))
+        with torch.inference_mode(False):
+            vector = vector.detach().clone().to(dtype=self.dtype, device=self.device)
+            return self._mean(lambda: self._with_fallback(lambda: self._local_product(vector)))
 
     def gradient(self, displacement: Optional[Tensor] = None) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``.
@@ -165,7 +177,8 @@ class HessianOperator:
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
 
         """
-        return self._mean(lambda: self._local_gradient(displacement))
+        with torch.inference_mode(False):
+            return self._mean(lambda: self._local_gradient(displacement))
 
     def value(self, displacement: Optional[Tensor] = None) -> float:
         """The mean loss.
@@ -178,9 +191,8 @@ class HessianOperator:
         def local() -> Tensor:
             values = self._displaced(displacement)
             total = torch.zeros(1, dtype=self.dtype, device=self.device)
-            with torch.no_grad():
-                for index, weight in enumerate(self._weights):
-                    total += weight * self._evaluate(index, values).to(total)
+            for index, weight in enumerate(self._weights):
+                total += weight * self._evaluate(index, values, self._checked_value if values else torch.detach)
             return total
 
         return float(self._mean(local, size=1))
@@ -270,21 +282,31 @@ class HessianOperator:
 
     @torch.enable_grad()
     def _batch_gradient(self, index: int, values: Optional[list[Tensor]] = None) -> Tensor:
-        graph = self._graphs.get(index) if values is None else None
+        graph = self._kept_graph(index) if values is None else None
         return self._layout.flatten(self._differentiate(index, values) if graph is None else graph)
 
     def _double_backward(self, index: int, vector: Tensor) -> Tensor:
-        graph = self._graphs.get(index)
-        kept = graph is not None
-        if graph is None:
+        graph = self._kept_graph(index)
+        if graph is not None:
+            return self._second_derivative(graph, vector, retain_graph=True)
+        if not self._recomputes:
             graph, kept = self._gradient_graph(index)
+            if not self._recomputes:
+                return self._second_derivative(graph, vector, retain_graph=kept)
+
+        def product(loss: Tensor) -> Tensor:
+            gradient = self._gradient_of(loss, self._parameters, create_graph=True)
+            return self._second_derivative(gradient, vector, retain_graph=False)
+
+        return self._evaluate(index, None, product)
+
+    def _second_derivative(self, gradient: Sequence[Optional[Tensor]], vector: Tensor, retain_graph: bool) -> Tensor:
         directions = self._layout.split(vector)
-        active = [(g, d) for g, d in zip(graph, directions, strict=True) if g is not None and g.requires_grad]
+        active = [(g, d) for g, d in zip(gradient, directions, strict=True) if g is not None and g.requires_grad]
         if not active:  # a loss that is linear in the parameters
             return self._layout.zeros()
         outputs, cotangents = zip(*active, strict=True)
-        with _without_hooks(self._trainable):
-            product = torch.autograd.grad(outputs, self._trainable, cotangents, retain_graph=kept, allow_unused=True)
+        product = _differentiated(outputs, cotangents, self._trainable, retain_graph=retain_graph)
         return self._layout.flatten(self._with_frozen(product))
 
     def _forward_over_reverse(self, index: int, vector: Tensor) -> Tensor:
@@ -294,7 +316,7 @@ class HessianOperator:
                 forward_ad.make_dual(leaf, direction) if leaf.requires_grad else leaf
                 for leaf, direction in zip(leaves, self._layout.split(vector), strict=True)
             ]
-            gradient = self._gradient_of(self._evaluate(index, duals), leaves)
+            gradient = self._evaluate(index, duals, lambda loss: self._gradient_of(loss, leaves))
             tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
             return self._layout.flatten(tangents)
 
@@ -306,6 +328,18 @@ class HessianOperator:
         ahead = self._layout.flatten(self._differentiate(index, self._displaced(displacement)))
         behind = self._layout.flatten(self._differentiate(index, self._displaced(-displacement)))
         return (ahead - behind).mul_(norm / (2 * self._step))
+
+    def _kept_graph(self, index: int) -> Optional[list[Optional[Tensor]]]:
+        """The kept gradient of a batch, unless the parameters were changed since."""
+        versions = [parameter._version for parameter in self._parameters]
+        if versions != self._versions:
+            self._drop_graphs()
+            self._versions = versions
+        return self._graphs.get(index)
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._graph_bytes = 0
 
     def _gradient_graph(self, index: int) -> tuple[list[Optional[Tensor]], bool]:
         """The gradient of one batch with its graph, and whether the graph is kept for further products."""
@@ -319,8 +353,11 @@ class HessianOperator:
                     saved[storage.data_ptr()] = storage.nbytes()
             return tensor.detach()  # the tensor itself may hold the very node that saves it: a cycle, never freed
 
-        with torch.autograd.graph.saved_tensors_hooks(count, _unchanged):
-            graph = self._differentiate(index, create_graph=True)
+        with torch.autograd.graph.saved_tensors_hooks(count, _unchanged), _recomputation() as recomputed:
+            graph = self._differentiate(index, create_graph=True, differentiating=recomputed.watch)
+        if recomputed.seen:  # checkpointed layers, which are evaluated again in every product
+            self._recomputes = True
+            return graph, False
         num_bytes = sum(saved.values()) + sum(g.numel() * g.element_size() for g in graph if g is not None)
         keep = self._graph_bytes + num_bytes <= self._max_graph_bytes
         if keep:
@@ -329,29 +366,44 @@ class HessianOperator:
         return graph, keep
 
     def _differentiate(
-        self, index: int, values: Optional[list[Tensor]] = None, create_graph: bool = False
+        self,
+        index: int,
+        values: Optional[list[Tensor]] = None,
+        create_graph: bool = False,
+        differentiating: Optional[Callable[[], None]] = None,
     ) -> list[Optional[Tensor]]:
         """The gradient of one batch's loss, at the parameters or at other values of them."""
-        loss = self._evaluate(index, values)
-        return self._gradient_of(loss, self._parameters if values is None else values, create_graph)
+        points = self._parameters if values is None else values
+
+        def gradient(loss: Tensor) -> list[Optional[Tensor]]:
+            if differentiating is not None:
+                differentiating()
+            return self._gradient_of(loss, points, create_graph)
+
+        return self._evaluate(index, values, gradient)
 
     def _gradient_of(
         self, loss: Tensor, points: Sequence[Tensor], create_graph: bool = False
     ) -> list[Optional[Tensor]]:
         if not loss.requires_grad:
             return [None] * len(points)
+        if self._method != "finite_difference":
+            _check_twice_differentiable(loss)
         trainable = [point for point in points if point.requires_grad]
         substituted = points is not self._parameters
         inputs = trainable + self._trainable if substituted else trainable
-        with _without_hooks(self._trainable):
-            gradient = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+        seed = torch.ones_like(loss)
+        gradient = _differentiated((loss,), (seed,), inputs, retain_graph=create_graph, create_graph=create_graph)
         if substituted and any(g is not None for g in gradient[len(trainable) :]):
-            raise MeasurementError(
-                "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function"
-                " or a reference kept outside the module. Use `method='double_backward'`, or a loss with a method"
-                " `at(values, batch)`."
-            )
+            raise MeasurementError(_NOT_SUBSTITUTED)
         return self._with_frozen(gradient[: len(trainable)])
+
+    def _checked_value(self, loss: Tensor) -> Tensor:
+        """The value of a loss at other values of the parameters, of which it may not depend on the present ones."""
+        own = {id(parameter) for parameter in self._trainable}
+        if any(id(getattr(node, "variable", None)) in own for node in _nodes(loss)):
+            raise MeasurementError(_NOT_SUBSTITUTED)
+        return loss.detach()
 
     def _with_frozen(self, gradient: Sequence[Optional[Tensor]]) -> list[Optional[Tensor]]:
         """One entry for every parameter from one for every trainable parameter."""
@@ -368,21 +420,23 @@ class HessianOperator:
             )
         pieces = self._layout.split(displacement.detach().to(dtype=self.dtype, device=self.device))
         return [
-            (parameter.detach() + piece).requires_grad_(parameter.requires_grad)
+            (parameter.detach() + piece).requires_grad_() if parameter.requires_grad else parameter.detach()
             for parameter, piece in zip(self._parameters, pieces, strict=True)
         ]
 
-    def _evaluate(self, index: int, values: Optional[Sequence[Tensor]] = None) -> Tensor:
-        """The loss of one batch, with the same random numbers every time."""
-        batch = self._batches[index]
-        with ExitStack() as stack:
-            stack.enter_context(preserved_randomness(self._random_states[index]))
-            if torch.is_grad_enabled() and self._method != "finite_difference":
-                stack.enter_context(_twice_differentiable(self._plain_rnn))
-            loss = self._loss(batch) if values is None else self._loss.at(values, batch)
+    def _evaluate(self, index: int, values: Optional[Sequence[Tensor]], consume: Callable[[Tensor], Result]) -> Result:
+        """What `consume` makes of the loss of one batch, with the same random numbers every time."""
+
+        def checked(loss: object) -> Result:
             if index + 1 == len(self._random_states):
                 self._random_states.append(RandomState.capture())
-        return _checked_scalar(loss)
+            return consume(_checked_scalar(loss))
+
+        with ExitStack() as stack:
+            stack.enter_context(preserved_randomness(self._random_states[index]))
+            if self._method != "finite_difference":
+                stack.enter_context(_twice_differentiable(self._plain_rnn))
+            return self._loss.within(values, self._batches[index], checked)
 
     # What to do where PyTorch cannot differentiate twice.
 
@@ -392,36 +446,124 @@ class HessianOperator:
                 with torch.enable_grad():
                     return compute()
             except RuntimeError as error:
-                if isinstance(error, (torch.OutOfMemoryError, MeasurementError)) or not self._falls_back(error):
+                unrelated = isinstance(error, (torch.OutOfMemoryError, MeasurementError))
+                if unrelated or self._method == "finite_difference":
                     raise
+                self._fall_back(error)
 
-    def _falls_back(self, error: RuntimeError) -> bool:
-        """Whether another way is left after this error, which is then taken."""
-        if self._method == "finite_difference":
-            return False
-        self._graphs.clear()
-        self._graph_bytes = 0
+    def _fall_back(self, error: RuntimeError) -> None:
+        """Take the way that is left after this error, or say that there is none."""
+        self._drop_graphs()
         if "rnn" in str(error).lower() and not self._plain_rnn:
             self._plain_rnn = True
-            return True
+            return
+        exact, self._method = self._method, "finite_difference"
+        try:
+            self._local_gradient(None)  # an error of the loss itself is not one of the second derivative
+        except Exception:
+            self._method = exact
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not self._auto:
-            return False
-        self._local_gradient(None)  # an error of the loss itself is not one of the second derivative
-        self._method = "finite_difference"
+            self._method = exact
+            raise MeasurementError(
+                f"`method={exact!r}` cannot differentiate this loss twice. Use `method='auto'`, or"
+                f" 'finite_difference', which needs one derivative only. PyTorch says: {reason}"
+            ) from error
+        if self._on_fallback is not None:
+            self._on_fallback()
         warnings.warn(
             "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
             f" gradient, which blur the kinks of ReLU networks over a distance of {self._step:g}. PyTorch says:"
-            f" {str(error).splitlines()[0]}",
+            f" {reason}",
             CurvatureWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
-        return True
+
+
+_NOT_SUBSTITUTED = (
+    "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function or a"
+    " reference kept outside the module. Use `method='double_backward'`, or a loss with a method `at(values, batch)`."
+)
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
+
+
+def _differentiated(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> tuple[Optional[Tensor], ...]:
+    """``torch.autograd.grad``, but for hooks on the inputs and under the substitution of parameters.
+
+    The public function counts as an operation that a mode may override, and what it calls no longer sees the mode: a
+    checkpointed layer that is evaluated again would find the parameters in place of their substitutes.
+    """
+    with _without_hooks(inputs):
+        engine: Any = torch.autograd.Variable._execution_engine
+        return engine.run_backward(  # type: ignore[no-any-return]
+            tuple(outputs),
+            tuple(cotangents),
+            retain_graph,
+            create_graph,
+            tuple(inputs),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the graph of a loss."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def _check_twice_differentiable(loss: Tensor) -> None:
+    """PyTorch itself only raises where the way from the gradient to the parameters leads through such a function."""
+    for node in _nodes(loss):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
+            raise RuntimeError(f"{node.name()} is marked with @once_differentiable: it cannot be differentiated twice.")
+
+
+class _Recomputation:
+    """Whether modules were called since `watch` was."""
+
+    def __init__(self) -> None:
+        self._watching = False
+        self.seen = False
+
+    def watch(self) -> None:
+        self._watching = True
+
+    def called(self, *args: Any) -> None:
+        self.seen = self.seen or self._watching
+
+
+@contextmanager
+def _recomputation() -> Iterator[_Recomputation]:
+    """Notices layers that are evaluated again while a loss is differentiated, in whichever thread."""
+    recomputation = _Recomputation()
+    handle = register_module_forward_pre_hook(recomputation.called)
+    try:
+        yield recomputation
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep hooks on the parameters' gradients, the user's own, from seeing and changing those of a measurement."""
-    kept = [(hooks, dict(hooks)) for hooks in (parameter._backward_hooks for parameter in parameters) if hooks]
+    registered = [parameter._backward_hooks for parameter in parameters if parameter.is_leaf]
+    kept = [(hooks, dict(hooks)) for hooks in registered if hooks]
     try:
         for hooks, _ in kept:
             hooks.clear()
@@ -440,7 +582,7 @@ def _twice_differentiable(plain_rnn: bool) -> Iterator[None]:
     """Choose operations with second derivatives that are right: unfused attention, weight norm, and RNNs if asked."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_UnfusedWeightNorm())
+        stack.enter_context(_Unfused())
         if plain_rnn:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             with warnings.catch_warnings():
@@ -449,8 +591,8 @@ def _twice_differentiable(plain_rnn: bool) -> Iterator[None]:
         yield
 
 
-class _UnfusedWeightNorm(TorchFunctionMode):
-    """Weight normalisation from its parts: the fused one takes the norm for a constant in its second derivative."""
+class _Unfused(TorchFunctionMode):
+    """Computes from their parts what PyTorch cannot differentiate twice, or not rightly."""
 
     def __torch_function__(
         self,
@@ -459,12 +601,26 @@ class _UnfusedWeightNorm(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Optional[Mapping[str, Any]] = None,
     ) -> Any:
-        function = _weight_norm if func is torch._weight_norm else func
+        function: Callable[..., Any] = _UNFUSED.get(func, func)
         return function(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    norm: Tensor = torch.norm_except_dim(v, 2, dim)
+    return v * (g / norm)
+
+
+def _mse_loss(inputs: Tensor, target: Tensor, reduction: str = "mean", **legacy: Any) -> Tensor:
+    if any(value is not None for value in legacy.values()):
+        return functional.mse_loss(inputs, target, reduction=reduction, **legacy)
+    squares = (inputs - target).square()
+    return {"none": squares, "mean": squares.mean(), "sum": squares.sum()}[reduction]
+
+
+_UNFUSED: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,  # its second derivative takes the norm for a constant
+    functional.mse_loss: _mse_loss,  # its gradient has no forward derivative
+}
 
 
 def _checked_scalar(loss: object) -> Tensor:
@@ -504,18 +660,23 @@ def num_samples(batch: Any) -> int:
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a nested structure, in order."""
+def _tensors(batch: Any, seen: Optional[set[int]] = None) -> Iterator[Tensor]:
+    """The tensors of a nested structure, in order; objects that hold each other are looked into once."""
+    seen = set() if seen is None else seen
+    if isinstance(batch, type) or id(batch) in seen:
+        return
+    seen.add(id(batch))
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
+        return
+    members: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        members = batch.values()
     elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _tensors(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for field in fields(batch):
-            yield from _tensors(getattr(batch, field.name))
+        members = batch
+    elif is_dataclass(batch):
+        members = [getattr(batch, field.name) for field in fields(batch)]
     elif hasattr(batch, "__dict__"):
-        yield from _tensors(vars(batch))
+        members = vars(batch).values()
+    for member in members:
+        yield from _tensors(member, seen)

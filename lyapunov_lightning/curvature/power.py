@@ -64,7 +64,13 @@ def power_iteration(
     sign = 1.0 if end == "largest" else -1.0
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
-    vector = noise if start is None else start.detach().to(noise).reshape(-1)
+    vector = noise
+    if start is not None:
+        if start.numel() != operator.size:
+            raise ValueError(f"`start` should have shape ({operator.size},), got {tuple(start.shape)}.")
+        vector = start.detach().to(noise).reshape(-1)
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError("`start` should be finite.")
     if not float(torch.linalg.vector_norm(vector)) > 0:
         vector = noise
     vector = vector / torch.linalg.vector_norm(vector)
@@ -81,10 +87,13 @@ def power_iteration(
         converged = residual <= max(tol * abs(value), rounding)
         # A negative value, converged or not, shows that the other end may be the larger one in modulus. With the shift
         # by its modulus (and residual) the spectrum is non-negative there, and the iteration goes on.
-        needed = -(value - residual)
-        if value < 0 and needed > shift * 1.01:
+        needed = residual - value
+        stuck = num_matvecs > 20 and value - residual < 0
+        if (value < 0 or stuck) and needed > shift * 1.01:
             shift = needed
             converged = False
+            if num_matvecs == max_matvecs:
+                break
             vector = vector + noise * (0.1 / torch.linalg.vector_norm(noise))
             vector = vector / torch.linalg.vector_norm(vector)
             continue

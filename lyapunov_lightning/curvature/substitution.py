@@ -6,10 +6,12 @@ tensors in the parameters' place instead.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Result = TypeVar("Result")
 
 
 @runtime_checkable
@@ -23,15 +25,27 @@ class FunctionalLoss(Protocol):
         """The loss with `values` in place of the parameters, in their order."""
 
 
+@runtime_checkable
+class ScopedLoss(Protocol):
+    """A loss that can be differentiated where it is evaluated.
+
+    Checkpointed layers are evaluated again while their loss is differentiated, and have to find the same values and the
+    same surroundings there.
+    """
+
+    def within(self, values: Optional[Sequence[Tensor]], batch: Any, consume: Callable[[Tensor], Result]) -> Result:
+        """What `consume` makes of the loss, with `values`, if any, in place of the parameters also while it does."""
+
+
 class SubstitutedLoss:
-    """Gives a plain function ``loss(batch)`` the method ``at``.
+    """Evaluates a plain function ``loss(batch)`` at other values of its parameters.
 
     Every PyTorch operation that is called while the loss is evaluated gets the substitutes for those of its arguments
     that are parameters. What does not go through such an operation, a custom autograd function for example, still sees
     the parameters themselves; `HessianOperator` notices that and refuses.
 
     Args:
-        loss: Maps a batch to its scalar mean loss.
+        loss: Maps a batch to its scalar mean loss; if it is a `FunctionalLoss`, its own method ``at`` is used instead.
         parameters: The parameters that it is a function of.
 
     """
@@ -46,8 +60,16 @@ class SubstitutedLoss:
 
     def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
         """The loss with `values` in place of the parameters."""
+        return self.within(values, batch, lambda loss: loss)
+
+    def within(self, values: Optional[Sequence[Tensor]], batch: Any, consume: Callable[[Tensor], Result]) -> Result:
+        """What `consume` makes of the loss."""
+        if values is None:
+            return consume(self._loss(batch))
+        if isinstance(self._loss, FunctionalLoss):
+            return consume(self._loss.at(values, batch))
         with _Substitution(dict(zip(map(id, self._parameters), values, strict=True))):
-            return self._loss(batch)
+            return consume(self._loss(batch))
 
 
 class _Substitution(TorchFunctionMode):

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lyapunov_lightning.curvature.randomness import preserved_randomness
 from lyapunov_lightning.training.objective import ProbeBatch
@@ -91,7 +91,7 @@ class ProbeData:
     def batches(self, trainer: "pl.Trainer", batch: Any, batch_idx: int) -> Optional[list[ProbeBatch]]:
         """This process's batches for a measurement at the present step, or None while the set is not complete."""
         if self._data == "batch":
-            return [ProbeBatch(batch, batch_idx, True)]
+            return [ProbeBatch(apply_to_collection(batch, Tensor, torch.clone), batch_idx, True)]
         loader = trainer.train_dataloader
         if self._fixed is None and _can_be_sampled(loader):
             self._fixed = self._draw(loader, trainer.global_rank, trainer.world_size)
@@ -105,13 +105,19 @@ class ProbeData:
         else:
             num_samples = min(self._num_batches * batch_size * world_size, len(dataset))
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self._seed))
-        share = Subset(dataset, order[:num_samples][rank::world_size].tolist())
+        share = order[:num_samples][rank::world_size].tolist()
+        batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm refuses a batch of one sample
+            batches[-2:] = [batches[-2] + batches[-1]]
         with preserved_randomness():
             torch.manual_seed(self._seed + rank)
             random.seed(self._seed + rank)
             np.random.seed((self._seed + rank) % 2**32)
             fresh = DataLoader(
-                share, batch_size, collate_fn=loader.collate_fn, generator=torch.Generator().manual_seed(self._seed)
+                dataset,
+                batch_sampler=batches,
+                collate_fn=loader.collate_fn,
+                generator=torch.Generator().manual_seed(self._seed),
             )
             return [ProbeBatch(batch, index, False) for index, batch in enumerate(fresh)]
 

@@ -6,7 +6,7 @@ parameters and batch, and in a sandbox that takes back what else it does. The ra
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.sandbox import Mode, sandbox
+
+Result = TypeVar("Result")
 
 LossFn = Callable[["pl.LightningModule", Any], Any]
 
@@ -77,20 +79,24 @@ class TrainingObjective:
 
     def __call__(self, batch: ProbeBatch) -> Tensor:
         """The loss at the present parameters."""
-        return self._evaluate({}, batch)
+        return self.within(None, batch, _itself)
 
     def at(self, values: Sequence[Tensor], batch: ProbeBatch) -> Tensor:
         """The loss with `values` in place of the trainable parameters."""
-        return self._evaluate(dict(zip(self._names, values, strict=True)), batch)
+        return self.within(values, batch, _itself)
 
-    def _evaluate(self, substitutes: dict[str, Tensor], batch: ProbeBatch) -> Tensor:
-        replay = _Replay(self._pl_module, lambda: self._loss(batch))
+    def within(
+        self, values: Optional[Sequence[Tensor]], batch: ProbeBatch, consume: Callable[[Tensor], Result]
+    ) -> Result:
+        """What `consume` makes of the loss, while nothing it does has an effect on the module."""
+        substitutes = {} if values is None else dict(zip(self._names, values, strict=True))
+        replay = _Replay(self._pl_module, lambda: consume(_loss_of(self._loss(batch))))
         # A step may write to parameters too, such as those of a target network; a loss of the user's may not.
         written = [replay.named_buffers(), replay.named_parameters() if self._is_step else ()]
         copies = {name: t.clone() for tensors in written for name, t in tensors if name not in substitutes}
-        with sandbox(self._trainer, self._pl_module, self._mode), self._trainer.precision_plugin.train_step_context():
-            output = torch.func.functional_call(replay, {**copies, **substitutes}, ())
-        return _loss_of(output)
+        with sandbox(self._trainer, self._pl_module, self._mode):
+            result: Result = torch.func.functional_call(replay, {**copies, **substitutes}, ())
+        return result
 
     def _loss(self, probe: ProbeBatch) -> Any:
         module, batch = self._pl_module, apply_to_collection(probe.batch, Tensor, torch.clone)
@@ -98,13 +104,14 @@ class TrainingObjective:
             batch = self._trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        if self._loss_fn is not None:
-            return self._loss_fn(module, batch)
-        if not self._is_step:
-            return module.curvature_loss(batch)  # type: ignore[operator]
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-            return module.training_step(batch, probe.batch_idx)
-        return module.training_step(batch)
+        with self._trainer.precision_plugin.train_step_context():
+            if self._loss_fn is not None:
+                return self._loss_fn(module, batch)
+            if not self._is_step:
+                return module.curvature_loss(batch)  # type: ignore[operator]
+            if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+                return module.training_step(batch, probe.batch_idx)
+            return module.training_step(batch)
 
 
 def trainable_parameters(pl_module: "pl.LightningModule") -> dict[str, nn.Parameter]:
@@ -180,6 +187,10 @@ def _loss_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise MeasurementError(f"The step should return a scalar tensor, got {type(output).__name__}.")
     return output
+
+
+def _itself(loss: Tensor) -> Tensor:
+    return loss
 
 
 class _Replay(nn.Module):

@@ -53,6 +53,7 @@ class CurvatureProblem:
         self._method: Method = method
         self._loss_fn = loss_fn
         self._step = step
+        self._fell_back = False
 
     @property
     def key(self) -> Hashable:
@@ -106,7 +107,13 @@ class CurvatureProblem:
             if batches is not None:
                 objective = TrainingObjective(trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn, names=names)
                 operator = HessianOperator(
-                    objective, objective.parameters, batches, method=self._method, step=self._step, reduce=reduce
+                    objective,
+                    objective.parameters,
+                    batches,
+                    method="finite_difference" if self._fell_back else self._method,
+                    step=self._step,
+                    reduce=reduce,
+                    on_fallback=self._remember_fallback,
                 )
         except Exception as error:  # handed on below, once the other processes know of it
             failure = error
@@ -122,3 +129,7 @@ class CurvatureProblem:
         if failure is not None:
             raise failure
         return operator
+
+    def _remember_fallback(self) -> None:
+        """What cannot be differentiated twice at one step cannot at the next."""
+        self._fell_back = True

@@ -7,6 +7,7 @@ Parameters and buffers are not the sandbox's: who replays the step substitutes t
 """
 
 import copy
+import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -38,6 +40,9 @@ _HOOKS = frozenset(
 _LIBRARIES = frozenset({"builtins", "lightning", "lightning_fabric", "numpy", "pytorch_lightning", "torch", "types"})
 """Packages whose objects are not looked into."""
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""Random generators that a module keeps for itself: the step draws from copies, the same numbers every time."""
+
 _LONG = 1000
 """Containers beyond this length are put back as a whole, and the tensors in them are not copied."""
 
@@ -53,6 +58,7 @@ def sandbox(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mode: Mode) 
 
     """
     modules = list(_all_modules(pl_module))
+    registered = set(map(id, pl_module.modules()))
     loggers = trainer.loggers
     notes = _Notes()
     with ExitStack() as stack:
@@ -61,6 +67,8 @@ def sandbox(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mode: Mode) 
             for module in modules:
                 notes.take(vars(module))
                 _isolate(module, mode)
+                if id(module) not in registered:  # such as a teacher that is hidden in a list
+                    _copy_tensors(module)
             if "torch._dynamo" in sys.modules:  # something may be compiled, and compiled code has one derivative only
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
@@ -80,6 +88,14 @@ def _isolate(module: nn.Module, mode: Mode) -> None:
         attributes.update(_backward_hooks=OrderedDict(), _backward_pre_hooks=OrderedDict())
     if mode == "eval":
         attributes["training"] = False
+
+
+def _copy_tensors(module: nn.Module) -> None:
+    """Put copies in the place of a module's own parameters and buffers, which nobody else substitutes."""
+    for registry in (module._parameters, module._buffers):
+        for name, tensor in list(registry.items()):
+            if tensor is not None:
+                registry[name] = tensor.clone()  # type: ignore[assignment]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -150,17 +166,22 @@ class _Notes:
         """What the step is to see in the value's place: the value itself, once it is noted, or a copy of a tensor."""
         if isinstance(value, Tensor):
             return value if value.requires_grad else value.clone()
+        if isinstance(value, np.ndarray):
+            return value.copy()
         if isinstance(value, nn.Module) or id(value) in self._seen:
             return value
+        if isinstance(value, _GENERATORS):
+            self._seen.add(id(value))
+            return copy.deepcopy(value) if not isinstance(value, torch.Generator) else value.clone_state()
         if type(value) in _CONTAINERS:
             self._seen.add(id(value))
             self._noted.append((value, copy.copy(value)))
             if len(value) <= _LONG:
                 self._replace_entries(value)
         elif isinstance(value, tuple):
-            for entry in value:
-                if not isinstance(entry, Tensor):
-                    self._stand_in(entry)
+            entries = [self._stand_in(entry) for entry in value]
+            if any(new is not old for new, old in zip(entries, value, strict=True)):
+                return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
         elif _is_users(value):
             self._seen.add(id(value))
             self.take(vars(value))
