@@ -80,7 +80,8 @@ class SpectrumTracker(Callback):
             papers.
         estimator: ``"lanczos"``, or ``"benettin"``: perturbations that are evolved and orthogonalised along the real
             training steps, one iteration at every step on its batch whatever the schedule, which then only says when
-            to log. The largest end follows gradient ascent, the smallest the map of plain SGD.
+            to log. The largest end follows gradient ascent, the smallest the map of plain SGD. What grows fastest
+            comes first, so a negative eigenvalue far beyond the positive ones takes a place among the largest.
         method: How products are computed, as for `CurvatureProbe`.
         tol: Relative residual at which an eigenvalue counts as converged.
         mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss.
@@ -204,7 +205,7 @@ class SpectrumTracker(Callback):
         self._ascent = LyapunovSpectrum(largest, map="ascent", delta_q=delta_q, seed=seed) if largest else None
         self._descent = LyapunovSpectrum(smallest, map="sgd", delta_q=delta_q, seed=seed) if smallest else None
         self._every_step = Timetable(Schedule(every_n_steps=1))
-        self._blocks = _BlockTrackers(seed)
+        self._blocks = _BlockTrackers(tol, seed)
         self._subspace = _Subspace()
         self._history = _History()
 
@@ -423,12 +424,13 @@ class SpectrumTracker(Callback):
 class _BlockTrackers:
     """The trackers of the groups, made when they are first asked for: a run's groups are not known when it resumes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, tol: float, seed: int) -> None:
+        self._tol = tol
         self._seed = seed
         self._trackers: dict[str, ExtremeTracker] = {}
 
     def tracker(self, group: str) -> ExtremeTracker:
-        return self._trackers.setdefault(group, ExtremeTracker("lanczos", "largest", 1e-2, self._seed))
+        return self._trackers.setdefault(group, ExtremeTracker("lanczos", "largest", self._tol, self._seed))
 
     def state_dict(self) -> dict[str, Any]:
         return {group: tracker.state_dict() for group, tracker in self._trackers.items()}

@@ -1,0 +1,329 @@
+"""SpectrumTracker measures what a dense Hessian has, shares it, and leaves the run alone."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker
+from lyapunov_lightning.curvature import HessianOperator
+from lyapunov_lightning.curvature.errors import CurvatureWarning
+from tests.callbacks.identity import assert_identical, train
+from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+
+EVERYTHING = {"fraction": 1.0, "num_batches": None}
+"""The fixed data are the whole training set, of which a reference is easily computed."""
+
+
+class Dense(Callback):
+    """The dense Hessian of the whole training set at every step, and the gradients of its batches of eight."""
+
+    def __init__(self) -> None:
+        self.hessians: dict[int, Tensor] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        data = regression_data()
+        self.hessians[trainer.global_step] = dense_hessian(pl_module, data.tensors)[1]
+
+
+def fit(tmp_path: Path, *callbacks: Callback, module: Any = None, **options: Any) -> pl.Trainer:
+    pl.seed_everything(0, verbose=False)
+    settings = {"max_epochs": 2, "logger": MemoryLogger(), "enable_checkpointing": False, **options}
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(module or SmallRegressor(), regression_loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def every_step(**options: Any) -> SpectrumTracker:
+    return SpectrumTracker(**{"schedule": Schedule(every_n_steps=1), "tol": 1e-6, **EVERYTHING, **options})
+
+
+def test_both_ends_are_those_of_the_dense_hessian_at_every_step(tmp_path: Path) -> None:
+    dense = Dense()
+    logger = fit(tmp_path, dense, every_step(largest=5, smallest=4)).logger
+    assert len(dense.hessians) == 12
+    for step, hessian in dense.hessians.items():
+        values = torch.linalg.eigvalsh(hessian).flip(0)
+        for rank in range(5):
+            assert logger.curve(f"spectrum/lambda_{rank + 1}")[step] == pytest.approx(float(values[rank]), rel=1e-6)
+        for rank in range(4):
+            found = logger.curve(f"spectrum/lambda_min_{rank + 1}")[step]
+            assert found == pytest.approx(float(values[-1 - rank]), rel=1e-6)
+        tracked = torch.cat([values[:5], values[-4:]])
+        assert logger.curve("spectrum/frobenius_norm")[step] == pytest.approx(float(tracked.norm()), rel=1e-6)
+        share = float((-tracked).clamp_min(0).sum() / tracked.abs().sum())
+        assert logger.curve("spectrum/negative_mass")[step] == pytest.approx(share, rel=1e-6)
+        assert logger.curve("spectrum/converged")[step] == 1
+
+
+def test_alignment_and_overlap_are_those_of_the_dense_eigenvectors(tmp_path: Path) -> None:
+    class Reference(Dense):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cosines: dict[int, Tensor] = {}
+            self.tops: dict[int, Tensor] = {}
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            step = trainer.global_step
+            self.tops[step] = torch.linalg.eigh(self.hessians[step]).eigenvectors[:, -3:].T.flip(0)
+            loss = torch.nn.functional.mse_loss(pl_module(batch[0]), batch[1])
+            parts = torch.autograd.grad(loss, list(pl_module.parameters()))
+            gradient = torch.cat([part.reshape(-1) for part in parts])
+            self.cosines[step] = self.tops[step] @ gradient / gradient.norm()
+
+    reference = Reference()
+    logger = fit(tmp_path, reference, every_step(largest=3, data="batch", tol=1e-8)).logger
+    whole = fit(tmp_path, Reference(), every_step(largest=3, tol=1e-8)).logger
+    # On the step's own batch the Hessian is another one, so its cosines are only compared where the data are the same.
+    assert set(logger.curve("spectrum/gradient_cosine_1")) == set(reference.cosines)
+    tops = list(reference.tops.values())
+    expected = [float((a @ b.T).square().sum() / 3) for a, b in itertools.pairwise(tops)]
+    found = list(whole.curve("spectrum/subspace_overlap").values())
+    assert found == pytest.approx(expected, abs=2e-2)  # kept in half precision
+    first = list(whole.curve("spectrum/subspace_overlap_first").values())
+    assert first == pytest.approx([float((tops[0] @ b.T).square().sum() / 3) for b in tops[1:]], abs=2e-2)
+    assert set(whole.curve("spectrum/gradient_in_random_subspace").values()) == {3 / 26}
+
+
+def test_cosines_are_averaged_over_the_batches_of_the_data(tmp_path: Path) -> None:
+    class Reference(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step:
+                return
+            _values, vectors = torch.linalg.eigh(dense_hessian(pl_module, regression_data().tensors)[1])
+            order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+            rows = []
+            for part in order.split(8)[:4]:
+                inputs, targets, _ = regression_data()[part]
+                loss = torch.nn.functional.mse_loss(pl_module(inputs), targets)
+                parts = torch.autograd.grad(loss, list(pl_module.parameters()))
+                gradient = torch.cat([p.reshape(-1) for p in parts])
+                rows.append((vectors[:, -2:].T.flip(0) @ gradient / gradient.norm()).abs())
+            self.cosines = torch.stack(rows)
+
+    reference = Reference()
+    logger = fit(tmp_path, reference, every_step(largest=2, gradient_batches=4, tol=1e-8)).logger
+    for rank in range(2):
+        expected = float(reference.cosines[:, rank].mean())
+        assert logger.curve(f"spectrum/gradient_cosine_{rank + 1}")[0] == pytest.approx(expected, rel=1e-5)
+    inside = float(reference.cosines.square().sum(dim=1).mean())
+    assert logger.curve("spectrum/gradient_in_top_subspace")[0] == pytest.approx(inside, rel=1e-5)
+
+
+def test_estimates_cover_the_dense_trace_and_norm(tmp_path: Path) -> None:
+    dense = Dense()
+    logger = fit(tmp_path, dense, every_step(largest=3, random_vectors=20, density_steps=15)).logger
+    for step, hessian in dense.hessians.items():
+        for tag, error, value in (
+            ("trace", "trace_error", float(hessian.trace())),
+            ("frobenius_norm_estimate", "frobenius_norm_error", float(hessian.norm())),
+        ):
+            found, spread = logger.curve(f"spectrum/{tag}")[step], logger.curve(f"spectrum/{error}")[step]
+            assert abs(found - value) <= 4 * spread + 1e-9
+
+
+@pytest.mark.parametrize("groups", ["modules", {"first": "net.0.*", "last": "*3*"}], ids=["modules", "patterns"])
+def test_blocks_are_those_of_the_dense_hessian(tmp_path: Path, groups: Any) -> None:
+    dense = Dense()
+    logger = fit(tmp_path, dense, every_step(largest=1, groups=groups)).logger
+    blocks = {"net": slice(0, 26)} if groups == "modules" else {"first": slice(0, 16), "last": slice(16, 26)}
+    for step, hessian in dense.hessians.items():
+        for name, block in blocks.items():
+            expected = float(torch.linalg.eigvalsh(hessian[block, block])[-1])
+            assert logger.curve(f"spectrum/lambda_max_{name}")[step] == pytest.approx(expected, rel=1e-3)
+
+
+def test_benettin_follows_the_leading_eigenvalues(tmp_path: Path) -> None:
+    class Still(SmallRegressor):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+    class OneBatch(Dense):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.hessian = dense_hessian(pl_module, batch)[1]
+
+    dense = OneBatch()
+    tracker = SpectrumTracker(
+        largest=3, estimator="benettin", delta_q=1e-5, schedule=Schedule(every_n_steps=1), log_prefix=None
+    )
+    trainer = fit(tmp_path, dense, tracker, module=Still(linear=True), max_epochs=400, overfit_batches=1)
+    values = torch.linalg.eigvalsh(dense.hessian).flip(0)[:3]
+    for rank in range(3):
+        found = float(trainer.callback_metrics[f"spectrum/lambda_{rank + 1}"])
+        assert found == pytest.approx(float(values[rank]), rel=1e-3)
+    assert float(trainer.callback_metrics["spectrum/lyapunov_exponent_1"]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "options"),
+    [
+        ({"largest": 3, "smallest": 2}, {}),
+        ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, {}),
+        ({"largest": 2, "estimator": "benettin"}, {}),
+        ({"largest": 2, "data": "batch", "mode": "eval"}, {"precision": "bf16-mixed"}),
+        ({"largest": 2, "smallest": 1}, {"accumulate": 4}),
+    ],
+    ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
+)
+def test_tracker_leaves_the_run_bit_identical(tmp_path: Path, tracker: dict[str, Any], options: dict[str, Any]) -> None:
+    schedule = Schedule(every_n_steps=13, first_n_steps=3)
+    with_tracker = train(SpectrumTracker(schedule=schedule, save_dir=str(tmp_path), **tracker), **options)
+    assert_identical(train(**options), with_tracker)
+    assert len(with_tracker.curve("spectrum/lambda_1")) >= 5
+
+
+def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"operators": 0, "products": 0}
+    plain_init, plain_matvec = HessianOperator.__init__, HessianOperator.matvec
+
+    def counted_init(self: HessianOperator, *args: Any, **kwargs: Any) -> None:
+        counts["operators"] += 1
+        plain_init(self, *args, **kwargs)
+
+    def counted_matvec(self: HessianOperator, vector: Tensor) -> Tensor:
+        counts["products"] += 1
+        return plain_matvec(self, vector)
+
+    monkeypatch.setattr(HessianOperator, "__init__", counted_init)
+    monkeypatch.setattr(HessianOperator, "matvec", counted_matvec)
+
+    def callbacks() -> list[Callback]:
+        return [
+            CurvatureProbe(1, data="fixed", fraction=1.0, log_prefix="a"),
+            every_step(largest=6, smallest=3, tol=1e-4),
+            CurvatureProbe(1, end="both", data="fixed", fraction=1.0, log_prefix="b"),
+        ]
+
+    alone = fit(tmp_path, every_step(largest=6, smallest=3, tol=1e-4)).logger
+    expected = dict(counts)
+    for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]):
+        counts.update(operators=0, products=0)
+        shared = [callbacks()[index] for index in order]
+        logger = fit(tmp_path, *shared).logger
+        assert counts == expected
+        assert logger.curve("spectrum/lambda_1") == alone.curve("spectrum/lambda_1")
+        for prefix in "ab":
+            assert logger.curve(f"{prefix}/curvature/lambda_max") == alone.curve("spectrum/lambda_1")
+
+
+def test_different_requests_are_not_shared(tmp_path: Path) -> None:
+    logger = fit(tmp_path, every_step(largest=2), CurvatureProbe(1, data="batch", tol=1e-6)).logger
+    assert logger.curve("spectrum/lambda_1")[3] != pytest.approx(logger.curve("curvature/lambda_max")[3], rel=1e-3)
+
+
+def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
+    def tracker(folder: str) -> SpectrumTracker:
+        return every_step(largest=3, smallest=1, save_dir=str(tmp_path / folder))
+
+    straight = fit(tmp_path, tracker("straight"), max_epochs=4).logger
+    half = fit(tmp_path, tracker("resumed"), max_epochs=2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
+    rest = fit(tmp_path, tracker("resumed"), max_epochs=4, ckpt_path=tmp_path / "half.ckpt").logger
+    for tag in ("lambda_1", "lambda_3", "lambda_min_1", "subspace_overlap", "subspace_overlap_first"):
+        later = {step: value for step, value in straight.curve(f"spectrum/{tag}").items() if step >= 12}
+        assert len(later) == 12
+        assert rest.curve(f"spectrum/{tag}") == later
+    tables = [pd.read_csv(tmp_path / folder / "spectrum.csv") for folder in ("straight", "resumed")]
+    values = [table[table.name != "spectrum/seconds"].reset_index(drop=True) for table in tables]
+    pd.testing.assert_frame_equal(*values)
+
+
+def test_the_table_is_tidy_and_an_earlier_one_is_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        logger = fit(tmp_path, every_step(largest=2, save_dir=str(tmp_path / "out"), save_vectors=True)).logger
+    table = pd.read_csv(tmp_path / "out" / "spectrum.csv")
+    assert list(table) == ["step", "epoch", "name", "value"]
+    wide = table.pivot(index="step", columns="name", values="value")
+    assert wide["spectrum/lambda_1"].to_dict() == pytest.approx(logger.curve("spectrum/lambda_1"), rel=1e-15)
+    assert len(pd.read_csv(tmp_path / "out" / "spectrum.1.csv")) == len(table)
+    saved = load_file(tmp_path / "out" / "eigenvectors-step00000003.safetensors")
+    assert saved["vectors"].shape == (2, 26)
+    assert saved["values"].tolist() == pytest.approx([logger.curve(f"spectrum/lambda_{i}")[3] for i in (1, 2)])
+
+
+def test_tensorboard_gets_figures_and_charts(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    tracker = every_step(largest=2, smallest=1, random_vectors=2, density_steps=3)
+    fit(tmp_path, tracker, CurvatureProbe(5), logger=logger)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir).Reload()
+    names = {"spectrum/eigenvalues", "spectrum/density", "spectrum/gradient_alignment"}
+    assert set(events.Tags()["images"]) == names
+    assert len(events.Images("spectrum/eigenvalues")) == 2  # one an epoch
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_a_failed_measurement_is_warned_of_and_the_run_goes_on(tmp_path: Path) -> None:
+    def broken(module: Any, batch: Any) -> Tensor:
+        raise RuntimeError("broken on purpose")
+
+    with pytest.warns(CurvatureWarning, match="broken on purpose"):
+        trainer = fit(tmp_path, every_step(largest=2, loss_fn=broken), CurvatureProbe(1, log_prefix="well"))
+    assert trainer.global_step == 12
+    assert set(trainer.logger.curve("spectrum/converged").values()) == {0}
+    assert set(trainer.logger.curve("well/curvature/converged").values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"largest": -1}, "`largest` should be a non-negative int, got -1"),
+        ({"largest": 0}, "`largest` and `smallest` should not both be 0"),
+        ({"smallest": 1.5}, "`smallest` should be a non-negative int, got 1.5"),
+        ({"random_vectors": 1}, "`random_vectors` should be 0 or at least 2"),
+        ({"density_steps": 5}, "`random_vectors` should be 0 or at least 2"),
+        ({"estimator": "arpack"}, "`estimator` should be one of lanczos, benettin, got 'arpack'"),
+        ({"method": "exact"}, "`method` should be one of"),
+        ({"tol": 0}, "`tol` should be a positive float, got 0"),
+        ({"groups": 3}, "`groups` should be 'modules' or a dict"),
+        ({"max_basis_vectors": 11}, "`max_basis_vectors` should be at least"),
+        ({"save_vectors": True}, "`save_vectors` needs `save_dir`"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpectrumTracker(**options)
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        ({"largest": 20, "smallest": 7}, r"20 \+ 7 eigenvalues of a model with 26 trainable parameters"),
+        ({"groups": {"head": "head.*"}, "largest": 2}, "the group 'head' matches no trainable parameter"),
+    ],
+)
+def test_what_the_model_cannot_give_is_refused_before_training(
+    tmp_path: Path, tracker: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, SpectrumTracker(**tracker))
+
+
+def test_training_map_of_momentum_is_refused(tmp_path: Path) -> None:
+    module = SmallRegressor(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    with pytest.raises(MisconfigurationException, match="no momentum"):
+        fit(tmp_path, SpectrumTracker(smallest=1, estimator="benettin"), module=module)
