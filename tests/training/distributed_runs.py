@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lyapunov_lightning import CurvatureProbe
+from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker
 from lyapunov_lightning.curvature import HessianOperator, lanczos
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training import recording, schedule
@@ -318,16 +318,21 @@ def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **setting
     return trainer
 
 
+def is_own(tag: str) -> bool:
+    """Whether one of the package's callbacks has logged this."""
+    return "curvature/" in tag or "spectrum/" in tag
+
+
 def own_entries(logger: RememberingLogger) -> list[tuple[int, dict[str, float]]]:
-    """What the probe has logged, but for the time."""
+    """What a callback has logged, but for the time."""
     return [
         (step, {tag: value for tag, value in metrics.items() if not tag.endswith("seconds")})
         for step, metrics in logger.entries
-        if any("curvature/" in tag for tag in metrics)
+        if any(map(is_own, metrics))
     ]
 
 
-def probed(probe: CurvatureProbe, loader: Any, **settings: Any) -> dict[str, Any]:
+def probed(probe: Any, loader: Any, **settings: Any) -> dict[str, Any]:
     logger, snapshots, module = RememberingLogger(), Snapshots(), Smooth()
     fit(module, loader, snapshots, probe, logger=logger, precision="64-true", **settings)
     return {
@@ -352,6 +357,22 @@ def probe_on_the_step(rank: int) -> dict[str, Any]:
         probe = CurvatureProbe(2, estimator, end, tol=tol)
         found[estimator] = probed(probe, loader, use_distributed_sampler=False)
     return found
+
+
+@check
+def tracker_on_the_step(rank: int) -> dict[str, Any]:
+    size = STEP_BATCHES[rank]
+    tracker = SpectrumTracker(
+        3,
+        2,
+        Schedule(every_n_steps=2),
+        "batch",
+        tol=1e-8,
+        random_vectors=4,
+        density_steps=5,
+        groups={"first": "net.0.*", "last": "net.2.*"},
+    )
+    return probed(tracker, DataLoader(regression(6 * size, seed=rank), size), use_distributed_sampler=False)
 
 
 FRACTIONS = {"uneven": 7 / 21, "one-sample": 1 / 21, "all": 1.0}
@@ -493,11 +514,11 @@ def trained(*callbacks: Callback, **settings: Any) -> dict[str, Any]:
         "buffers": dict(module.named_buffers()),
         "optimizer": trainer.optimizers[0].state_dict(),
         "logged": [
-            (step, {tag: value for tag, value in metrics.items() if "curvature/" not in tag})
+            (step, {tag: value for tag, value in metrics.items() if not is_own(tag)})
             for step, metrics in logger.entries
-            if not any("curvature/" in tag for tag in metrics)
+            if not any(map(is_own, metrics))
         ],
-        "callback metrics": {tag: v for tag, v in trainer.callback_metrics.items() if "curvature/" not in tag},
+        "callback metrics": {tag: v for tag, v in trainer.callback_metrics.items() if not is_own(tag)},
         "metrics": [module.accuracy.metric_state, module.synced.metric_state],
         "attributes": (module.losses, module.order, module.average),
         "generators": (torch.rand(2), torch.tensor([random.random(), np.random.rand()])),
@@ -513,6 +534,8 @@ def identity(rank: int) -> dict[str, Any]:
             CurvatureProbe(1, end="both", tol=0.3),
             CurvatureProbe(3, "lyapunov", data="fixed", fraction=0.2, mode="eval"),
             CurvatureProbe(4, "power", tol=0.3, log_prefix="second"),
+            SpectrumTracker(2, 1, Schedule(every_n_steps=13), fraction=0.2, random_vectors=2, groups="modules"),
+            SpectrumTracker(2, estimator="benettin", schedule=Schedule(every_n_steps=13), log_prefix="third"),
         ]
         found[name] = {
             "without": trained(**settings),

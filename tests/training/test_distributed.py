@@ -211,6 +211,31 @@ def test_lyapunov_iteration_is_that_on_the_batches_of_both_processes(outcomes):
         assert logged["curvature/lambda_max"] == pytest.approx(estimate.eigenvalue, rel=1e-8)
 
 
+def test_tracker_sees_the_batches_of_both_processes(outcomes):
+    first, second = outcomes("tracker_on_the_step")
+    assert len(first["logged"]) == 3
+    assert same(first["logged"], second["logged"])
+    for step, logged in first["logged"]:
+        parts = [first["batches"][step], second["batches"][step]]
+        hessian = dense_hessian(first["parameters"][step], union_of(parts))
+        values, vectors = torch.linalg.eigh(hessian)
+        assert logged["spectrum/converged"] == 1
+        for rank in range(3):
+            assert logged[f"spectrum/lambda_{rank + 1}"] == pytest.approx(float(values[-1 - rank]), rel=1e-9)
+        for rank in range(2):
+            assert logged[f"spectrum/lambda_min_{rank + 1}"] == pytest.approx(float(values[rank]), rel=1e-9)
+        for name, block in (("first", slice(0, 16)), ("last", slice(16, 26))):
+            expected = float(torch.linalg.eigvalsh(hessian[block, block])[-1])
+            assert logged[f"spectrum/lambda_max_{name}"] == pytest.approx(expected, rel=1e-9)
+        module = runs.Smooth().double()
+        nn.utils.vector_to_parameters(first["parameters"][step], module.parameters())
+        cosines = []
+        for part in parts:
+            gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(module.loss(part), module.parameters())])
+            cosines.append(float((vectors[:, -1] @ gradient).abs() / gradient.norm()))
+        assert logged["spectrum/gradient_cosine_1"] == pytest.approx(sum(cosines) / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("share", runs.FRACTIONS)
 def test_probe_on_fixed_data_sees_the_samples_that_one_process_would_draw(outcomes, share):
     first, second = (outcome[share] for outcome in outcomes("probe_on_fixed_data"))
