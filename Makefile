@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
