@@ -65,7 +65,8 @@ class CurvatureProbe(Callback):
     - ``curvature/lyapunov_exponent``: the exponent of the map that was followed (``lyapunov`` only). When both ends are
       followed, ``curvature/lyapunov_exponent_sgd`` is that of the training map. ``curvature/paper_lambda_min`` is the
       smallest eigenvalue in the paper's convention. Beyond the edge of stability the sharpest direction is the one that
-      grows under the training map; its eigenvalue is then logged as ``lambda_max``.
+      grows under the training map; its eigenvalue is then logged as ``lambda_max``. A negative eigenvalue beyond about
+      twice the largest one grows under gradient ascent, and is then logged as ``lambda_min``.
     - ``curvature/matvecs``: Hessian-vector products spent (for ``"lyapunov"`` differences of gradients).
     - ``curvature/seconds``: wall-clock time spent.
 
@@ -306,7 +307,10 @@ class CurvatureProbe(Callback):
                 estimate = self._ascent.step(gradient, here)
             estimates.append(estimate)
             scalars["curvature/lyapunov_exponent"] = estimate.exponent
-            scalars["curvature/lambda_max"] = estimate.eigenvalue
+            if estimate.end == "largest":
+                scalars["curvature/lambda_max"] = estimate.eigenvalue
+            elif self._descent is None:  # a negative eigenvalue so large that it grows faster, turning round
+                scalars["curvature/lambda_min"] = estimate.eigenvalue
             scalars["curvature/inverse_h0"] = 1 / estimate.paper_eigenvalue
             scalars["curvature/residual"] = estimate.residual
         group = trainer.optimizers[0].param_groups[0] if self._descent is not None else {"lr": 0.0}

@@ -906,3 +906,20 @@ def test_resumed_preconditioned_measurement_logs_the_same_bits(fit: Fit, tmp_pat
     resumed = fit(Adam(), CurvatureProbe(1), max_steps=30, ckpt_path=tmp_path / "step=18.ckpt").logger
     assert curvature_after(resumed, 18) == curvature_after(straight, 18)
     assert "curvature/preconditioned_lambda_max" in resumed.tags
+
+
+def test_ascent_that_follows_the_other_end_is_not_passed_off_as_the_largest(fit: Fit) -> None:
+    class Saddle(SmallRegressor):
+        """A loss with the curvatures 1 and -10 along the first two parameters."""
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+    def saddle(module: Any, batch: Any) -> torch.Tensor:
+        first, second = module.net[0].weight.reshape(-1)[:2]
+        return first.square() / 2 - 5 * second.square()
+
+    probe = CurvatureProbe(1, "lyapunov", loss_fn=saddle, iterations=50)
+    logger = fit(Saddle(), probe).logger
+    assert list(logger.curve("curvature/lambda_min").values())[-1] == pytest.approx(-10, rel=1e-6)
+    assert not logger.curve("curvature/lambda_max")
