@@ -112,7 +112,7 @@ def test_several_probes_leave_the_run_bit_identical() -> None:
     ]
     with_probes = train(probes)
     assert_identical(run_without(), with_probes)
-    assert [len(with_probes.curve(f"{prefix}/curvature/lambda_max")) for prefix in "abc"] == [52, 26, 26]
+    assert [len(with_probes.curve(f"{prefix}/curvature/residual")) for prefix in "abc"] == [52, 26, 26]
 
 
 def fails_halfway(module: BusyModule, batch: Any) -> Tensor:
@@ -369,7 +369,7 @@ class OwnLoggers(WithState):
 def test_whatever_the_training_step_does_is_taken_back(module: type[WithState], estimator: str) -> None:
     with_probe = train(CurvatureProbe(2, estimator), module=module, steps=20)
     assert_identical(run_without(module=module, steps=20), with_probe)
-    assert len(with_probe.curve("curvature/lambda_max")) == 10
+    assert len(with_probe.curve("curvature/residual")) == 10
 
 
 def test_printing_in_the_training_step_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
