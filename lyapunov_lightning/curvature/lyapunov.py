@@ -87,10 +87,7 @@ class LyapunovIteration:
     """
 
     def __init__(self, *, map: LyapunovMap = "ascent", delta_q: float = 5e-2, seed: int = 0) -> None:
-        if map not in ("ascent", "sgd"):
-            raise ValueError(f"`map` should be 'ascent' or 'sgd', got {map!r}.")
-        if not delta_q > 0:
-            raise ValueError(f"`delta_q` should be a positive float, got {delta_q}.")
+        _check_perturbation(map, delta_q)
         self._map = map
         self._delta_q = delta_q
         self._seed = seed
@@ -240,10 +237,7 @@ class LyapunovSpectrum:
     ) -> None:
         if num_perturbations < 1:
             raise ValueError(f"`num_perturbations` should be a positive int, got {num_perturbations}.")
-        if map not in ("ascent", "sgd"):
-            raise ValueError(f"`map` should be 'ascent' or 'sgd', got {map!r}.")
-        if not delta_q > 0:
-            raise ValueError(f"`delta_q` should be a positive float, got {delta_q}.")
+        _check_perturbation(map, delta_q)
         self._count = num_perturbations
         self._map = map
         self._delta_q = delta_q
@@ -330,3 +324,10 @@ def controlled(beta: float, exponent: float) -> float:
     """The step size that steers the exponent to 1: β divided by it (Algorithm 1), within bounds."""
     inverse = 1 / exponent if exponent > 0 else math.inf
     return min(max(beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING), 1e-30), 1e30)
+
+
+def _check_perturbation(map: LyapunovMap, delta_q: float) -> None:
+    if map not in ("ascent", "sgd"):
+        raise ValueError(f"`map` should be 'ascent' or 'sgd', got {map!r}.")
+    if not delta_q > 0:
+        raise ValueError(f"`delta_q` should be a positive float, got {delta_q}.")
