@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Optional, get_args
+from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.callbacks.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.callbacks.base import CurvatureCallback, Stateful
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.linear import ScaledOperator
 from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
@@ -20,7 +21,7 @@ from lyapunov_lightning.training.batches import Data, ProbeData
 from lyapunov_lightning.training.gradients import OwnGradient
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.problem import CurvatureProblem
-from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.recording import WatchedOperator, progress
 from lyapunov_lightning.training.sandbox import Mode
 from lyapunov_lightning.training.schedule import Schedule, Timetable
 from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subscription
@@ -31,7 +32,7 @@ _H0_CONVENTION = math.e - 1
 """``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
 
 
-class CurvatureProbe(Callback):
+class CurvatureProbe(CurvatureCallback):
     r"""Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
 
     The largest eigenvalue, the *sharpness*, decides on the stability of the training: gradient descent with learning
@@ -132,28 +133,15 @@ class CurvatureProbe(Callback):
         log_prefix: Optional[str] = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"`estimator` should be one of {', '.join(get_args(Estimator))}, got {estimator!r}.")
-        if end not in get_args(End):
-            raise ValueError(f"`end` should be one of {', '.join(get_args(End))}, got {end!r}.")
-        if method not in get_args(Method):
-            raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
-        if not tol > 0:
-            raise ValueError(f"`tol` should be a positive float, got {tol}.")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"`iterations` should be a positive int, got {iterations}.")
+        check_choice("estimator", estimator, Estimator)
+        check_choice("end", end, End)
+        check_choice("method", method, Method)
+        check_positive("tol", tol)
+        check_int("iterations", iterations, least=1)
         if schedule is None:  # both are checked, also the one that is not used
             schedule = Schedule(every_n_steps=every_n_steps, max_overhead=max_overhead)
             if max_overhead is not None:
                 schedule = Schedule(max_overhead=max_overhead)
-        self._estimator = estimator
-        self._end = end
-        self._tol = tol
-        self._iterations = iterations
-        self._delta_q = delta_q
-        self._log_prefix = log_prefix
-        self._recorder = Recorder(type(self).__name__, log_prefix)
         problem = CurvatureProblem(
             type(self).__name__,
             ProbeData(data, num_batches=num_batches, fraction=fraction, seed=seed),
@@ -162,7 +150,13 @@ class CurvatureProbe(Callback):
             loss_fn=loss_fn,
         )
         request = EigenRequest(int(end != "smallest"), int(end != "largest"), tol, seed)
-        self.subscription = Subscription(problem, Timetable(schedule), request if estimator == "lanczos" else None)
+        super().__init__(
+            Subscription(problem, Timetable(schedule), request if estimator == "lanczos" else None), log_prefix
+        )
+        self._estimator = estimator
+        self._end = end
+        self._tol = tol
+        self._iterations = iterations
         self._power = ExtremeTracker("power", end, tol, seed)
         self._preconditioned = ExtremeTracker("power" if estimator == "power" else "lanczos", "largest", tol, seed)
         self._ascent = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed) if end != "smallest" else None
@@ -177,20 +171,13 @@ class CurvatureProbe(Callback):
         return self._generate_state_key(estimator=self._estimator, end=self._end, log_prefix=self._log_prefix)
 
     @override
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        if stage == "fit":
-            self.subscription.problem.check_setup(trainer, pl_module)
-
-    @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.subscription.start(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
         if self._estimator == "lyapunov" and self._descent is not None:
             check_training_map(type(self).__name__, trainer.optimizers)
-        self._recorder.check_loggers(trainer)
-        self._recorder.layout(trainer, self)
 
+    @override
     def charts(self) -> dict[str, dict[str, list[str]]]:
-        """The curves that belong on one chart, for TensorBoard's custom scalars."""
         sharpness = ["curvature/lambda_max$", "curvature/preconditioned_lambda_max$", "curvature/stability_limit$"]
         return {"curvature": {"sharpness and stability limit": self._recorder.patterns(sharpness)}}
 
@@ -227,17 +214,8 @@ class CurvatureProbe(Callback):
                 raise MeasurementError("The step returned None for the probed batch, so there was no backward pass.")
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._stateful().items()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, part in self._stateful().items():
-            part.load_state_dict(state_dict[name])
-
-    def _stateful(self) -> dict[str, Any]:
-        """The parts that go on where they were in a resumed run."""
-        parts: dict[str, Any]
+    def _stateful(self) -> dict[str, Stateful]:
+        parts: dict[str, Optional[Stateful]]
         if self._estimator == "lyapunov":
             parts = {"ascent": self._ascent, "descent": self._descent, "own_gradient": self._own_gradient}
         else:

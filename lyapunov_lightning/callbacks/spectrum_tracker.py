@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Optional, Union, get_args
+from typing import Any, Literal, Optional, Union
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.callbacks.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.callbacks.base import CurvatureCallback, Stateful
 from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density, stochastic_moments
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.linear import LinearOperator
@@ -24,7 +25,7 @@ from lyapunov_lightning.training.batches import Data, ProbeData
 from lyapunov_lightning.training.objective import trainable_parameters
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.problem import CurvatureProblem
-from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.recording import WatchedOperator, progress
 from lyapunov_lightning.training.sandbox import Mode
 from lyapunov_lightning.training.schedule import Schedule, Timetable
 from lyapunov_lightning.training.series import SeriesFile, check_safetensors, save_vectors
@@ -33,7 +34,7 @@ from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subsc
 Estimator = Literal["lanczos", "benettin"]
 
 
-class SpectrumTracker(Callback):
+class SpectrumTracker(CurvatureCallback):
     r"""Logs the ends of the Hessian's spectrum, and what else is asked for, while a module trains.
 
     At every step of the schedule the `largest` and `smallest` eigenvalues with their vectors are computed on fixed
@@ -144,7 +145,6 @@ class SpectrumTracker(Callback):
         log_prefix: Optional[str] = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         owner = type(self).__name__
         counts = {
             "largest": largest,
@@ -154,8 +154,7 @@ class SpectrumTracker(Callback):
             "density_steps": density_steps,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"`{name}` should be a non-negative int, got {value}.")
+            check_int(name, value, least=0)
         if largest + smallest == 0:
             raise ValueError("`largest` and `smallest` should not both be 0.")
         if random_vectors == 1 or (density_steps and not random_vectors):
@@ -163,12 +162,9 @@ class SpectrumTracker(Callback):
                 "`random_vectors` should be 0 or at least 2, and not 0 where `density_steps` are asked for, got"
                 f" {random_vectors}."
             )
-        if estimator not in get_args(Estimator):
-            raise ValueError(f"`estimator` should be one of {', '.join(get_args(Estimator))}, got {estimator!r}.")
-        if method not in get_args(Method):
-            raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
-        if not tol > 0:
-            raise ValueError(f"`tol` should be a positive float, got {tol}.")
+        check_choice("estimator", estimator, Estimator)
+        check_choice("method", method, Method)
+        check_positive("tol", tol)
         if groups is not None and groups != "modules" and not isinstance(groups, dict):
             raise ValueError(f"`groups` should be 'modules' or a dict of names and patterns, got {groups!r}.")
         if max_basis_vectors is not None and max_basis_vectors < largest + smallest + 2:
@@ -180,17 +176,6 @@ class SpectrumTracker(Callback):
             raise ValueError("`save_vectors` needs `save_dir`, the folder to write to, got None.")
         if save_vectors:
             check_safetensors(owner)
-        self._estimator = estimator
-        self._largest, self._smallest = largest, smallest
-        self._tol, self._seed = tol, seed
-        self._gradient_batches = gradient_batches
-        self._random_vectors, self._density_steps = random_vectors, density_steps
-        self._groups = groups
-        self._save_dir = None if save_dir is None else Path(save_dir)
-        self._save_vectors = save_vectors
-        self._log_prefix = log_prefix
-        self._recorder = Recorder(owner, log_prefix)
-        self._file = None if self._save_dir is None else SeriesFile(self._save_dir / "spectrum.csv")
         along_training = estimator == "benettin"
         problem = CurvatureProblem(
             owner,
@@ -201,7 +186,19 @@ class SpectrumTracker(Callback):
         )
         request = EigenRequest(largest, smallest, tol, seed, max_basis_vectors)
         timetable = Timetable(schedule if schedule is not None else Schedule(every_n_epochs=1))
-        self.subscription = Subscription(problem, timetable, None if along_training else request)
+        super().__init__(
+            Subscription(problem, timetable, None if along_training else request),
+            log_prefix,
+            None if save_dir is None else SeriesFile(Path(save_dir) / "spectrum.csv"),
+        )
+        self._estimator = estimator
+        self._largest, self._smallest = largest, smallest
+        self._tol, self._seed = tol, seed
+        self._gradient_batches = gradient_batches
+        self._random_vectors, self._density_steps = random_vectors, density_steps
+        self._groups = groups
+        self._save_dir = None if save_dir is None else Path(save_dir)
+        self._save_vectors = save_vectors
         self._ascent = LyapunovSpectrum(largest, map="ascent", delta_q=delta_q, seed=seed) if largest else None
         self._descent = LyapunovSpectrum(smallest, map="sgd", delta_q=delta_q, seed=seed) if smallest else None
         self._every_step = Timetable(Schedule(every_n_steps=1))
@@ -217,31 +214,16 @@ class SpectrumTracker(Callback):
         )
 
     @override
-    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        if stage == "fit":
-            self.subscription.problem.check_setup(trainer, pl_module)
-
-    @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.subscription.start(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
         self._every_step.start()
-        parameters = trainable_parameters(pl_module)
-        size = sum(parameter.numel() for parameter in parameters.values())
-        if self._largest + self._smallest > size:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` cannot find {self._largest} + {self._smallest} eigenvalues of a model with"
-                f" {size} trainable parameters. Ask for fewer."
-            )
+        self._check_size(pl_module, self._largest + self._smallest)
         if self._estimator == "benettin" and self._descent is not None:
             check_training_map(type(self).__name__, trainer.optimizers, momentum=False)
         self._check_groups(pl_module)
-        self._recorder.check_loggers(trainer)
-        self._recorder.layout(trainer, self)
-        if self._file is not None and trainer.is_global_zero:
-            self._file.begin(trainer.global_step)
 
+    @override
     def charts(self) -> dict[str, dict[str, list[str]]]:
-        """The curves that belong on one chart, for TensorBoard's custom scalars."""
         charts = {
             "largest eigenvalues": [r"spectrum/lambda_\d+$"],
             "smallest eigenvalues": [r"spectrum/lambda_min_\d+$"],
@@ -269,8 +251,6 @@ class SpectrumTracker(Callback):
                 scalars.update(self._spectrum(trainer, measurement))
                 scalars.update(self._block_sharpness(trainer, pl_module, batch, batch_idx))
         self.subscription.timetable.record(scalars.get("spectrum/seconds", 0.0))
-        if self._file is not None and trainer.is_global_zero:
-            self._file.append(trainer.global_step, trainer.current_epoch, scalars)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -278,17 +258,8 @@ class SpectrumTracker(Callback):
             self._recorder.figure(trainer, f"spectrum/{name}", figure)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._stateful().items()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, part in self._stateful().items():
-            part.load_state_dict(state_dict[name])
-
-    def _stateful(self) -> dict[str, Any]:
-        """The parts that go on where they were in a resumed run."""
-        parts = {
+    def _stateful(self) -> dict[str, Stateful]:
+        parts: dict[str, Optional[Stateful]] = {
             "timetable": self.subscription.timetable,
             "history": self._history,
             "subspace": self._subspace,

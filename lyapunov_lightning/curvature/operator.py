@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from lyapunov_lightning.curvature.convolution import convolution
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, PeerFailureError
 from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.curvature.substitution import ScopedLoss, SubstitutedLoss
@@ -92,7 +93,7 @@ class HessianOperator:
         method: Method = "auto",
         weights: Optional[Sequence[float]] = None,
         step: Optional[float] = None,
-        max_graph_bytes: int = 2**30,
+        max_graph_bytes: int = 2**29,
         reduce: Optional[Callable[[Tensor], None]] = None,
         on_fallback: Optional[Callable[[], None]] = None,
     ) -> None:
@@ -620,6 +621,9 @@ def _mse_loss(inputs: Tensor, target: Tensor, reduction: str = "mean", **legacy:
 _UNFUSED: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # its second derivative takes the norm for a constant
     functional.mse_loss: _mse_loss,  # its gradient has no forward derivative
+    torch.conv1d: convolution,  # the derivative of the gradient is many times slower than the gradient
+    torch.conv2d: convolution,
+    torch.conv3d: convolution,
 }
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
 from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.training.series import SeriesFile
 
 _PATIENCE = 2.0
 """Seconds that a measurement may take before it shows a progress bar."""
@@ -37,11 +38,13 @@ class Recorder:
     Args:
         owner: The callback's class, named in warnings.
         prefix: Put in front of every tag, with a slash, if given.
+        table: A file that gets the scalars too, without prefix.
 
     """
 
-    def __init__(self, owner: str, prefix: Optional[str] = None) -> None:
+    def __init__(self, owner: str, prefix: Optional[str] = None, table: Optional[SeriesFile] = None) -> None:
         self._owner = owner
+        self._table = table
         self._prefix = f"{prefix}/" if prefix else ""
         self._warned: set[str] = set()
 
@@ -53,10 +56,14 @@ class Recorder:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(tagged, step=step)
+        if self._table is not None and trainer.is_global_zero:
+            self._table.append(trainer.global_step, trainer.current_epoch, scalars)
 
-    def check_loggers(self, trainer: "pl.Trainer") -> None:
-        """Tell the user of a run without logger where its values are to be found."""
-        if not trainer.loggers:
+    def start(self, trainer: "pl.Trainer") -> None:
+        """Begin a run: open the file, and tell the user of a run without logger where its values are to be found."""
+        if self._table is not None and trainer.is_global_zero:
+            self._table.begin(trainer.global_step)
+        if not trainer.loggers and self._table is None:
             self.warn_once(
                 "no logger",
                 "the Trainer has no logger, so what is measured is found in `trainer.callback_metrics` only. Pass a"

@@ -174,15 +174,20 @@ def _subscriptions(trainer: "pl.Trainer") -> list[Subscription]:
 
 def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:
     """The part of the eigenpairs that a request asked for."""
-    if len(pairs.smallest) >= request.smallest:
-        bottom = torch.arange(pairs.num_largest, pairs.num_largest + request.smallest)
-    else:  # all eigenpairs are there, as the largest ones
-        bottom = torch.arange(len(pairs.values) - 1, len(pairs.values) - 1 - request.smallest, -1)
-    chosen = torch.cat([torch.arange(request.largest), bottom])
+    if (len(pairs.largest), len(pairs.smallest)) == (request.largest, request.smallest):
+        chosen = torch.arange(len(pairs.values))
+        vectors = pairs.vectors  # not copied, since they may be most of the memory
+    else:
+        if len(pairs.smallest) >= request.smallest:
+            bottom = torch.arange(pairs.num_largest, pairs.num_largest + request.smallest)
+        else:  # all eigenpairs are there, as the largest ones
+            bottom = torch.arange(len(pairs.values) - 1, len(pairs.values) - 1 - request.smallest, -1)
+        chosen = torch.cat([torch.arange(request.largest), bottom])
+        vectors = pairs.vectors[chosen.to(pairs.vectors.device)]
     values, residuals = pairs.values[chosen], pairs.residuals[chosen]
     return Eigenpairs(
         values=values,
-        vectors=pairs.vectors[chosen.to(pairs.vectors.device)],
+        vectors=vectors,
         residuals=residuals,
         converged=pairs.converged[chosen] | (residuals <= request.tol * values.abs()),
         num_matvecs=pairs.num_matvecs,

@@ -312,7 +312,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
-        ({"largest": 20, "smallest": 7}, r"20 \+ 7 eigenvalues of a model with 26 trainable parameters"),
+        ({"largest": 20, "smallest": 7}, r"27 eigenvalues of a model with 26 trainable parameters"),
         ({"groups": {"head": "head.*"}, "largest": 2}, "the group 'head' matches no trainable parameter"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
     recorder = Recorder("Owner")
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        recorder.check_loggers(trainer)
+        recorder.start(trainer)
 
     with pytest.warns(CurvatureWarning, match=r"`Owner`: the Trainer has no logger.*callback_metrics") as caught:
         fit(Learner(), batches(3), check)
@@ -156,7 +156,7 @@ def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
     fit(
         Learner(),
         batches(3),
-        lambda trainer, *args: Recorder("Owner").check_loggers(trainer),
+        lambda trainer, *args: Recorder("Owner").start(trainer),
         logger=remembering_logger,
     )
 

@@ -1,0 +1,152 @@
+"""Convolutions whose second derivative costs what their first does.
+
+A convolution is bilinear in inputs and weight, and so are its two gradients: each of the three maps, taken with the
+other two, is closed under differentiation. PyTorch differentiates the gradient with respect to the weight as a
+convolution whose kernel is as large as the image, for which processors have no fast code. Here every derivative of
+every order is one of the three maps that training itself runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Ints = Union[int, Sequence[int]]
+
+
+class _Geometry(NamedTuple):
+    """What describes a convolution beside its tensors, as the functions below pass it on."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+
+    def gradient(self, of: int, grad: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """PyTorch's gradient of a convolution with respect to its inputs (0) or its weight (1)."""
+        geometry = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups)
+        mask = [of == 0, of == 1, False]
+        gradient: Tensor = torch.ops.aten.convolution_backward(grad, inputs, weight, None, *geometry, mask)[of]
+        return gradient
+
+
+class _Bilinear(torch.autograd.Function):
+    """A map of two tensors that is linear in each."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Geometry], output: Tensor) -> None:
+        first, second, ctx.geometry = inputs
+        ctx.save_for_backward(first, second)
+        ctx.save_for_forward(first, second)
+
+    @classmethod
+    def jvp(cls, ctx: Any, first_tangent: Optional[Tensor], second_tangent: Optional[Tensor], _: None) -> Any:
+        first, second = ctx.saved_tensors
+        parts = []
+        if first_tangent is not None:
+            parts.append(cls.apply(first_tangent, second, ctx.geometry))
+        if second_tangent is not None:
+            parts.append(cls.apply(first, second_tangent, ctx.geometry))
+        return sum(parts[1:], parts[0])
+
+
+class _Output(_Bilinear):
+    """Inputs and weight to outputs."""
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+        options = (geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.stride))
+        output: Tensor = torch.ops.aten.convolution(inputs, weight, None, *options, geometry.groups)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs = _InputGradient.apply(grad, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
+        of_weight = _WeightGradient.apply(inputs, grad, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return of_inputs, of_weight, None
+
+
+class _InputGradient(_Bilinear):
+    """The outputs' gradient and the weight to the inputs' gradient."""
+
+    @staticmethod
+    def forward(grad: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+        inputs = grad.new_empty(1).expand(geometry.input_shape)  # of which the shape alone is looked at
+        return geometry.gradient(0, grad, inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+        grad, weight = ctx.saved_tensors
+        of_grad = _Output.apply(cotangent, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
+        of_weight = _WeightGradient.apply(cotangent, grad, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return of_grad, of_weight, None
+
+
+class _WeightGradient(_Bilinear):
+    """The inputs and the outputs' gradient to the weight's gradient."""
+
+    @staticmethod
+    def forward(inputs: Tensor, grad: Tensor, geometry: _Geometry) -> Tensor:
+        weight = grad.new_empty(1).expand(geometry.weight_shape)
+        return geometry.gradient(1, grad, inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+        inputs, grad = ctx.saved_tensors
+        of_inputs = _InputGradient.apply(grad, cotangent, ctx.geometry) if ctx.needs_input_grad[0] else None
+        of_grad = _Output.apply(inputs, cotangent, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return of_inputs, of_grad, None
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: Ints = 1,
+    padding: Union[Ints, str] = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``torch.conv1d``, ``conv2d`` and ``conv3d`` in one, by the number of dimensions of the weight.
+
+    Args:
+        input: Shape ``(N, C, ...)``, or ``(C, ...)`` for a single sample.
+        weight: Shape ``(outputs, C / groups, ...)``.
+        bias: Shape ``(outputs,)``.
+        stride: One number, or one for each dimension of the image; likewise the next two.
+        padding: On both sides, or ``"same"`` or ``"valid"``.
+        dilation: Distance between the kernel's points.
+        groups: Number of groups of channels.
+
+    """
+    dimensions = weight.ndim - 2
+    if input.ndim == dimensions + 1:
+        return convolution(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    strides, dilations = _for_each(stride, dimensions), _for_each(dilation, dimensions)
+    if padding == "same":
+        total = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
+        input = functional.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+        paddings: Sequence[int] = [t // 2 for t in total]
+    else:
+        paddings = [0] * dimensions if isinstance(padding, str) else _for_each(padding, dimensions)
+    geometry = _Geometry(strides, paddings, dilations, groups, tuple(input.shape), tuple(weight.shape))
+    output: Tensor = _Output.apply(input, weight, geometry)
+    return output if bias is None else output + bias.reshape(-1, *[1] * dimensions)
+
+
+def _for_each(value: Ints, dimensions: int) -> Sequence[int]:
+    if isinstance(value, int):
+        return [value] * dimensions
+    return list(value) * dimensions if len(value) == 1 else list(value)
