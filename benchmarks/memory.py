@@ -39,6 +39,7 @@ def train(with_tracker: bool, largest: int, batch_size: int) -> None:
 
 
 def main() -> None:
+    """Run both processes and print what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=10, help="eigenvalues that are tracked")
     parser.add_argument("--batch-size", type=int, default=128, help="images in a batch; four batches are measured")

@@ -1,4 +1,4 @@
-"""What a Hessian-vector product and a probe cost, in gradient evaluations of the same loss on the same batch.
+"""What a product, a probe and a step of the learning rate controller cost, in gradients of the same batch.
 
     python -m benchmarks.probe_cost
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from examples.models import MLP, LeNet
 from lyapunov_lightning.curvature import HessianOperator, LyapunovIteration
+from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness
 from lyapunov_lightning.curvature.tracking import ExtremeTracker
 
 
@@ -35,7 +36,7 @@ def measure(network: nn.Module, inputs: Tensor, repeats: int) -> dict[str, tuple
     labels = torch.randint(0, 10, (len(inputs),))
     parameters = list(network.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.02)
-    tracker, iteration = ExtremeTracker(tol=1e-2), LyapunovIteration()
+    tracker, iteration, sharpness = ExtremeTracker(tol=1e-2), LyapunovIteration(), CheckedSharpness()
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         return functional.cross_entropy(network(batch[0]), batch[1])
@@ -53,6 +54,18 @@ def measure(network: nn.Module, inputs: Tensor, repeats: int) -> dict[str, tuple
     def lyapunov() -> None:
         iteration.step(operator(method="finite_difference").gradient, own)
 
+    def along_update(tries: bool) -> None:
+        hessian = operator()
+        hessian.matvec(vector)
+        hessian.gradient()
+        if tries:
+            hessian.value()
+            hessian.value(1e-3 * vector)
+
+    def inverse_sharpness() -> None:
+        differences = operator(method="finite_difference")
+        sharpness.step(differences.gradient, differences.gradient())
+
     tasks: dict[str, Callable[[], object]] = {
         "gradient": gradient,
         "product, graph kept": lambda: kept.matvec(vector),
@@ -60,6 +73,9 @@ def measure(network: nn.Module, inputs: Tensor, repeats: int) -> dict[str, tuple
         "product, forward over reverse": lambda: forward.matvec(vector),
         "probe, Lanczos (warm)": lambda: tracker.measure(operator()),
         "probe, Lyapunov (own gradient)": lyapunov,
+        "controller, along the update": lambda: along_update(False),
+        "the same, a growing step": lambda: along_update(True),
+        "controller, inverse sharpness": inverse_sharpness,
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     products: dict[str, list[int]] = {name: [] for name in tasks}

@@ -1,4 +1,4 @@
-"""Real data to train on: handwritten digits, which travel with scikit-learn, and CIFAR-10."""
+"""Real data to train on: handwritten digits, which travel with scikit-learn, MNIST and CIFAR-10."""
 
 from typing import Optional
 
@@ -41,6 +41,48 @@ class Digits(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, len(self.val_set))
+
+
+class Mnist(pl.LightningDataModule):
+    """MNIST in torchvision's layout.
+
+    Args:
+        root: Folder that holds ``MNIST/raw``, or is to hold it.
+        batch_size: Samples in a batch.
+        download: Whether to download the data if they are not there.
+        pad: Zeros round the images of 28 x 28 pixels; 2 make them as large as those of CIFAR-10.
+    """
+
+    def __init__(self, root: str = "data", batch_size: int = 32, download: bool = True, pad: int = 0) -> None:
+        super().__init__()
+        self.root = root
+        self.batch_size = batch_size
+        self.download = download
+        self.pad = pad
+
+    def prepare_data(self) -> None:
+        if self.download:
+            from torchvision.datasets import MNIST
+
+            MNIST(self.root, download=True)
+
+    def setup(self, stage: str) -> None:
+        self.train_set = self._images(train=True)
+        self.val_set = self._images(train=False)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_set, 1000)
+
+    def _images(self, train: bool) -> Dataset:
+        from torch.nn.functional import pad
+        from torchvision.datasets import MNIST
+
+        images = MNIST(self.root, train=train)
+        inputs = pad((images.data.float() / 255 - 0.1307) / 0.3081, [self.pad] * 4)
+        return TensorDataset(inputs.unsqueeze(1), images.targets)
 
 
 class Cifar10(pl.LightningDataModule):

@@ -98,10 +98,15 @@ class LeNet(nn.Sequential):
         in_channels: Channels of the images.
         num_classes: Number of outputs.
         activation: ``"tanh"``, ``"relu"`` or ``"gelu"``.
+        hidden: Width of the fully connected layer.
     """
 
     def __init__(
-        self, in_channels: int = 3, num_classes: int = 10, activation: Literal["tanh", "relu", "gelu"] = "relu"
+        self,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        activation: Literal["tanh", "relu", "gelu"] = "relu",
+        hidden: int = 120,
     ) -> None:
         super().__init__(
             nn.Conv2d(in_channels, 6, 5),
@@ -111,9 +116,9 @@ class LeNet(nn.Sequential):
             _activation(activation),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(400, 120),
+            nn.Linear(400, hidden),
             _activation(activation),
-            nn.Linear(120, num_classes),
+            nn.Linear(hidden, num_classes),
         )
 
 
@@ -138,6 +143,65 @@ class SimpleCNN(nn.Sequential):
         super().__init__(
             *layers, nn.Flatten(), nn.Linear(4096, 128), _activation(activation), nn.Linear(128, num_classes)
         )
+
+
+class LeNet1(nn.Sequential):
+    """Two small convolutions and one linear layer, for 32 x 32 images.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 4, 5),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(4, 12, 5),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(300, num_classes),
+        )
+
+
+class TinyResNet(nn.Sequential):
+    """Three residual blocks with BatchNorm, about 20,000 parameters.
+
+    Args:
+        in_channels: Channels of the images.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 8, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            _ResidualBlock(8, 8, 2),
+            _ResidualBlock(8, 16, 2),
+            _ResidualBlock(16, 32, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, num_classes),
+        )
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width_out),
+            nn.ReLU(),
+            nn.Conv2d(width_out, width_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width_out),
+        )
+        self.shortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.relu(self.residual(inputs) + self.shortcut(inputs))
 
 
 def _activation(name: str) -> nn.Module:

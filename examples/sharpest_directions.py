@@ -25,7 +25,7 @@ def run(lr: float, root: str, folder: Path) -> Series:
     config = yaml.safe_load(CONFIG.read_text())
     config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = lr
     config["trainer"]["callbacks"][0]["init_args"]["save_dir"] = str(folder)
-    config["trainer"]["logger"]["init_args"]["version"] = f"lr{lr:g}"
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
     config["data"]["init_args"]["root"] = root
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"

@@ -13,6 +13,15 @@ from lyapunov_lightning.curvature.density import (
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.curvature.lanczos import lanczos
+from lyapunov_lightning.curvature.landscape import (
+    LineScan,
+    LineSearch,
+    QuadraticFit,
+    Window,
+    first_minimum,
+    quadratic_fit,
+    scan_line,
+)
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
 from lyapunov_lightning.curvature.lyapunov import (
     LyapunovEstimate,
@@ -20,6 +29,7 @@ from lyapunov_lightning.curvature.lyapunov import (
     LyapunovSpectrum,
     LyapunovSpectrumEstimate,
 )
+from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
 from lyapunov_lightning.curvature.operator import HessianOperator
 from lyapunov_lightning.curvature.power import power_iteration
 
@@ -28,6 +38,8 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "HessianOperator",
+    "LineScan",
+    "LineSearch",
     "LinearOperator",
     "LyapunovEstimate",
     "LyapunovIteration",
@@ -36,10 +48,17 @@ __all__ = [
     "MeasurementError",
     "Moments",
     "NonFiniteCurvatureError",
+    "OnlineEigenpair",
+    "OnlineEstimate",
+    "QuadraticFit",
     "ScaledOperator",
     "SpectralDensity",
+    "Window",
+    "first_minimum",
     "lanczos",
     "power_iteration",
+    "quadratic_fit",
+    "scan_line",
     "spectral_density",
     "stochastic_moments",
 ]

@@ -189,7 +189,10 @@ class KrylovBasis:
         count = coefficients.shape[1]
         needed = -(-count // _BLOCK)
         del self._blocks[needed:]
-        return torch.cat(self._blocks)[:count]
+        # Copied, so that who keeps the vectors does not keep the rest of a block.
+        return torch.cat(
+            [block[: count - start] for start, block in zip(range(0, count, _BLOCK), self._blocks, strict=True)]
+        )
 
     def _row(self, index: int) -> Tensor:
         return self._blocks[index // _BLOCK][index % _BLOCK]

@@ -161,6 +161,11 @@ class LyapunovIteration:
             num_gradients=1,
         )
 
+    def restart(self, direction: Tensor) -> None:
+        """Go on with a perturbation along another direction, of shape ``(n,)``, and at rest."""
+        self._perturbation = direction * (self._delta_q / torch.linalg.vector_norm(direction))
+        self._velocity = None
+
     def state_dict(self) -> dict[str, Any]:
         """The perturbation, the velocity and the control, on the CPU."""
         tensors = {"perturbation": self._perturbation, "velocity": self._velocity}

@@ -188,15 +188,29 @@ class HessianOperator:
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
 
         """
+        return float(self._mean(lambda: self._local_value(displacement), size=1, dtype=self._sum_dtype))
+
+    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+        """The mean loss at several points of a line through the present parameters.
+
+        One point is evaluated after the other, so that the memory is that of one displaced copy of the parameters, and
+        each sees the same random numbers; the processes of a distributed measurement meet once for all points.
+
+        Args:
+            direction: The line's direction, of shape ``(size,)``.
+            distances: Where on the line to evaluate the loss, in multiples of `direction`.
+
+        Returns:
+            A float64 vector on the CPU, one number for each distance.
+
+        """
+        if not distances:
+            return torch.zeros(0, dtype=torch.float64)
 
         def local() -> Tensor:
-            values = self._displaced(displacement)
-            total = torch.zeros(1, dtype=self.dtype, device=self.device)
-            for index, weight in enumerate(self._weights):
-                total += weight * self._evaluate(index, values, self._checked_value if values else torch.detach)
-            return total
+            return torch.cat([self._local_value(distance * direction) for distance in distances])
 
-        return float(self._mean(local, size=1))
+        return self._mean(local, size=len(distances), dtype=self._sum_dtype).to("cpu", torch.float64)
 
     def mean_over_batches(
         self, statistic: Callable[[Tensor], Tensor], size: int, max_batches: Optional[int] = None
@@ -227,7 +241,11 @@ class HessianOperator:
     # The mean over all samples of all processes.
 
     def _mean(
-        self, local_sum: Callable[[], Tensor], size: Optional[int] = None, count: Optional[float] = None
+        self,
+        local_sum: Callable[[], Tensor],
+        size: Optional[int] = None,
+        count: Optional[float] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> Tensor:
         """A sum over this process's samples, turned into the mean over those of all processes: one collective.
 
@@ -237,7 +255,7 @@ class HessianOperator:
             count = sum(self._weights)
         if self._reduce is None:
             return local_sum().div_(count)
-        buffer = torch.zeros((size or self.size) + 2, dtype=self.dtype, device=self.device)
+        buffer = torch.zeros((size or self.size) + 2, dtype=dtype or self.dtype, device=self.device)
         failure: Optional[Exception] = None
         try:
             buffer[:-2] = local_sum()
@@ -259,7 +277,20 @@ class HessianOperator:
             raise MeasurementError("No process has a batch to measure the curvature on.")
         return buffer[:-2].div_(total_count)
 
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        """In which losses are summed: differences of losses are small, so rounding should not add to that of each."""
+        return self.dtype if self.device.type == "mps" else torch.float64  # which has no float64
+
     # One process's part.
+
+    def _local_value(self, displacement: Optional[Tensor]) -> Tensor:
+        values = self._displaced(displacement)
+        total = torch.zeros(1, dtype=self._sum_dtype, device=self.device)
+        for index, weight in enumerate(self._weights):
+            loss = self._evaluate(index, values, self._checked_value if values else torch.detach)
+            total += weight * loss.to(total)
+        return total
 
     def _local_product(self, vector: Tensor) -> Tensor:
         total = self._layout.zeros()

@@ -7,6 +7,7 @@ eigenpairs are computed once, for the largest request. There is no registry: the
 measurement is dropped when the last of its subscribers has taken what it wanted, before the step itself begins.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -33,6 +34,8 @@ class EigenRequest:
         tol: Relative tolerance of the residuals.
         seed: Seed of the solver.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
+        acts: Whether the training depends on them. They are then computed apart from those of other requests, so that a
+            callback that reads beside one that acts does not change the training by the last digits.
 
     """
 
@@ -41,6 +44,7 @@ class EigenRequest:
     tol: float
     seed: int = 0
     max_basis_vectors: Optional[int] = None
+    acts: bool = False
 
 
 class Measurement:
@@ -55,7 +59,7 @@ class Measurement:
 
     def __init__(self, trainer: "pl.Trainer", operator: HessianOperator, subscriptions: "list[Subscription]") -> None:
         self._trainer = trainer
-        self._asked = [(s.request, s.vectors) for s in subscriptions if s.request is not None]
+        self._asked = [(s.request, s.vectors) for s in subscriptions if s.request is not None and not s.request.acts]
         self._pairs: Optional[Eigenpairs] = None
         self._failure: Optional[str] = None
         self.operator = operator
@@ -77,18 +81,20 @@ class Measurement:
                 f"The model has {self.operator.size} trainable parameters, fewer than the"
                 f" {request.largest} + {request.smallest} eigenvalues asked for."
             )
+        if request.acts:
+            return self._solve(owner, [(request, None)])
         if self._failure is not None:
             raise MeasurementError(f"The measurement that is shared with another callback failed: {self._failure}")
         if self._pairs is None:
             try:
-                self._pairs = self._solve(owner)
+                self._pairs = self._solve(owner, self._asked)
             except Exception as error:
                 self._failure = str(error)
                 raise
         return _restricted(self._pairs, request)
 
-    def _solve(self, owner: str) -> Eigenpairs:
-        fitting = [(r, v) for r, v in self._asked if r.largest + r.smallest <= self.operator.size]
+    def _solve(self, owner: str, asked: Sequence[tuple[EigenRequest, Optional[Tensor]]]) -> Eigenpairs:
+        fitting = [(r, v) for r, v in asked if r.largest + r.smallest <= self.operator.size]
         leading, vectors = max(fitting, key=lambda asked: asked[0].largest + asked[0].smallest)
         largest = max(request.largest for request, _ in fitting)
         smallest = max(request.smallest for request, _ in fitting)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker
+from lyapunov_lightning import CurvatureProbe, NegativeCurvatureTracker, Schedule, SpectrumTracker
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
@@ -72,18 +72,26 @@ class KeepsGraphs(pl.Callback):
         self.kept.append(torch.autograd.grad(loss, list(pl_module.parameters()), create_graph=True))
 
 
+_MEASURED = ("curvature/lambda_max", "spectrum/lambda_1", "negative/online_lambda_min")
+
+
 class Counter(pl.loggers.logger.DummyLogger):
     # How many probes there were, which is not more than one number.
     probes = 0
 
     def log_metrics(self, metrics, step=None):
-        self.probes += any(name.endswith(("curvature/lambda_max", "spectrum/lambda_1")) for name in metrics)
+        self.probes += any(name.endswith(_MEASURED) for name in metrics)
 
 
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 callbacks = {
     "probes": [CurvatureProbe(1, tol=0.1), CurvatureProbe(1, "lyapunov", log_prefix="other")],
     "spectra": [SpectrumTracker(1, 1, Schedule(every_n_steps=1), tol=0.5, num_batches=1, random_vectors=2)],
+    "moves": [
+        NegativeCurvatureTracker(
+            1, Schedule(every_n_steps=50), freeze_at=[5], estimator="online", descend=True, tol=0.5, num_batches=1
+        )
+    ],
     "leak": [KeepsGraphs()],
 }[kind]
 generator = torch.Generator().manual_seed(0)
@@ -143,6 +151,13 @@ def test_two_thousand_spectra_leave_the_memory_where_it_was(tmp_path: Path) -> N
     assert growth.probes == 2100
     assert growth.memory < 0.05
     assert growth.tensors <= 5 * 2000  # the figures' series: a few numbers a measurement
+
+
+def test_two_thousand_running_estimates_with_moves_leave_the_memory_where_it_was(tmp_path: Path) -> None:
+    growth = growth_of("moves", tmp_path, first=100, last=2100)
+    assert growth.probes == 2100
+    assert growth.memory < 0.05
+    assert growth.tensors <= 5
 
 
 def test_a_leak_would_be_seen(tmp_path: Path) -> None:

@@ -29,7 +29,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker
+from lyapunov_lightning import (
+    CurvatureProbe,
+    LossAlongEigvecScanner,
+    NegativeCurvatureTracker,
+    NudgedSGDHook,
+    QuasiNewtonLRController,
+    Schedule,
+    SpectrumTracker,
+)
+from lyapunov_lightning.callbacks import nudged_sgd_hook
 from lyapunov_lightning.curvature import HessianOperator, lanczos
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training import recording, schedule
@@ -320,7 +329,7 @@ def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **setting
 
 def is_own(tag: str) -> bool:
     """Whether one of the package's callbacks has logged this."""
-    return "curvature/" in tag or "spectrum/" in tag
+    return any(f"{group}/" in tag for group in ("curvature", "spectrum", "negative", "nudge", "scan", "lr"))
 
 
 def own_entries(logger: RememberingLogger) -> list[tuple[int, dict[str, float]]]:
@@ -373,6 +382,115 @@ def tracker_on_the_step(rank: int) -> dict[str, Any]:
         groups={"first": "net.0.*", "last": "net.2.*"},
     )
     return probed(tracker, DataLoader(regression(6 * size, seed=rank), size), use_distributed_sampler=False)
+
+
+@check
+def negative_tracker_on_the_step(rank: int) -> dict[str, Any]:
+    size = STEP_BATCHES[rank]
+    schedule = Schedule(every_n_steps=2)
+    tracker = NegativeCurvatureTracker(2, schedule, "batch", freeze_at=[3], estimator="online", tol=1e-8)
+    return probed(tracker, DataLoader(regression(6 * size, seed=rank), size), use_distributed_sampler=False)
+
+
+@check
+def values_along_a_line(rank: int) -> dict[str, Any]:
+    """The loss at four points of a line, with the collectives that it took."""
+    reduce = sum_over_processes(SimpleNamespace(world_size=WORLD_SIZE))
+    found = {}
+    for kind in SHARDS:
+        net = small_network(torch.float64)
+        operator = HessianOperator(
+            lambda batch, net=net: nn.functional.cross_entropy(net(batch[0]), batch[1]),
+            net.parameters(),
+            shards(kind, torch.float64)[rank],
+            reduce=reduce,
+        )
+        with counted_collectives() as calls:
+            values = operator.values_along(torch.ones(operator.size, dtype=torch.float64), LINE)
+        found[kind] = {"values": values, "calls": calls}
+    return found
+
+
+LINE = [-0.2, 0.0, 0.1, 0.5]
+
+
+@check
+def scanner_on_the_step(rank: int) -> dict[str, Any]:
+    size = STEP_BATCHES[rank]
+    scanner = LossAlongEigvecScanner(1, 1, 1, Schedule(every_n_steps=2), "batch", tol=1e-8, units="norm")
+    return probed(scanner, DataLoader(regression(6 * size, seed=rank), size), use_distributed_sampler=False)
+
+
+@check
+def failing_scan(rank: int) -> dict[str, Any]:
+    """A training in which the second process fails in the midst of the scan at step 2."""
+    evaluations = 0
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        nonlocal evaluations
+        if module.trainer.global_step == 2:
+            evaluations += 1
+            if rank == 1 and evaluations == 40:
+                raise PlannedError("planned")
+        return module.loss(batch)
+
+    size = STEP_BATCHES[rank]
+    scanner = LossAlongEigvecScanner(1, 1, 0, Schedule(every_n_steps=1), "batch", tol=1e-8, loss_fn=loss_fn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader = DataLoader(regression(6 * size, seed=rank), size)
+        found = probed(scanner, loader, use_distributed_sampler=False)
+    return {**found, "warned": [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]}
+
+
+@check
+def descent(rank: int) -> dict[str, Any]:
+    """Trainings that move along the most negative direction; in one of them the second process once cannot measure."""
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        if rank == 1 and module.trainer.global_step == 2:
+            raise PlannedError("planned")
+        return module.loss(batch)
+
+    size = STEP_BATCHES[rank]
+    found = {}
+    for name, options in {
+        "lanczos": {"data": "batch"},
+        "online": {"data": "fixed", "fraction": 1.0, "estimator": "online"},
+        "failing": {"data": "batch", "loss_fn": loss_fn},
+    }.items():
+        tracker = NegativeCurvatureTracker(
+            1, Schedule(every_n_steps=1), descend=True, descend_lr=0.1, tol=1e-8, **options
+        )
+        loader = DataLoader(regression(6 * size, seed=rank), size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurvatureWarning)
+            found[name] = probed(tracker, loader, use_distributed_sampler=False, gradient_clip_val=0.5)
+    return found
+
+
+@check
+def controlled(rank: int) -> dict[str, Any]:
+    """Trainings at learning rates from curvature; in one of them the second process once cannot measure."""
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        if rank == 1 and module.trainer.global_step == 2:
+            raise PlannedError("planned")
+        return module.loss(batch)
+
+    size = STEP_BATCHES[rank]
+    found = {}
+    for name, options in {
+        "along_update": {"averaging": 0.0, "max_growth": 1e6},
+        "inverse_sharpness": {"rule": "inverse_sharpness"},
+        "failing": {"loss_fn": loss_fn},
+    }.items():
+        loader = DataLoader(regression(6 * size, seed=rank), size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurvatureWarning)
+            controller = QuasiNewtonLRController(**options)
+            found[name] = probed(controller, loader, use_distributed_sampler=False, gradient_clip_val=0.5)
+    return found
 
 
 FRACTIONS = {"uneven": 7 / 21, "one-sample": 1 / 21, "all": 1.0}
@@ -536,11 +654,76 @@ def identity(rank: int) -> dict[str, Any]:
             CurvatureProbe(4, "power", tol=0.3, log_prefix="second"),
             SpectrumTracker(2, 1, Schedule(every_n_steps=13), fraction=0.2, random_vectors=2, groups="modules"),
             SpectrumTracker(2, estimator="benettin", schedule=Schedule(every_n_steps=13), log_prefix="third"),
+            NegativeCurvatureTracker(
+                1, Schedule(every_n_steps=17), freeze_at=[2], estimator="online", fraction=0.2, log_prefix="fourth"
+            ),
+            NudgedSGDHook(2, gamma=1.0, refresh=Schedule(every_n_steps=13), fraction=0.2),
+            LossAlongEigvecScanner(1, 1, 1, Schedule(every_n_steps=23), fraction=0.2, log_prefix="fifth"),
         ]
         found[name] = {
             "without": trained(**settings),
             "with": trained(*probes, **settings),
         }
+    return found
+
+
+NUDGED = {
+    "nudge": {"gamma": 0.1},
+    "no_top": {"variant": "no_top"},
+    "top_only": {"variant": "top_only"},
+}
+
+
+def nudged(loader: Any, loss_fn: Any = None, **options: Any) -> dict[str, Any]:
+    """A training with another learning rate along the sharpest directions of the samples of both processes."""
+    logger, snapshots, module = RememberingLogger(), Snapshots(), Smooth()
+    hook = NudgedSGDHook(3, **options, fraction=1.0, tol=1e-8, loss_fn=loss_fn, seed=5)
+    settings = {"max_epochs": 3, "precision": "64-true", "gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, loader, snapshots, hook, logger=logger, **settings)
+    return {
+        "logged": [
+            {tag: value for tag, value in metrics.items() if not tag.endswith("seconds")}
+            for _, metrics in logger.entries
+        ],
+        "parameters": [*snapshots.parameters, final(module)],
+        "batches": snapshots.batches,
+        "state": hook.state_dict(),
+        "warned": [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)],
+    }
+
+
+@check
+def nudged_training(rank: int) -> dict[str, Any]:
+    loader = DataLoader(regression(FIXED_SAMPLES), FIXED_BATCH, shuffle=True)
+    return {name: nudged(loader, **options) for name, options in NUDGED.items()}
+
+
+@check
+def failing_nudge(rank: int) -> dict[str, Any]:
+    """Trainings in which the second process alone fails in the second epoch: in its loss, or after all products."""
+    loader = DataLoader(regression(FIXED_SAMPLES), FIXED_BATCH)
+    epochs = iter(range(3))
+    plain = nudged_sgd_hook.lanczos
+
+    def loss_fn(module: Any, batch: Any) -> Tensor:
+        if rank == 1 and module.current_epoch == 1:
+            raise PlannedError("planned")
+        return module.loss(batch)
+
+    def lanczos_without_memory(*args: Any, **options: Any) -> Any:
+        pairs = plain(*args, **options)
+        if next(epochs) == 1 and rank == 1:
+            raise PlannedError("planned")
+        return pairs
+
+    found = {"loss": nudged(loader, loss_fn, gamma=0.1)}
+    nudged_sgd_hook.lanczos = lanczos_without_memory
+    try:
+        found["memory"] = nudged(loader, gamma=0.1)
+    finally:
+        nudged_sgd_hook.lanczos = plain
     return found
 
 

@@ -236,6 +236,156 @@ def test_tracker_sees_the_batches_of_both_processes(outcomes):
         assert logged["spectrum/gradient_cosine_1"] == pytest.approx(sum(cosines) / 2, rel=1e-5)
 
 
+def test_negative_tracker_sees_the_batches_of_both_processes(outcomes):
+    first, second = outcomes("negative_tracker_on_the_step")
+    assert same(first["logged"], second["logged"])
+    assert same(first["state"], second["state"])
+    hessians = [
+        dense_hessian(first["parameters"][step], union_of([first["batches"][step], second["batches"][step]]))
+        for step in range(6)
+    ]
+    frozen = torch.linalg.eigh(hessians[3]).eigenvectors
+    assert [step for step, _ in first["logged"]] == list(range(6))
+    for step, logged in first["logged"]:
+        values = torch.linalg.eigvalsh(hessians[step])
+        assert ("negative/lambda_min_1" in logged) == (step in (0, 2, 3, 4))
+        if "negative/lambda_min_1" in logged:
+            assert logged["negative/converged"] == 1
+            assert logged["negative/lambda_max"] == pytest.approx(float(values[-1]), rel=1e-9)
+            for rank in range(2):
+                assert logged[f"negative/lambda_min_{rank + 1}"] == pytest.approx(float(values[rank]), rel=1e-9)
+        if step == 4:
+            for end, vector in (("top", frozen[:, -1]), ("bottom", frozen[:, 0])):
+                expected = float(vector @ hessians[step] @ vector)
+                assert logged[f"negative/frozen_3_{end}"] == pytest.approx(expected, rel=1e-5)
+        of_then = torch.linalg.eigvalsh(hessians[step - int(logged["negative/online_age"])])
+        distance = float((of_then - logged["negative/online_lambda_min"]).abs().min())
+        assert distance <= logged["negative/online_residual"]
+
+
+@pytest.mark.parametrize("run", ["lanczos", "online", "failing"])
+def test_descent_is_identical_in_both_processes(outcomes, run):
+    first, second = (outcome[run] for outcome in outcomes("descent"))
+    assert len(first["parameters"]) == 6
+    assert same(first["parameters"], second["parameters"])
+    assert same(first["logged"], second["logged"])
+    moved = {step: logged.get("negative/descended", 0) for step, logged in first["logged"]}
+    assert sum(moved.values()) >= (1 if run == "online" else 4)
+    if run == "failing":
+        assert moved[2] == 0
+
+
+def test_descent_is_along_the_gradient_and_direction_of_both_processes_batches(outcomes):
+    first, second = (outcome["lanczos"] for outcome in outcomes("descent"))
+    for step, logged in first["logged"]:
+        batch = union_of([first["batches"][step], second["batches"][step]])
+        values, vectors = torch.linalg.eigh(dense_hessian(first["parameters"][step], batch))
+        module = runs.Smooth().double()
+        nn.utils.vector_to_parameters(first["parameters"][step], module.parameters())
+        loss = module.loss([tensor.double() for tensor in batch])
+        gradient = nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(module.parameters())))
+        expected = min(0.1 * abs(float(vectors[:, 0] @ gradient)), 0.1) if values[0] < 0 else 0.0
+        assert abs(logged["negative/descent_step"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("run", ["along_update", "inverse_sharpness", "failing"])
+def test_controlled_learning_rates_are_identical_in_both_processes(outcomes, run):
+    first, second = (outcome[run] for outcome in outcomes("controlled"))
+    assert len(first["parameters"]) == 6
+    assert same(first["parameters"], second["parameters"])
+    assert same(first["logged"], second["logged"])
+    assert same(first["state"], second["state"])
+    converged = [logged["lr/converged"] for _, logged in first["logged"]]
+    assert converged == ([1, 1, 0, 1, 1, 1] if run == "failing" else [1] * 6)
+
+
+def test_controlled_learning_rate_is_that_of_the_batches_of_both_processes(outcomes):
+    """The update is the clipped mean of both gradients; slope and curvature are those of the union of both batches."""
+    first, second = (outcome["along_update"] for outcome in outcomes("controlled"))
+    for step, logged in first["logged"][:5]:
+        parts = [first["batches"][step], second["batches"][step]]
+        start = first["parameters"][step]
+        module = runs.Smooth().double()
+
+        def gradient_on(batch, module=module, start=start):
+            nn.utils.vector_to_parameters(start, module.parameters())
+            loss = module.loss([tensor.double() for tensor in batch])
+            return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(module.parameters())))
+
+        update = -sum(gradient_on(part) for part in parts) / 2
+        update *= min(1.0, 0.5 / float(update.norm()))
+        slope = -float(gradient_on(union_of(parts)) @ update)
+        curvature = float(update @ dense_hessian(start, union_of(parts)) @ update)
+        assert logged["lr/slope"] == pytest.approx(slope, rel=1e-3)
+        assert logged["lr/curvature_along_update"] == pytest.approx(curvature, rel=1e-3, abs=1e-4)
+        moved = first["parameters"][step + 1] - start
+        torch.testing.assert_close(moved, logged["lr/curvature"] * update.to(moved), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", runs.SHARDS)
+def test_a_line_is_evaluated_on_the_union_with_one_collective(outcomes, kind):
+    first, second = (outcome[kind] for outcome in outcomes("values_along_a_line"))
+    assert same(first["values"], second["values"])
+    assert [name for name, _ in first["calls"]] == ["all_reduce"]
+    net = runs.small_network(torch.float64)
+    start = nn.utils.parameters_to_vector(net.parameters()).detach()
+    inputs, labels = union_of([batch for shard in runs.shards(kind, torch.float64) for batch in shard])
+    for distance, value in zip(runs.LINE, first["values"].tolist(), strict=True):
+        nn.utils.vector_to_parameters(start + distance, net.parameters())
+        expected = nn.functional.cross_entropy(net(inputs), labels).detach()
+        assert value == pytest.approx(float(expected), rel=1e-13)
+
+
+def test_scanner_sees_the_batches_of_both_processes(outcomes):
+    first, second = outcomes("scanner_on_the_step")
+    assert len(first["logged"]) == 3
+    assert same(first["logged"], second["logged"])
+    assert same(first["state"], second["state"])
+    for step, logged in first["logged"]:
+        parts = [first["batches"][step], second["batches"][step]]
+        batch, start = union_of(parts), first["parameters"][step]
+        module = runs.Smooth().double()
+
+        def loss_at(flat, batch=batch, module=module):
+            nn.utils.vector_to_parameters(flat, module.parameters())
+            return module.loss(batch).detach()
+
+        values, vectors = torch.linalg.eigh(dense_hessian(start, batch))
+        assert logged["scan/loss"] == pytest.approx(float(loss_at(start)), rel=1e-12)
+        assert logged["scan/lambda_1"] == pytest.approx(float(values[-1]), rel=1e-9)
+        assert logged["scan/lambda_min_1"] == pytest.approx(float(values[0]), rel=1e-9)
+        top = vectors[:, -1]
+        components = []
+        for part in parts:
+            loss_at(start)
+            gradient = torch.autograd.grad(module.loss(part), module.parameters())
+            components.append(float(top @ torch.cat([g.reshape(-1) for g in gradient])))
+        slope = (5 * components[0] + 3 * components[1]) / 8
+        assert logged["scan/gradient_component_1"] == pytest.approx(abs(slope), rel=1e-6)
+        downhill = -math.copysign(1, slope) * top
+        where = torch.linspace(-1, 1, 11, dtype=torch.float64)
+        curve = torch.stack([loss_at(start + t * downhill) for t in where])
+        powers = torch.stack([where**power for power in range(3)], dim=1)
+        fitted = 2 * float(torch.linalg.lstsq(powers, curve[:, None]).solution[2])
+        assert logged["scan/curvature_fit_1_1"] == pytest.approx(fitted, rel=1e-6)
+        changes = [float(loss_at(start - 2 * 0.05 * c * top) - loss_at(start)) for c in components]
+        assert logged["scan/expected_change_2"] == pytest.approx(sum(changes) / 2, rel=1e-6)
+        found = logged["scan/unit_step_1"]
+        least = float(loss_at(start + found * downhill))
+        assert all(least <= float(loss_at(start + f * found * downhill)) for f in (0, 0.99, 1.01))
+
+
+def test_scans_go_on_in_both_processes_after_one_failed_in_the_midst(outcomes):
+    first, second = outcomes("failing_scan")
+    assert same(first["logged"], second["logged"])
+    converged = [logged["scan/converged"] for _, logged in first["logged"]]
+    assert converged == [1, 1, 0, 1, 1, 1]
+    assert len(first["warned"]) == len(second["warned"]) == 1
+    assert re.search("PeerFailureError.*other process", first["warned"][0])
+    assert re.search("PlannedError.*planned", second["warned"][0])
+    assert same(first["parameters"], second["parameters"])
+
+
 @pytest.mark.parametrize("share", runs.FRACTIONS)
 def test_probe_on_fixed_data_sees_the_samples_that_one_process_would_draw(outcomes, share):
     first, second = (outcome[share] for outcome in outcomes("probe_on_fixed_data"))
@@ -308,6 +458,43 @@ def test_bit_identity_is_of_a_training_that_did_something(outcomes):
     assert same(first["parameters"], second["parameters"])
     losses = torch.stack(first["attributes"][0])
     assert losses[-10:].mean() < losses[:10].mean()
+
+
+@pytest.mark.parametrize("variant", runs.NUDGED)
+def test_nudged_training_follows_the_eigenvectors_of_the_samples_of_both_processes(outcomes, variant):
+    first, second = (outcome[variant] for outcome in outcomes("nudged_training"))
+    assert same(first["parameters"], second["parameters"])
+    assert same(first["logged"], second["logged"])
+    assert same(first["state"], second["state"])
+    inside, outside = {"nudge": (0.1, 1.0), "no_top": (0.0, 1.0), "top_only": (1.0, 0.0)}[variant]
+    samples = runs.regression(runs.FIXED_SAMPLES).tensors  # which the processes share as 11 and 10
+    module = runs.Smooth().double()
+    micro_batches = len(first["batches"]) // 3
+    assert micro_batches == 6
+    for epoch in range(3):
+        start = epoch * micro_batches
+        top = torch.linalg.eigh(dense_hessian(first["parameters"][start], samples)).eigenvectors[:, -3:]
+        for step in range(start, start + micro_batches, 2):
+            before, after = first["parameters"][step], first["parameters"][step + 2]
+            nn.utils.vector_to_parameters(before, module.parameters())
+            batches = [outcome["batches"][index] for outcome in (first, second) for index in (step, step + 1)]
+            loss = sum(module.loss(batch) for batch in batches) / 4
+            whole = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, module.parameters())])
+            changed = outside * (whole - top @ (top.T @ whole)) + inside * (top @ (top.T @ whole))
+            changed *= min(1.0, 1.0 / (float(changed.norm()) + 1e-6))
+            assert (before - after - 0.05 * changed).norm() <= 1e-6 * changed.norm()
+
+
+@pytest.mark.parametrize("what", ["loss", "memory"])
+def test_both_processes_keep_their_directions_when_one_cannot_measure(outcomes, what):
+    first, second = (outcome[what] for outcome in outcomes("failing_nudge"))
+    assert same(first["parameters"], second["parameters"])
+    assert same(first["state"], second["state"])
+    for outcome in (first, second):
+        assert [logged["nudge/converged"] for logged in outcome["logged"] if "nudge/converged" in logged] == [1, 0, 1]
+    assert [len(outcome["warned"]) for outcome in (first, second)] == [1, 1]
+    assert re.search("PeerFailureError.*1 other process", first["warned"][0])
+    assert re.search("PlannedError.*planned", second["warned"][0])
 
 
 def test_share_of_the_time_is_decided_by_the_first_process_for_both(outcomes):
