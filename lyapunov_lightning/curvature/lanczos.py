@@ -25,6 +25,10 @@ _START_NOISE = 0.1
 _SMALL = 160
 """Operators up to this size get a basis that may span the whole space: the result is exact."""
 
+_LOWER_END_ALONE = 64
+"""The least basis for the lower end alone: in the Hessian of a network the upper end lies in its way, and a basis that
+holds that too takes a half to two thirds of the products of one that finds it anew after every restart."""
+
 _MIN_CHALLENGE = 8
 """Products that a challenge spends at least before it lets the eigenvalues stand."""
 
@@ -65,8 +69,8 @@ def lanczos(
             such as those of an earlier, similar operator. A little noise is added, so that a direction that `start`
             lacks is not missed.
         seed: Seed of the start vector, or of the noise added to it.
-        max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, and the
-            whole space for operators of up to 160 numbers.
+        max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, at
+            least 64 for the lower end alone, and the whole space for operators of up to 160 numbers.
 
     Returns:
         The eigenpairs, of the upper end descending, then of the lower end ascending.
@@ -106,7 +110,8 @@ def lanczos(
     elif max_matvecs < wanted:
         raise ValueError(f"`max_matvecs` should be at least `largest + smallest` = {wanted}, got {max_matvecs}.")
     if max_basis_vectors is None:
-        max_basis_vectors = size if size <= _SMALL else max(32, 2 * wanted + 16)
+        least = 32 if largest else _LOWER_END_ALONE
+        max_basis_vectors = size if size <= _SMALL else max(least, 2 * wanted + 16)
     elif max_basis_vectors < wanted + 2:
         raise ValueError(
             f"`max_basis_vectors` should be at least `largest + smallest + 2` = {wanted + 2}, got {max_basis_vectors}."

@@ -292,7 +292,7 @@ def test_float32_noise_of_a_network_is_that_of_float32() -> None:
 # What the eigenvectors cost.
 
 
-def test_both_ends_together_cost_no_more_than_the_two_apart() -> None:
+def test_the_lower_end_alone_costs_as_much_as_both_ends_together() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(200, 10, generator=generator, dtype=torch.float64)
     labels = (inputs @ torch.randn(10, 5, generator=generator, dtype=torch.float64)).argmax(dim=1)
@@ -319,4 +319,4 @@ def test_both_ends_together_cost_no_more_than_the_two_apart() -> None:
     assert both.largest.tolist() == pytest.approx(top.largest.tolist(), rel=1e-3)
     assert both.smallest.tolist() == pytest.approx(bottom.smallest.tolist(), rel=1e-3)
     assert both.num_matvecs <= top.num_matvecs + bottom.num_matvecs
-    assert both.num_matvecs <= bottom.num_matvecs  # the lower end alone is the harder one
+    assert bottom.num_matvecs <= 1.1 * both.num_matvecs  # the upper end lies in its way and is found on it
