@@ -178,16 +178,16 @@ def report(results: list[dict[str, Any]], steps: int) -> None:
         best = min(constants, key=constants.__getitem__)
         cells = [f"{means[m]:.4f} ({means[m] / means[best]:.2f}x)" if m in means else "" for m in shown]
         print(f"| {network}, {loss} | {means[best]:.4f} at {best} | {' | '.join(cells)} |")
-    print(f"\n| problem | {' | '.join(f'{rule}: smoothed loss rises by, lr at the end' for rule in RULES)} |")
-    print("|---|---|---|")
+    print("\n| the smoothed loss rises by at most | best constant | along_update | inverse_sharpness | lr at the end |")
+    print("|---|---|---|---|---|")
     for (network, loss), methods in table.items():
-        cells = [
-            f"{max(rises(run['losses']) for run in methods[rule]):.3f},"
-            f" {np.mean([np.mean(run['rates'][-WINDOW:]) for run in methods[rule]]):.3g}"
-            for rule in RULES
-            if rule in methods
+        constants = {method: runs for method, runs in methods.items() if method not in shown}
+        best = min(constants, key=lambda m: np.mean([final_loss(run["losses"], steps) for run in constants[m]]))
+        cells = [f"{max(rises(run['losses']) for run in methods[m]):.1%}" for m in (best, *RULES) if m in methods]
+        rates = [
+            f"{np.mean([np.mean(run['rates'][-WINDOW:]) for run in methods[m]]):.3g}" for m in RULES if m in methods
         ]
-        print(f"| {network}, {loss} | {' | '.join(cells)} |")
+        print(f"| {network}, {loss} | {' | '.join(cells)} | {', '.join(rates)} |")
 
 
 def main(arguments: Optional[list[str]] = None) -> None:

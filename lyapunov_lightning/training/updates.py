@@ -123,6 +123,19 @@ def check_steerable(owner: str, trainer: "pl.Trainer", pl_module: "pl.LightningM
             f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
             " `configure_optimizers`."
         )
+    if not trainer.optimizers:
+        raise MisconfigurationException(
+            f"`{owner}` needs an optimizer to steer, and `configure_optimizers` returned none. Return one, or remove the"
+            " callback."
+        )
+    narrow = {
+        str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
+    }
+    if narrow:
+        raise MisconfigurationException(
+            f"`{owner}` measures updates as differences of parameters, which are lost in the rounding of"
+            f" {', '.join(narrow)}. Use mixed precision, which keeps the parameters in float32."
+        )
     optimizer: torch.optim.Optimizer = trainer.optimizers[0]
     if isinstance(optimizer, torch.optim.LBFGS):
         raise MisconfigurationException(

@@ -457,6 +457,11 @@ class Scheduled(SmallRegressor):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
 
+class NoOptimizer(SmallRegressor):
+    def configure_optimizers(self) -> None:
+        return None
+
+
 class Manual(SmallRegressor):
     def __init__(self) -> None:
         super().__init__()
@@ -472,6 +477,8 @@ class Manual(SmallRegressor):
         (Scheduled, "sets the learning rate, and so does StepLR"),
         (lambda: SmallRegressor(torch.optim.LBFGS), "cannot steer LBFGS"),
         (Manual, "manual optimization"),
+        (NoOptimizer, "returned none"),
+        (lambda: SmallRegressor().bfloat16(), "lost in the rounding of torch.bfloat16"),
         (lambda: SmallRegressor(lambda p: torch.optim.SGD(p, lr=0.0)), "positive learning rate"),
     ],
 )

@@ -5,19 +5,20 @@ import math
 import re
 import sys
 import warnings
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lyapunov_lightning import Schedule, SpectrumTracker
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training import recording
 from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
@@ -142,6 +143,59 @@ def test_a_figure_is_shown_at_the_step_of_the_scalars(fit, tmp_path):
     events = EventAccumulator(logger.log_dir, {"images": 0, "scalars": 0}).Reload()
     figures, scalars = events.Images("run_a/curvature/figure"), events.Scalars("run_a/curvature/a")
     assert {event.step for event in figures} == {event.step for event in scalars} == set(range(6))
+
+
+class RecordingWandb(WandbLogger):
+    """Weights & Biases without the service: keeps the images that it is given."""
+
+    def __init__(self) -> None:
+        self.images: list[tuple[str, int, list[Figure]]] = []
+
+    @property
+    def name(self) -> str:
+        return "recording"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    @property
+    def save_dir(self) -> None:
+        return None
+
+    @property
+    def experiment(self) -> None:
+        return None
+
+    def log_image(self, key: str, images: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+        self.images.append((key, step, images))
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def finalize(self, *args: Any) -> None:
+        pass
+
+
+def test_weights_and_biases_gets_the_figures_of_a_tracker():
+    logger = RecordingWandb()
+    tracker = SpectrumTracker(2, 1, Schedule(every_n_steps=1), data="batch", tol=0.1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=logger,
+        callbacks=[tracker],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Learner(), batches(4))
+    tags = [(key, step) for key, step, _ in logger.images]
+    assert tags == [(f"spectrum/{name}", step) for step in (4, 8) for name in ("eigenvalues", "gradient_alignment")]
+    assert all(isinstance(image, Figure) for _, _, [image] in logger.images)
 
 
 def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
