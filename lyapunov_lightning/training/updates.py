@@ -123,11 +123,6 @@ def check_steerable(owner: str, trainer: "pl.Trainer", pl_module: "pl.LightningM
             f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
             " `configure_optimizers`."
         )
-    if not trainer.optimizers:
-        raise MisconfigurationException(
-            f"`{owner}` needs an optimizer to steer, and `configure_optimizers` returned none. Return one, or remove the"
-            " callback."
-        )
     narrow = {
         str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
     }
@@ -137,6 +132,11 @@ def check_steerable(owner: str, trainer: "pl.Trainer", pl_module: "pl.LightningM
             f" {', '.join(narrow)}. Use mixed precision, which keeps the parameters in float32."
         )
     optimizer: torch.optim.Optimizer = trainer.optimizers[0]
+    if not optimizer.param_groups:  # what Lightning puts in the place of none
+        raise MisconfigurationException(
+            f"`{owner}` needs an optimizer to steer, and `configure_optimizers` returned none. Return one, or take the"
+            " callback out."
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise MisconfigurationException(
             f"`{owner}` cannot steer LBFGS, which evaluates the loss several times in a step and has curvature of its"
