@@ -21,7 +21,7 @@ from examples.models import Classifier
 from lyapunov_lightning.cli import main as run_cli
 
 CONFIG = Path(__file__).parent / "configs" / "mnist_negative.yaml"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "negative.png"
+PICTURE = Path("logs/negative_curvature.png")
 COUNT = 10
 """Directions of each end."""
 
