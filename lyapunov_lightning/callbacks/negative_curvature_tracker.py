@@ -95,8 +95,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         method: How products are computed, as for `CurvatureProbe`. Finite differences see too little of the negative
             end of networks with ReLU or max-pooling to be of use here.
         tol: Relative residual at which an eigenvalue counts as converged.
-        mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss. With dropout ``"eval"``
-            makes measurements of different steps comparable, which otherwise have masks of their own.
+        mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss.
         loss_fn: Maps the module and a batch to the scalar loss to measure, in place of what ``training_step`` returns.
         save_dir: Where to write ``negative.csv``, a table of all that is logged, if given.
         log_prefix: Put in front of every tag, so that several trackers live side by side.

@@ -7,7 +7,8 @@ global random generators and reset its workers.
 
 import math
 import random
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
@@ -97,6 +98,22 @@ class ProbeData:
             self._fixed = self._draw(loader, trainer.global_rank, trainer.world_size)
         return self._fixed
 
+    @contextmanager
+    def randomness(self, rank: int) -> Iterator[None]:
+        """The random numbers of a measurement: the same every time for a fixed set, those of the moment for a batch.
+
+        With dropout masks and augmentation that stay, only the parameters differ between two measurements.
+
+        """
+        if self._data == "batch":
+            yield
+            return
+        with preserved_randomness():
+            torch.manual_seed(self._seed + rank)
+            random.seed(self._seed + rank)
+            np.random.seed((self._seed + rank) % 2**32)
+            yield
+
     def _draw(self, loader: Any, rank: int, world_size: int) -> list[ProbeBatch]:
         dataset = loader.dataset
         batch_size: int = loader.batch_size or loader.batch_sampler.batch_size
@@ -109,10 +126,7 @@ class ProbeData:
         batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
         if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm refuses a batch of one sample
             batches[-2:] = [batches[-2] + batches[-1]]
-        with preserved_randomness():
-            torch.manual_seed(self._seed + rank)
-            random.seed(self._seed + rank)
-            np.random.seed((self._seed + rank) % 2**32)
+        with self.randomness(rank):
             fresh = DataLoader(
                 dataset,
                 batch_sampler=batches,

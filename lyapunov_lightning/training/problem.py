@@ -106,15 +106,16 @@ class CurvatureProblem:
             batches = self._data.batches(trainer, batch, batch_idx)
             if batches is not None:
                 objective = TrainingObjective(trainer, pl_module, mode=self._mode, loss_fn=self._loss_fn, names=names)
-                operator = HessianOperator(
-                    objective,
-                    objective.parameters,
-                    batches,
-                    method="finite_difference" if self._fell_back else self._method,
-                    step=self._step,
-                    reduce=reduce,
-                    on_fallback=self._remember_fallback,
-                )
+                with self._data.randomness(trainer.global_rank):
+                    operator = HessianOperator(
+                        objective,
+                        objective.parameters,
+                        batches,
+                        method="finite_difference" if self._fell_back else self._method,
+                        step=self._step,
+                        reduce=reduce,
+                        on_fallback=self._remember_fallback,
+                    )
         except Exception as error:  # handed on below, once the other processes know of it
             failure = error
         if reduce is not None:

@@ -76,6 +76,27 @@ def test_both_ends_are_those_of_the_dense_hessian_at_every_step(tmp_path: Path) 
         assert logger.curve("spectrum/converged")[step] == 1
 
 
+@pytest.mark.parametrize("data", ["fixed", "batch"])
+def test_dropout_masks_stay_on_fixed_data(tmp_path: Path, data: str) -> None:
+    """With parameters that stand still and batches that are all the same."""
+    module = SmallRegressor(lambda parameters: torch.optim.SGD(parameters, lr=1e-300), dropout=0.5)
+    pl.seed_everything(0, verbose=False)
+    logger = MemoryLogger()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=4,
+        callbacks=[every_step(largest=2, data=data)],
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, regression_loader(batch_size=48))
+    values = list(logger.curve("spectrum/lambda_1").values())
+    assert len(values) == 4
+    assert len(set(values)) == (1 if data == "fixed" else 4)
+
+
 def test_alignment_and_overlap_are_those_of_the_dense_eigenvectors(tmp_path: Path) -> None:
     class Reference(Dense):
         def __init__(self) -> None:
