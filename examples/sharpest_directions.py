@@ -66,7 +66,7 @@ def draw(runs: dict[float, Series], shown: float) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder that holds cifar-10-batches-py, or is to hold it")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="up to three learning rates")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.05, 0.1], help="up to three learning rates")
     parser.add_argument("--out", type=Path, default=Path("logs/sharpest_directions"), help="folder for tables, picture")
     args = parser.parse_args()
     runs = {lr: run(lr, args.root, args.out / f"lr{lr:g}") for lr in args.lrs}
