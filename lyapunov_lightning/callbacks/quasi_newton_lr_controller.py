@@ -70,9 +70,9 @@ class QuasiNewtonLRController(CurvatureCallback):
       where the tracked vector was wrong and began anew (``inverse_sharpness``).
     - ``lr/seconds``: wall-clock time spent. ``lr/converged`` is 0 where a measurement failed.
 
-    Cost of a measured step, in gradients of its batch beyond the step's own: about 3 for ``along_update`` (gradient and
-    product; a growing step two forward passes more), 3 for ``inverse_sharpness``. Memory: three vectors of the model's
-    size for ``along_update``, two for ``inverse_sharpness``, and the gradient's graph while it lasts.
+    Cost of a measured step, in gradients of its batch beyond the step's own: about 2.5 for ``along_update`` (gradient
+    and product; a growing step two forward passes more), 3.3 for ``inverse_sharpness``. Memory: three vectors of the
+    model's size for ``along_update``, two for ``inverse_sharpness``, and the gradient's graph while it lasts.
 
     Args:
         rule: Where the learning rate comes from, see above.
