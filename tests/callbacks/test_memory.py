@@ -86,7 +86,7 @@ class Counter(pl.loggers.logger.DummyLogger):
 kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 callbacks = {
     "probes": [CurvatureProbe(1, tol=0.1), CurvatureProbe(1, "lyapunov", log_prefix="other")],
-    "spectra": [SpectrumTracker(1, 1, Schedule(every_n_steps=1), tol=0.5, num_batches=1, random_vectors=2)],
+    "spectra": [SpectrumTracker(1, 1, Schedule(every_n_steps=1), tol=0.5, num_batches=1)],
     "moves": [
         NegativeCurvatureTracker(
             1, Schedule(every_n_steps=50), freeze_at=[5], estimator="online", descend=True, tol=0.5, num_batches=1
