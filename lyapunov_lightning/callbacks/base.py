@@ -79,6 +79,19 @@ class CurvatureCallback(Callback):
                 " parameters. Ask for fewer."
             )
 
+    def _check_alone(self, trainer: "pl.Trainer", reason: str) -> None:
+        """Refuse a second callback of the same class, for the hook ``setup`` of one that acts.
+
+        Raises:
+            MisconfigurationException: With the reason.
+
+        """
+        count = sum(isinstance(callback, type(self)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if count > 1:
+            raise MisconfigurationException(
+                f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
+            )
+
     def _stateful(self) -> dict[str, Stateful]:
         """The parts that go on where they were in a resumed run."""
         return {"timetable": self.subscription.timetable}

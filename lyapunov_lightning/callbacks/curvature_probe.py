@@ -13,7 +13,7 @@ from lyapunov_lightning.callbacks.arguments import check_choice, check_int, chec
 from lyapunov_lightning.callbacks.base import CurvatureCallback, Stateful
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.linear import ScaledOperator
-from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
+from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION, LyapunovEstimate, LyapunovIteration
 from lyapunov_lightning.curvature.operator import HessianOperator, Method
 from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking import End, ExtremeTracker
@@ -27,9 +27,6 @@ from lyapunov_lightning.training.schedule import Schedule, Timetable
 from lyapunov_lightning.training.sharing import EigenRequest, Measurement, Subscription
 
 Estimator = Literal["lanczos", "lyapunov", "power"]
-
-_H0_CONVENTION = math.e - 1
-"""``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
 
 
 class CurvatureProbe(CurvatureCallback):
@@ -257,7 +254,7 @@ class CurvatureProbe(CurvatureCallback):
             scalars["curvature/lambda_max"] = lambda_max = float(pairs.largest)
             scalars["curvature/residual"] = float(pairs.residuals[0])
             if lambda_max > 0:
-                scalars["curvature/inverse_h0"] = _H0_CONVENTION / lambda_max
+                scalars["curvature/inverse_h0"] = H0_CONVENTION / lambda_max
         if len(pairs.smallest):
             scalars["curvature/lambda_min"] = float(pairs.smallest)
             scalars[f"curvature/residual{'_min' if pairs.num_largest else ''}"] = float(pairs.residuals[-1])

@@ -275,8 +275,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         scalars["negative/lambda_max"] = largest
         if largest > 0:
             scalars["negative/lambda_ratio"] = abs(smallest) / largest
-        total = float(pairs.values.abs().sum())
-        scalars["negative/negative_mass"] = float((-pairs.values).clamp_min(0).sum()) / total if total else 0.0
+        scalars["negative/negative_mass"] = pairs.negative_mass
         scalars["negative/residual"] = float(pairs.residuals.max())
         scalars["negative/converged"] = float(pairs.converged.double().mean())
         gradient = measurement.operator.gradient()

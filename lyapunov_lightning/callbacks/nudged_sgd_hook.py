@@ -162,12 +162,7 @@ class NudgedSGDHook(CurvatureCallback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        count = sum(isinstance(callback, NudgedSGDHook) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if count > 1:
-            raise MisconfigurationException(
-                f"A Trainer can have one `NudgedSGDHook`, got {count}: what two of them do to the same gradient depends"
-                " on their order. Remove all but one."
-            )
+        self._check_alone(trainer, "what two of them do to the same gradient depends on their order")
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

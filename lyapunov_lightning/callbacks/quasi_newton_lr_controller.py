@@ -6,7 +6,6 @@ from typing import Any, Literal, Optional
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -14,8 +13,10 @@ from typing_extensions import override
 from lyapunov_lightning.callbacks.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.callbacks.base import CurvatureCallback, Stateful
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.operator import HessianOperator, Method
 from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, CurvatureAlongUpdate, Governor
+from lyapunov_lightning.curvature.vectors import FlatLayout
 from lyapunov_lightning.training.batches import Data, ProbeData
 from lyapunov_lightning.training.problem import CurvatureProblem
 from lyapunov_lightning.training.sandbox import Mode
@@ -24,9 +25,6 @@ from lyapunov_lightning.training.sharing import Measurement, Subscription
 from lyapunov_lightning.training.updates import LearningRates, ObservedUpdate, check_steerable, coupled_decay
 
 Rule = Literal["along_update", "inverse_sharpness"]
-
-_H0_CONVENTION = math.e - 1
-"""``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
 
 _SETTLED = 0.01
 """How near to 1 the Lyapunov exponent of Algorithm 1 comes before the training begins."""
@@ -174,12 +172,7 @@ class QuasiNewtonLRController(CurvatureCallback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        count = sum(isinstance(callback, type(self)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if count > 1:
-            raise MisconfigurationException(
-                f"A Trainer can have one `{type(self).__name__}`, got {count}: the learning rate is one. Remove all but"
-                " one."
-            )
+        self._check_alone(trainer, "the learning rate is one")
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -280,7 +273,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         gradient = operator.gradient()  # free where the product has kept its graph
         decay = coupled_decay(optimizer, operator.parameters)
         if decay is not None:
-            here = torch.cat([parameter.detach().reshape(-1) for parameter in operator.parameters])
+            here = FlatLayout(operator.parameters).flatten(operator.parameters)
             gradient = gradient + decay * here
             product = product + decay * update
         slope, curvature = -float(gradient @ update), float(update @ product)
@@ -320,7 +313,7 @@ class QuasiNewtonLRController(CurvatureCallback):
                 if sharpness is not None and abs(sharpness.exponent - 1) < _SETTLED and not sharpness.was_refuted:
                     break
                 sharpness = self._sharpness.step(operator.gradient, here)
-        proposal = None if sharpness is None else _H0_CONVENTION / sharpness.value
+        proposal = None if sharpness is None else H0_CONVENTION / sharpness.value
         lr = self._governor.admitted(proposal)
         if lr is None:
             return {"lr/converged": 0.0}
@@ -328,7 +321,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         scalars = self._steered(proposal, lr)
         if sharpness is not None:
             scalars["lr/lambda_max"] = sharpness.value
-            scalars["lr/inverse_h0"] = _H0_CONVENTION / sharpness.value
+            scalars["lr/inverse_h0"] = H0_CONVENTION / sharpness.value
             scalars["lr/lyapunov_exponent"] = sharpness.exponent
             scalars["lr/curvature_along_gradient"] = sharpness.along_gradient
             scalars["lr/refuted"] = float(sharpness.was_refuted)

@@ -279,8 +279,7 @@ class SpectrumTracker(CurvatureCallback):
         scalars["spectrum/residual"] = float(pairs.residuals.max())
         scalars["spectrum/converged"] = float(pairs.converged.double().mean())
         scalars["spectrum/frobenius_norm"] = float(pairs.values.norm())
-        total = float(pairs.values.abs().sum())
-        scalars["spectrum/negative_mass"] = float((-pairs.values).clamp_min(0).sum()) / total if total else 0.0
+        scalars["spectrum/negative_mass"] = pairs.negative_mass
         scalars |= self._alignment(measurement.operator, pairs)
         if pairs.num_largest:
             scalars |= self._subspace.turn(pairs.vectors[: pairs.num_largest])

@@ -37,3 +37,9 @@ class Eigenpairs:
     def smallest(self) -> Tensor:
         """Shape ``(k - num_largest,)``: the lower end, ascending."""
         return self.values[self.num_largest :]
+
+    @property
+    def negative_mass(self) -> float:
+        """Share of the negative ones in the sum of the moduli of the values; 0 where all are 0."""
+        total = float(self.values.abs().sum())
+        return float((-self.values).clamp_min(0).sum()) / total if total else 0.0

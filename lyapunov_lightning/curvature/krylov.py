@@ -168,10 +168,11 @@ class KrylovBasis:
         turn to again after every restart, so most of the room is for that one's vectors.
         """
         spare = (self.capacity - largest - smallest) // 2
+        of_the_other = int(_SHARE_OF_THE_OTHER * spare)
         if largest == 0 and ritz.extent[1] > -float(ritz.values[0]):
-            return int(_SHARE_OF_THE_OTHER * spare), smallest + spare - int(_SHARE_OF_THE_OTHER * spare)
+            return of_the_other, smallest + spare - of_the_other
         if smallest == 0 and -ritz.extent[0] > float(ritz.values[0]):
-            return largest + spare - int(_SHARE_OF_THE_OTHER * spare), int(_SHARE_OF_THE_OTHER * spare)
+            return largest + spare - of_the_other, of_the_other
         top = largest > 0 and not bool(ritz.converged[:largest].all())
         bottom = smallest > 0 and not bool(ritz.converged[largest:].all())
         if top == bottom:

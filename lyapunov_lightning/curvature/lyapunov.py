@@ -31,6 +31,9 @@ from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 
 LyapunovMap = Literal["ascent", "sgd"]
 
+H0_CONVENTION = math.e - 1
+"""``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
+
 _MAX_RESCALING = 10.0
 """The most that the control changes β in one iteration; the paper's rule divides by an exponent that may be near 0."""
 
