@@ -12,23 +12,24 @@ import argparse
 import functools
 import logging
 import warnings
+from dataclasses import replace
 from statistics import mean, median, stdev
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.data import Digits
 from examples.models import MLP, Classifier, LeNet
-from lyapunov_lightning import NegativeCurvatureTracker, Schedule
+from lyapunov_lightning import HessianConfig, NegativeCurvatureTracker
+from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 
-DESCENTS: dict[str, Optional[dict[str, Any]]] = {
+DESCENTS: dict[str, Descent | None] = {
     "none": None,
-    "rate 1, at most 0.1": {"descend_lr": 1.0, "descend_max_step": 0.1},
-    "rate 100, at most 0.3": {"descend_lr": 100.0, "descend_max_step": 0.3},
+    "rate 1, at most 0.1": Descent(lr=1.0, max_step=0.1),
+    "rate 100, at most 0.3": Descent(lr=100.0, max_step=0.3),
 }
 
 OPTIMIZERS: dict[str, Any] = {
@@ -52,19 +53,6 @@ def dataset(name: str, root: str, num_train: int) -> tuple[TensorDataset, Any]:
     images = MNIST(root, train=True)
     inputs = nn.functional.pad(images.data[:num_train, None].float() / 255, (2, 2, 2, 2))
     return TensorDataset((inputs - 0.13) / 0.31, images.targets[:num_train]), lambda: LeNet(1)
-
-
-class Remembering(DummyLogger):
-    """Keeps what the tracker logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, list[float]] = {}
-
-    def log_metrics(self, metrics: dict[str, float], step: Optional[int] = None) -> None:
-        """Append each scalar to its series."""
-        for name, value in metrics.items():
-            self.values.setdefault(name, []).append(value)
 
 
 class WholeLoss(pl.Callback):
@@ -92,23 +80,23 @@ class WholeLoss(pl.Callback):
 
 
 def train(
-    data: TensorDataset, network: Any, optimizer: Any, steps: list[int], seed: int, tracker: Optional[pl.Callback]
-) -> tuple[list[float], dict[str, list[float]]]:
-    """The losses at these steps, and what was logged."""
+    data: TensorDataset, network: Any, optimizer: Any, steps: list[int], seed: int, tracker: pl.Callback | None
+) -> list[float]:
+    """The losses at these steps."""
     pl.seed_everything(seed, verbose=False)
-    logger, losses = Remembering(), WholeLoss(data, steps[:-1])
+    losses = WholeLoss(data, steps[:-1])
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps[-1],
         max_epochs=-1,
-        logger=logger,
+        logger=False,
         callbacks=[losses] if tracker is None else [tracker, losses],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(Classifier(network(), optimizer=optimizer), DataLoader(data, 64, shuffle=True))
-    return losses.losses, logger.values
+    return losses.losses
 
 
 def row(values: list[list[float]]) -> str:
@@ -133,19 +121,19 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     data, network = dataset(arguments.data, arguments.root, arguments.num_train)
     steps = [arguments.steps // 4, arguments.steps // 2, arguments.steps]
-    measured = {"num_batches": arguments.num_batches, "estimator": "online"}
+    hessian = HessianConfig(num_batches=arguments.num_batches)
     if arguments.table != "error":
         print(f"Mean loss of {len(data)} samples of {arguments.data} after {steps} steps, {arguments.seeds} seeds")
         for optimizer_name, optimizer in OPTIMIZERS.items():
-            for name, options in DESCENTS.items():
+            for name, descent in DESCENTS.items():
                 losses, moves = [], 0.0
                 for seed in range(arguments.seeds):
                     own = None
-                    if options is not None:
-                        own = NegativeCurvatureTracker(smallest=0, descend=True, **measured, **options)
-                    found, logged = train(data, network, optimizer, steps, seed, own)
-                    losses.append(found)
-                    moves += mean(logged.get("negative/descended", [0.0])) / arguments.seeds
+                    if descent is not None:
+                        own = NegativeCurvatureTracker(smallest=0, hessian=hessian, estimator="online", descent=descent)
+                    losses.append(train(data, network, optimizer, steps, seed, own))
+                    if own is not None:
+                        moves += mean(bool(result.descent_step) for result in own.results) / arguments.seeds
                 print(
                     f"  {optimizer_name:16s} {name:22s} {row(losses)}   moved at {moves:.0%} of the steps", flush=True
                 )
@@ -153,9 +141,11 @@ def main() -> None:
         print("Relative error of the running estimate against Lanczos at every tenth step from step 50 on, one seed")
         for optimizer_name, optimizer in OPTIMIZERS.items():
             for source in ("fixed", "batch"):
-                own = NegativeCurvatureTracker(1, Schedule(every_n_steps=10), source, **measured)
-                _, logged = train(data, network, optimizer, steps, 0, own)
-                error, ratio = (median(logged[f"negative/{tag}"][5:]) for tag in ("online_error", "lambda_ratio"))
+                own = NegativeCurvatureTracker(10, 1, hessian=replace(hessian, data=source), estimator="online")
+                train(data, network, optimizer, steps, 0, own)
+                compared = [result for result in own.results if result.online_error is not None][5:]
+                error = median(result.online_error for result in compared)
+                ratio = median(result.lambda_ratio for result in compared if result.lambda_ratio is not None)
                 print(
                     f"  {optimizer_name:16s} {source:6s} data: median {error:.3f}, |lambda_min|/lambda_max {ratio:.3f}",
                     flush=True,

@@ -14,7 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from examples.data import Cifar10
 from examples.models import Classifier, SimpleCNN
-from lyapunov_lightning import NudgedSGDHook
+from lyapunov_lightning import HessianConfig, NudgedSGDHook
 
 K, LEARNING_RATE, BATCH_SIZE = 5, 0.01, 128
 
@@ -37,7 +37,7 @@ class Curves(Logger):
         super().__init__()
         self.series: dict[str, dict[int, float]] = {}
 
-    def log_metrics(self, metrics: dict[str, float], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Keep them."""
         for tag, value in metrics.items():
             self.series.setdefault(tag, {})[step or 0] = value
@@ -76,6 +76,7 @@ def train(gamma: float, arguments: argparse.Namespace) -> Run:
             nn.init.zeros_(layer.bias)
     module = Classifier(network, optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE))
     begin, curves = weights(module), Curves()
+    hook = NudgedSGDHook(k=K, gamma=gamma, hessian=HessianConfig(num_batches=1), tol=1e-2)
     steps = arguments.images // BATCH_SIZE
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -86,7 +87,7 @@ def train(gamma: float, arguments: argparse.Namespace) -> Run:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=curves,
-            callbacks=[NudgedSGDHook(K, gamma, num_batches=1, tol=1e-2)],
+            callbacks=[hook],
             default_root_dir=folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -95,16 +96,16 @@ def train(gamma: float, arguments: argparse.Namespace) -> Run:
         started = time.perf_counter()
         trainer.fit(module, Cifar10(arguments.root, BATCH_SIZE, download=False, num_train=arguments.images))
     losses = torch.tensor(list(curves.series["train/loss"].values()))[: steps * arguments.epochs]
-    values = torch.tensor([list(curves.series[f"nudge/lambda_{i}"].values()) for i in range(1, K + 1)])
+    values = torch.tensor([result.eigenvalues for result in hook.results])
     removed = list(curves.series["nudge/removed_fraction"].values())
     return Run(
         losses=losses.view(arguments.epochs, steps).mean(dim=1).tolist(),
         accuracies=list(curves.series["val/accuracy"].values())[: arguments.epochs],
-        sharpness=values[0].tolist(),
-        norms=values.norm(dim=0).tolist(),
-        converged=min(curves.series["nudge/converged"].values()),
+        sharpness=values[:, 0].tolist(),
+        norms=values.norm(dim=1).tolist(),
+        converged=min(result.num_converged for result in hook.results) / K,
         removed=sum(removed) / len(removed),
-        products=list(curves.series["nudge/matvecs"].values()),
+        products=[result.matvecs for result in hook.results],
         distance=float((weights(module) - begin).norm()),
         seconds=time.perf_counter() - started,
     )

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -114,7 +114,7 @@ def run(
     """Train once; the losses and learning rates of all steps."""
     callbacks: list[pl.Callback] = [Rates()]
     if method in RULES:
-        callbacks.insert(0, QuasiNewtonLRController(method, **options))
+        callbacks.insert(0, QuasiNewtonLRController(rule=method, **options))
     torch.manual_seed(seed)
     module = Learner(NETWORKS[network](), loss, _optimizer(method))
     trainer = pl.Trainer(
@@ -190,7 +190,7 @@ def report(results: list[dict[str, Any]], steps: int) -> None:
         print(f"| {network}, {loss} | {' | '.join(cells)} | {', '.join(rates)} |")
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder that holds cifar-10-batches-py")

@@ -1,7 +1,5 @@
 """Real data to train on: handwritten digits, which travel with scikit-learn, MNIST and CIFAR-10."""
 
-from typing import Optional
-
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
@@ -16,7 +14,7 @@ class Digits(pl.LightningDataModule):
         num_val: Samples that are kept for validation.
     """
 
-    def __init__(self, batch_size: Optional[int] = None, steps_per_epoch: int = 50, num_val: int = 397) -> None:
+    def __init__(self, batch_size: int | None = None, steps_per_epoch: int = 50, num_val: int = 397) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
@@ -104,8 +102,8 @@ class Cifar10(pl.LightningDataModule):
         batch_size: int = 128,
         download: bool = True,
         augment: bool = True,
-        classes: Optional[list[int]] = None,
-        num_train: Optional[int] = None,
+        classes: list[int] | None = None,
+        num_train: int | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ are downloaded if they are not there. The training is that of the command
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,15 @@ import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from examples.models import Classifier
+from lyapunov_lightning import LossAlongEigvecScanner
+from lyapunov_lightning.callbacks.results import ScanResult
 from lyapunov_lightning.cli import main as run_cli
 
 CONFIG = Path(__file__).parent / "configs" / "mnist_negative.yaml"
 PICTURE = Path("logs/negative_curvature.png")
-COUNT = 10
-"""Directions of each end."""
-
 STEPS = (500, 1000, 1500)
 """The measurements that the table is of."""
 
@@ -58,33 +57,28 @@ class DecayingClassifier(Classifier):
 
 @dataclass(frozen=True)
 class Seen:
-    """What was logged for the directions of one end at one step; NaN where nothing was."""
+    """What was found along the directions of one end at one step; NaN where nothing was."""
 
     curvature: np.ndarray
     fitted: np.ndarray
-    error: np.ndarray
     optimal_step: np.ndarray
     unit_step: np.ndarray
     improvement: np.ndarray
 
 
-def read(log_dir: str, step: int, prefix: str) -> Seen:
-    """The directions of one end, ``prefix`` being that of their names."""
-    events = EventAccumulator(log_dir, size_guidance={"scalars": 0}).Reload()
-    known = set(events.Tags()["scalars"])
+def seen(result: ScanResult, is_bottom: bool) -> Seen:
+    """The directions of one end."""
+    chosen = [name.startswith("min_") == is_bottom for name in result.directions]
 
-    def column(tag: str) -> np.ndarray:
-        names = [f"scan/{tag}_{prefix}{i}" for i in range(1, COUNT + 1)]
-        found = [{e.step: e.value for e in events.Scalars(name)} if name in known else {} for name in names]
-        return np.array([values.get(step, np.nan) for values in found])
+    def column(values: Sequence[float | None]) -> np.ndarray:
+        return np.array(values, dtype=float)[chosen]
 
     return Seen(
-        curvature=column("lambda"),
-        fitted=column("curvature_fit_1"),
-        error=column("curvature_fit_error_1"),
-        optimal_step=column("optimal_step"),
-        unit_step=column("unit_step"),
-        improvement=column("best_improvement"),
+        curvature=column(result.curvatures),
+        fitted=column([fits[0] for fits in result.curvature_fits]),  # of the only scale
+        optimal_step=column(result.optimal_steps),
+        unit_step=column(result.unit_steps),
+        improvement=column(result.best_improvements),
     )
 
 
@@ -140,8 +134,10 @@ def main() -> None:
     for seed in range(options.seeds):
         arguments = ["--seed_everything", str(seed), "--data.root", options.root]
         trainer = run_cli(["fit", "--config", str(CONFIG), *arguments]).trainer
-        for step in STEPS:
-            ends[seed, step] = read(trainer.logger.log_dir, step, ""), read(trainer.logger.log_dir, step, "min_")
+        scanner = next(callback for callback in trainer.callbacks if isinstance(callback, LossAlongEigvecScanner))
+        for result in scanner.results:
+            if result.step in STEPS:
+                ends[seed, result.step] = seen(result, is_bottom=False), seen(result, is_bottom=True)
 
     print("\n| seed | step | λ_1 | λ_min | α*λ, top | α*|λ|, bottom | its maximum", end="")
     print(

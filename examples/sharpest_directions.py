@@ -5,23 +5,23 @@ the data, with the training and the measurement of ``examples/configs/simplecnn_
 """
 
 import argparse
-import csv
-from collections import defaultdict
 from pathlib import Path
 
 import yaml
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from lyapunov_lightning import SpectrumTracker
 from lyapunov_lightning.cli import main as run_cli
 
 CONFIG = Path(__file__).parent / "configs" / "simplecnn_spectrum.yaml"
 
-Series = dict[str, dict[int, float]]
+Series = dict[int, tuple[float, ...]]
+"""The largest eigenvalues by step."""
 
 
 def run(lr: float, root: str, folder: Path) -> Series:
-    """Train at one learning rate; what was measured, by name and step."""
+    """Train at one learning rate; the eigenvalues that were measured."""
     config = yaml.safe_load(CONFIG.read_text())
     config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = lr
     config["trainer"]["callbacks"][0]["init_args"]["save_dir"] = str(folder)
@@ -30,12 +30,9 @@ def run(lr: float, root: str, folder: Path) -> Series:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    run_cli(["fit", "--config", str(path)])
-    series: Series = defaultdict(dict)
-    with (folder / "spectrum.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            series[row["name"]][int(row["step"])] = float(row["value"])
-    return series
+    trainer = run_cli(["fit", "--config", str(path)]).trainer
+    tracker = next(callback for callback in trainer.callbacks if isinstance(callback, SpectrumTracker))
+    return {result.step: result.largest for result in tracker.results}
 
 
 def draw(runs: dict[float, Series], shown: float) -> Figure:
@@ -43,17 +40,17 @@ def draw(runs: dict[float, Series], shown: float) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     shades = colormaps["plasma"]([0.85 - 0.08 * rank for rank in range(10)][::-1])
-    for rank in reversed(range(1, 11)):
-        values = runs[shown][f"spectrum/lambda_{rank}"]
-        left.plot(list(values), list(values.values()), color=shades[rank - 1], linewidth=1.2)
+    for rank in reversed(range(10)):
+        values = [largest[rank] for largest in runs[shown].values()]
+        left.plot(list(runs[shown]), values, color=shades[rank], linewidth=1.2)
     left.axhline(2 / shown, color="#333333", linewidth=1, linestyle=":")
     left.set_title(f"the ten largest, η = {shown:g} (dotted: 2/η)", fontsize=11)
     left.set_ylabel("eigenvalue")
     for colour, (lr, series) in zip(("#2f6f9f", "#4c9a5b", "#c1432e"), sorted(runs.items()), strict=False):
-        for rank, style in ((1, "-"), (2, "--")):
-            values = series[f"spectrum/lambda_{rank}"]
-            label = f"η = {lr:g}" if rank == 1 else None
-            right.plot(list(values), list(values.values()), style, color=colour, linewidth=1.4, label=label)
+        for rank, style in enumerate(("-", "--")):
+            values = [largest[rank] for largest in series.values()]
+            label = None if rank else f"η = {lr:g}"
+            right.plot(list(series), values, style, color=colour, linewidth=1.4, label=label)
     right.set_title("λ₁ (solid) and λ₂ (dashed) by learning rate", fontsize=11)
     right.legend(frameon=False)
     for panel in (left, right):
@@ -71,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = {lr: run(lr, args.root, args.out / f"lr{lr:g}") for lr in args.lrs}
     for lr, series in runs.items():
-        sharpness = series["spectrum/lambda_1"]
+        sharpness = {step: largest[0] for step, largest in series.items()}
         peak = max(sharpness, key=sharpness.__getitem__)
         print(
             f"η = {lr:g} (2/η = {2 / lr:g}): λ₁ from {sharpness[0]:.2f} to its peak of {sharpness[peak]:.1f} at step"

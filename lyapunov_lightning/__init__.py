@@ -1,17 +1,28 @@
 """PyTorch Lightning callbacks that measure the curvature of the loss while a network trains, and act on it."""
 
-from lyapunov_lightning.callbacks.curvature_probe import CurvatureProbe
-from lyapunov_lightning.callbacks.loss_along_eigvec_scanner import LossAlongEigvecScanner
-from lyapunov_lightning.callbacks.negative_curvature_tracker import NegativeCurvatureTracker
-from lyapunov_lightning.callbacks.nudged_sgd_hook import NudgedSGDHook
-from lyapunov_lightning.callbacks.quasi_newton_lr_controller import QuasiNewtonLRController
-from lyapunov_lightning.callbacks.spectrum_tracker import SpectrumTracker
-from lyapunov_lightning.training.schedule import Schedule
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lyapunov_lightning.callbacks import (
+        CurvatureProbe,
+        LossAlongEigvecScanner,
+        NegativeCurvatureTracker,
+        NudgedSGDHook,
+        QuasiNewtonLRController,
+        SpectrumTracker,
+    )
+    from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
+    from lyapunov_lightning.curvature.quasi_newton import LRBounds
+    from lyapunov_lightning.training.config import HessianConfig, Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CurvatureProbe",
+    "Descent",
+    "HessianConfig",
+    "LRBounds",
     "LossAlongEigvecScanner",
     "NegativeCurvatureTracker",
     "NudgedSGDHook",
@@ -19,3 +30,24 @@ __all__ = [
     "Schedule",
     "SpectrumTracker",
 ]
+
+
+_PLACES = {
+    "Descent": "callbacks.negative_curvature_tracker",
+    "HessianConfig": "training.config",
+    "LRBounds": "curvature.quasi_newton",
+    "Schedule": "training.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name when it is first asked for: whoever uses the numerical core alone needs no Lightning."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = _PLACES.get(name, "callbacks")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{place}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,17 +3,17 @@
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-import lyapunov_lightning  # the callbacks must be known before the arguments are parsed
+import lyapunov_lightning.callbacks  # known by their short names once they are imported
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
 
-def main(args: Optional[list[str]] = None) -> "LightningCLI":
+def main(args: list[str] | None = None) -> "LightningCLI":
     """Run ``lyapunov-lightning``, for instance ``lyapunov-lightning fit --config config.yaml``.
 
     Modules and data are named by their import path; the current directory is searched first. The arguments of a
@@ -57,7 +57,7 @@ def run() -> None:
     main()
 
 
-def _own_error(error: Optional[BaseException]) -> Optional[BaseException]:
+def _own_error(error: BaseException | None) -> BaseException | None:
     """The error among this one's causes that was raised by this package, about an argument of the user's."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)

@@ -1,11 +1,14 @@
 """Every configuration among the examples is understood, and names callbacks of this package."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lyapunov_lightning.callbacks.base import CurvatureCallback
+from lyapunov_lightning import callbacks
+from lyapunov_lightning.training.callback import CurvatureCallback
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
@@ -21,5 +24,12 @@ def test_configuration_is_understood(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_callback_has_a_configuration() -> None:
     texts = "".join(config.read_text() for config in CONFIGS)
-    missing = [callback.__name__ for callback in CurvatureCallback.__subclasses__() if callback.__name__ not in texts]
-    assert not missing
+    assert not [name for name in callbacks.__all__ if name not in texts]
+
+
+def test_command_line_knows_the_callbacks_by_their_short_names() -> None:
+    """In a process of its own: here they are imported already."""
+    command = [sys.executable, "-W", "ignore", "-m", "lyapunov_lightning", "fit", "--config", str(CONFIGS[0])]
+    done = subprocess.run([*command, "--print_config"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "CurvatureProbe" in done.stdout

@@ -12,6 +12,7 @@ from lyapunov_lightning.curvature.density import (
 )
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
+from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.landscape import (
     LineScan,
@@ -30,7 +31,6 @@ from lyapunov_lightning.curvature.lyapunov import (
     LyapunovSpectrumEstimate,
 )
 from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
-from lyapunov_lightning.curvature.operator import HessianOperator
 from lyapunov_lightning.curvature.power import power_iteration
 
 __all__ = [

@@ -7,13 +7,13 @@ every order is one of the three maps that training itself runs.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Ints = Union[int, Sequence[int]]
+Ints = int | Sequence[int]
 
 
 class _Geometry(NamedTuple):
@@ -46,7 +46,7 @@ class _Bilinear(torch.autograd.Function):
         ctx.save_for_forward(first, second)
 
     @classmethod
-    def jvp(cls, ctx: Any, first_tangent: Optional[Tensor], second_tangent: Optional[Tensor], _: None) -> Any:
+    def jvp(cls, ctx: Any, first_tangent: Tensor | None, second_tangent: Tensor | None, _: None) -> Any:
         first, second = ctx.saved_tensors
         parts = []
         if first_tangent is not None:
@@ -66,7 +66,7 @@ class _Output(_Bilinear):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
         of_inputs = _InputGradient.apply(grad, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
         of_weight = _WeightGradient.apply(inputs, grad, ctx.geometry) if ctx.needs_input_grad[1] else None
@@ -82,7 +82,7 @@ class _InputGradient(_Bilinear):
         return geometry.gradient(0, grad, inputs, weight)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad, weight = ctx.saved_tensors
         of_grad = _Output.apply(cotangent, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
         of_weight = _WeightGradient.apply(cotangent, grad, ctx.geometry) if ctx.needs_input_grad[1] else None
@@ -98,7 +98,7 @@ class _WeightGradient(_Bilinear):
         return geometry.gradient(1, grad, inputs, weight)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Optional[Tensor], Optional[Tensor], None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inputs, grad = ctx.saved_tensors
         of_inputs = _InputGradient.apply(grad, cotangent, ctx.geometry) if ctx.needs_input_grad[0] else None
         of_grad = _Output.apply(inputs, cotangent, ctx.geometry) if ctx.needs_input_grad[1] else None
@@ -108,9 +108,9 @@ class _WeightGradient(_Bilinear):
 def convolution(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     stride: Ints = 1,
-    padding: Union[Ints, str] = 0,
+    padding: Ints | str = 0,
     dilation: Ints = 1,
     groups: int = 1,
 ) -> Tensor:

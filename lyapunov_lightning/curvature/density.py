@@ -13,7 +13,6 @@ exactly and the random vectors are kept orthogonal to them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class Moments:
 
 
 def stochastic_moments(
-    operator: LinearOperator, *, num_probes: int = 10, known: Optional[Eigenpairs] = None, seed: int = 0
+    operator: LinearOperator, *, num_probes: int = 10, known: Eigenpairs | None = None, seed: int = 0
 ) -> Moments:
     """Trace and Frobenius norm, one product a random vector.
 
@@ -142,7 +141,7 @@ class SpectralDensity:
         total = self.mean(torch.abs).value
         return self.mean(lambda nodes: (-nodes).clamp_min(0)).value / total if total else 0.0
 
-    def curve(self, num_points: int = 1000, width: Optional[float] = None) -> tuple[Tensor, Tensor]:
+    def curve(self, num_points: int = 1000, width: float | None = None) -> tuple[Tensor, Tensor]:
         """The density on a grid, smoothed by a Gaussian; its integral is 1.
 
         Args:
@@ -168,7 +167,7 @@ def spectral_density(
     *,
     num_probes: int = 8,
     num_steps: int = 40,
-    known: Optional[Eigenpairs] = None,
+    known: Eigenpairs | None = None,
     seed: int = 0,
 ) -> SpectralDensity:
     """The spectral density by stochastic Lanczos quadrature, ``num_probes · num_steps`` products.
@@ -220,7 +219,7 @@ def spectral_density(
 class _Complement:
     """The operator on the orthogonal complement of its known eigenvectors, and random vectors there."""
 
-    def __init__(self, operator: LinearOperator, known: Optional[Eigenpairs], seed: int) -> None:
+    def __init__(self, operator: LinearOperator, known: Eigenpairs | None, seed: int) -> None:
         self._operator = operator
         self._generator = torch.Generator().manual_seed(seed)
         self._known = None if known is None else known.vectors.to(device=operator.device, dtype=operator.dtype)

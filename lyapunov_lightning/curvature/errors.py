@@ -4,7 +4,7 @@
 class MeasurementError(RuntimeError):
     """A curvature measurement could not be completed.
 
-    Raised when the loss cannot be differentiated as asked, when a product is not finite, or when another process of
+    Raised when the loss cannot be differentiated as asked, when a product is not finite, or when another rank of
     a distributed measurement failed. The message says which, and what to do about it.
     """
 
@@ -14,15 +14,15 @@ class NonFiniteCurvatureError(MeasurementError):
 
 
 class PeerFailureError(MeasurementError):
-    """Other processes of a distributed measurement failed; they say why themselves.
+    """Other ranks of a distributed measurement failed; they say why themselves.
 
     Args:
-        num_processes: How many.
+        num_ranks: How many.
 
     """
 
-    def __init__(self, num_processes: int) -> None:
-        super().__init__(f"The measurement failed in {num_processes} other process(es); their log says why.")
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(f"The measurement failed on {num_ranks} other rank(s); their log says why.")
 
 
 class CurvatureWarning(UserWarning):

@@ -6,7 +6,6 @@ to the extreme eigenpairs of ``A``.
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ class KrylovBasis:
         """What the rounding of a product may amount to: no residual is known better than this."""
         return 10 * torch.finfo(self._operator.dtype).eps * self._norm
 
-    def begin(self, direction: Optional[Tensor] = None) -> None:
+    def begin(self, direction: Tensor | None = None) -> None:
         """Grow in a new direction, a random one if none is given, and give up the present one."""
         if bool(self._coupling.any()):
             leak = torch.zeros(1, self.length, dtype=torch.float64)

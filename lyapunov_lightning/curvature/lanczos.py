@@ -10,8 +10,6 @@ which the basis grows is given up for a fresh random one, and the copies that we
 A small operator's basis may span the whole space, and then does.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -42,10 +40,10 @@ def lanczos(
     largest: int = 1,
     smallest: int = 0,
     tol: float = 1e-3,
-    max_matvecs: Optional[int] = None,
-    start: Optional[Tensor] = None,
+    max_matvecs: int | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
-    max_basis_vectors: Optional[int] = None,
+    max_basis_vectors: int | None = None,
 ) -> Eigenpairs:
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors and residuals.
 
@@ -173,7 +171,7 @@ class _Challenge:
         self._largest = largest
         self._smallest = smallest
         self._needed = needed
-        self._accepted: Optional[RitzPairs] = None
+        self._accepted: RitzPairs | None = None
         self._started_at = 0
         self._number = 0
 

@@ -14,7 +14,6 @@ nearer to each other than the noise.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -291,7 +290,7 @@ class _Search:
         step, loss = self._best
         return LineSearch(bracketed, step, self._start[1] - loss, self._count)
 
-    def bracket(self, step: float, max_step: float) -> Optional[tuple[_Point, _Point, _Point]]:
+    def bracket(self, step: float, max_step: float) -> tuple[_Point, _Point, _Point] | None:
         """Three points of which the middle one is the lowest, by more than the noise; None if there are none."""
         point = self._at(step)
         while self._is_above(point, self._start):

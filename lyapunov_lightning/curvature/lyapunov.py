@@ -22,7 +22,7 @@ by the factor ``e - 1 = 1.718``.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ class LyapunovIteration:
         self._map = map
         self._delta_q = delta_q
         self._seed = seed
-        self._perturbation: Optional[Tensor] = None
-        self._velocity: Optional[Tensor] = None
+        self._perturbation: Tensor | None = None
+        self._velocity: Tensor | None = None
         self.beta = 1.0
 
     def step(
@@ -126,7 +126,7 @@ class LyapunovIteration:
         direction = q / self._delta_q
         hv = curvature_q / self._delta_q
         rayleigh = float(direction @ hv)
-        velocity: Optional[Tensor] = None
+        velocity: Tensor | None = None
         if self._map == "ascent":
             moved = q + self.beta * curvature_q
         elif momentum:
@@ -250,7 +250,7 @@ class LyapunovSpectrum:
         self._map = map
         self._delta_q = delta_q
         self._seed = seed
-        self._perturbations: Optional[Tensor] = None
+        self._perturbations: Tensor | None = None
         self._sum = torch.zeros(num_perturbations, dtype=torch.float64)
         self._num_steps = 0
         self.beta = 1.0

@@ -17,7 +17,7 @@ never mix them: they come from the one product that was spent on ``v`` itself.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class OnlineEigenpair:
         self._seed = seed
         self._basis: list[Tensor] = []
         self._projection = torch.zeros(0, 0, dtype=torch.float64)
-        self._direction: Optional[Tensor] = None
+        self._direction: Tensor | None = None
         self._value = 0.0
         self._residual = 0.0
         self._age = 0
@@ -182,7 +182,7 @@ class OnlineEigenpair:
         is_last = self._age == self._cycle - 1
         self._direction = None if is_last else self._beyond(operator, product)
 
-    def _beyond(self, operator: LinearOperator, product: Tensor) -> Optional[Tensor]:
+    def _beyond(self, operator: LinearOperator, product: Tensor) -> Tensor | None:
         """What a product adds to the basis, as a unit vector; None if there is nothing left to add."""
         if len(self._basis) == operator.size:
             return None

@@ -5,7 +5,7 @@ It needs memory for two vectors instead of a Krylov basis, and more products tha
 eigenvectors", 1993, is the form in which it came to neural networks).
 """
 
-from typing import Literal, Optional
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def power_iteration(
     end: Literal["largest", "smallest"] = "largest",
     tol: float = 1e-2,
     max_matvecs: int = 200,
-    start: Optional[Tensor] = None,
+    start: Tensor | None = None,
     seed: int = 0,
 ) -> Eigenpairs:
     """The largest or the smallest eigenvalue of a symmetric operator by power iteration.

@@ -9,22 +9,29 @@ what is done:
 - `CheckedSharpness`: the largest eigenvalue by Algorithm 1 of the chaos-theory paper (sec. 3.1), of which the inverse
   is the learning rate. One tracked vector can hang on a wrong eigenvector for long, so every estimate is held against
   the curvature along the gradient, and begins anew from there when it lies below it.
-- `Governor`: what an estimate may do to the learning rate.
+- `Governor`: what an estimate may do to the learning rate, within `LRBounds`; and `tried`, which asks the loss itself.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.arguments import check_int, check_positive
 from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
 
 _CLEARLY = 1.05
 """By how much the curvature along the gradient must exceed a tracked eigenvalue to refute it: more than rounding, which
 would let a vector that tracks the gradient begin anew for ever."""
+
+_SETTLED = 0.01
+"""How near to 1 the Lyapunov exponent of Algorithm 1 comes before an estimate counts as settled."""
+
+_MAX_TRIALS = 4
+"""How often a growing learning rate is halved because the loss says that it is too long."""
 
 
 class CurvatureAlongUpdate:
@@ -37,6 +44,9 @@ class CurvatureAlongUpdate:
         sigma: The factor ``σ``: 1 goes to the bottom of the parabola along the update, 2 to its other side.
         averaging: Weight of the past in the running averages; 0 for none.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Example::
 
         >>> from lyapunov_lightning.curvature.quasi_newton import CurvatureAlongUpdate
@@ -47,12 +57,14 @@ class CurvatureAlongUpdate:
     """
 
     def __init__(self, sigma: float = 1.5, averaging: float = 0.9) -> None:
+        check_positive("sigma", sigma)
+        _check_averaging(averaging)
         self._sigma = sigma
         self._averaging = averaging
         self._slope = 0.0
         self._curvature = 0.0
 
-    def propose(self, slope: float, curvature: float) -> Optional[float]:
+    def propose(self, slope: float, curvature: float) -> float | None:
         """The learning rate, or None where there is none: no curvature, an update uphill, numbers that are not finite.
 
         Args:
@@ -96,6 +108,11 @@ class Sharpness:
     exponent: float
     was_refuted: bool
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the tracked vector has found its eigenvector, as far as can be told."""
+        return abs(self.exponent - 1) < _SETTLED and not self.was_refuted
+
 
 class CheckedSharpness:
     """The largest eigenvalue of the Hessian by Algorithm 1, held against the curvature along the gradient.
@@ -107,16 +124,23 @@ class CheckedSharpness:
         delta_q: Length of the perturbation, in parameter space.
         seed: Seed of the first perturbation.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     """
 
     def __init__(self, averaging: float = 0.9, delta_q: float = 5e-2, seed: int = 0) -> None:
+        _check_averaging(averaging)
         self._averaging = averaging
         self._delta_q = delta_q
         self._iteration = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed)
-        self._average: Optional[float] = None
+        self._average: float | None = None
 
-    def step(self, gradient: Callable[[Tensor], Tensor], here: Tensor) -> Optional[Sharpness]:
+    def step(self, gradient: Callable[[Tensor], Tensor], here: Tensor) -> Sharpness | None:
         """One iteration at the present parameters.
+
+        Where the number of parameters is another one than before, since some were frozen or unfrozen, a new vector
+        is tracked.
 
         Args:
             gradient: Maps a displacement of shape ``(n,)`` to the gradient there.
@@ -146,6 +170,28 @@ class CheckedSharpness:
         self._average = self._averaging * past + (1 - self._averaging) * newest
         return Sharpness(max(self._average, newest), newest, along_gradient, estimate.exponent, refuted)
 
+    def settle(self, gradient: Callable[[Tensor], Tensor], here: Tensor, max_iterations: int) -> Sharpness | None:
+        """Iterations at one and the same point until the estimate has settled, after a first one at most as many.
+
+        Args:
+            gradient: Maps a displacement of shape ``(n,)`` to the gradient there.
+            here: The gradient at the present parameters.
+            max_iterations: How many at most, after the first.
+
+        Returns:
+            The last estimate, or None where the curvature is nowhere positive.
+
+        Raises:
+            NonFiniteCurvatureError: If a gradient is not finite.
+
+        """
+        sharpness = self.step(gradient, here)
+        for _ in range(max_iterations):
+            if sharpness is not None and sharpness.is_settled:
+                break
+            sharpness = self.step(gradient, here)
+        return sharpness
+
     def state_dict(self) -> dict[str, Any]:
         """The perturbation and the running average."""
         return {"iteration": self._iteration.state_dict(), "average": self._average}
@@ -156,6 +202,43 @@ class CheckedSharpness:
         self._average = state["average"]
 
 
+@dataclass(frozen=True)
+class LRBounds:
+    """What a learning rate may do, whatever is proposed.
+
+    Attributes:
+        min_lr: The floor.
+        max_lr: The ceiling.
+        max_growth: The most by which it grows from one measurement to the next.
+        window: Steps over which the loss is averaged to see whether it rises, and after which a learning rate that was
+            halved for that is back; 0 not to look at the loss.
+
+    Raises:
+        ValueError: If one of them is out of its range.
+
+    Example::
+
+        >>> from lyapunov_lightning.curvature.quasi_newton import LRBounds
+        >>> LRBounds(max_lr=0.5)
+        LRBounds(min_lr=1e-06, max_lr=0.5, max_growth=1.25, window=50)
+
+    """
+
+    min_lr: float = 1e-6
+    max_lr: float = 10.0
+    max_growth: float = 1.25
+    window: int = 50
+
+    def __post_init__(self) -> None:
+        check_positive("min_lr", self.min_lr)
+        check_positive("max_lr", self.max_lr)
+        if not self.min_lr < self.max_lr:
+            raise ValueError(f"`min_lr` should be below `max_lr`, got {self.min_lr} and {self.max_lr}.")
+        if not self.max_growth > 1:
+            raise ValueError(f"`max_growth` should be above 1, got {self.max_growth}.")
+        check_int("window", self.window, least=0)
+
+
 class Governor:
     """Turns proposed learning rates into those that are used.
 
@@ -164,56 +247,79 @@ class Governor:
     proposed over the next window.
 
     Args:
-        max_growth: The most by which the learning rate grows from one step to the next.
-        min_lr: The floor.
-        max_lr: The ceiling.
-        window: Steps over which the loss is averaged to see whether it rises; 0 not to look at it.
+        bounds: What the learning rate may do.
 
     """
 
-    def __init__(self, max_growth: float = 1.25, min_lr: float = 1e-6, max_lr: float = 10.0, window: int = 50) -> None:
-        self._max_growth = max_growth
-        self._min_lr, self._max_lr = min_lr, max_lr
-        self._window = window
+    def __init__(self, bounds: LRBounds = LRBounds()) -> None:
+        self._bounds = bounds
         self._losses: list[float] = []
-        self.lr: Optional[float] = None
-        self.caution = 1.0
+        self.lr: float | None = None
+        self.back_off = 1.0
         """The factor on what is proposed, below 1 after the loss has risen."""
 
-    def admitted(self, proposal: Optional[float]) -> Optional[float]:
+    def limit(self, proposal: float | None) -> float | None:
         """The learning rate that a proposal comes to, without using it; None where nothing was proposed yet."""
         if proposal is None or not (math.isfinite(proposal) and proposal > 0):
             return self.lr
-        ceiling = math.inf if self.lr is None else self.lr * self._max_growth
-        return min(max(min(proposal * self.caution, ceiling), self._min_lr), self._max_lr)
+        ceiling = math.inf if self.lr is None else self.lr * self._bounds.max_growth
+        return min(max(min(proposal * self.back_off, ceiling), self._bounds.min_lr), self._bounds.max_lr)
 
     def use(self, lr: float) -> None:
         """Take note of the learning rate of a step."""
         self.lr = lr
-        if self._window:
-            self.caution = min(1.0, self.caution * 2 ** (1 / self._window))
+        if self._bounds.window:
+            self.back_off = min(1.0, self.back_off * 2 ** (1 / self._bounds.window))
 
     def observe(self, loss: float) -> bool:
-        """Take note of the loss of a step, and be careful if it has risen; whether it has."""
-        if not self._window:
+        """Take note of the loss of a step, and back off if it has risen; whether it has."""
+        window = self._bounds.window
+        if not window:
             return False
         self._losses.append(loss)
-        del self._losses[: -2 * self._window]
-        if math.isfinite(loss) and len(self._losses) < 2 * self._window:
+        del self._losses[: -2 * window]
+        if math.isfinite(loss) and len(self._losses) < 2 * window:
             return False
-        before, lately = (torch.tensor(part) for part in (self._losses[: -self._window], self._losses[-self._window :]))
+        before, lately = (torch.tensor(part) for part in (self._losses[:-window], self._losses[-window:]))
         if math.isfinite(loss):
-            noise = math.sqrt(float(before.var() + lately.var()) / self._window)
+            noise = math.sqrt(float(before.var() + lately.var()) / window)
             if float(lately.mean() - before.mean()) <= 2 * noise:
                 return False
-        self.caution *= 0.5
+        self.back_off *= 0.5
         self._losses = []
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The learning rate, the caution, and the latest losses."""
-        return {"lr": self.lr, "caution": self.caution, "losses": list(self._losses)}
+        """The learning rate, the factor on what is proposed, and the latest losses."""
+        return {"lr": self.lr, "back_off": self.back_off, "losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.lr, self.caution, self._losses = state["lr"], state["caution"], list(state["losses"])
+        self.lr, self.back_off, self._losses = state["lr"], state["back_off"], list(state["losses"])
+
+
+def tried(loss: Callable[[float], float], before: float, lr: float, least: float) -> tuple[float, int]:
+    """A learning rate that is halved while the loss rises along the step.
+
+    Args:
+        loss: Maps a learning rate to the loss after the step.
+        before: The loss before the step.
+        lr: The learning rate to try.
+        least: What needs no trial, such as the learning rate so far.
+
+    Returns:
+        The learning rate, at least `least`, and how often it was halved.
+
+    """
+    for trials in range(_MAX_TRIALS):
+        if loss(lr) <= before:
+            return lr, trials
+        lr = max(lr / 2, least)
+        if lr == least:
+            return lr, trials + 1
+    return lr, _MAX_TRIALS
+
+
+def _check_averaging(averaging: float) -> None:
+    if not 0 <= averaging < 1:
+        raise ValueError(f"`averaging` should be in [0, 1), got {averaging}.")

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class RandomState:
     numpy: dict[str, Any]
     cpu: Tensor
     cuda: tuple[Tensor, ...]
-    mps: Optional[Tensor]
+    mps: Tensor | None
 
     @classmethod
     def capture(cls) -> "RandomState":
@@ -48,7 +48,7 @@ class RandomState:
 
 
 @contextmanager
-def preserved_randomness(start: Optional[RandomState] = None) -> Iterator[None]:
+def preserved_randomness(start: RandomState | None = None) -> Iterator[None]:
     """Run a block from the given random state and leave every generator as it was before, also on an exception.
 
     Args:

@@ -21,7 +21,7 @@ of SGD's gradient adds to the curvature and lowers the limit on that of the loss
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Stability:
 
     lr: float
     limit: float
-    scale: Optional[Tensor]
+    scale: Tensor | None
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -51,7 +51,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(float(group.get("lr", "nan")) for group in optimizer.param_groups)
 
 
-def stability_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Optional[Stability]:
+def stability_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Stability | None:
     """The stability limit of an optimizer as it is configured now.
 
     Args:
@@ -101,7 +101,7 @@ class _Sgd:
             return (2 + 2 * momentum) / (1 + 2 * momentum)
         return (2 + 2 * momentum) / (1 - float(group["dampening"])) if momentum else 2.0
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Optional[Tensor]:
+    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
         return torch.ones(())
 
     def added_curvature(self, groups: Sequence[dict[str, Any]]) -> float:
@@ -113,7 +113,7 @@ class _Adam:
         beta1 = float(group["betas"][0])
         return (2 + 2 * beta1) / (1 - beta1)
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Optional[Tensor]:
+    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
         """The divisor of the next step but for that step's own gradient, which is not known yet."""
         if "exp_avg_sq" not in state:
             return None
@@ -129,7 +129,7 @@ class _RmsProp(_Adam):
     def factor(self, group: dict[str, Any]) -> float:
         return 2 + 2 * float(group["momentum"])
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Optional[Tensor]:
+    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
         if "square_avg" not in state:
             return None
         second_moment: Tensor = state["square_avg"]

@@ -6,7 +6,6 @@ the two: parameters in the order given, each one once, row-major.
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class FlatLayout:
         """A zero vector of shape ``(size,)``."""
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
-    def flatten(self, tensors: Sequence[Optional[Tensor]]) -> Tensor:
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The flat vector of shape ``(size,)`` of one tensor a parameter; None stands for zeros."""
         flat = self.zeros()
         for target, tensor in zip(flat.split(self._sizes), tensors, strict=True):

@@ -1,11 +1,12 @@
-"""What callbacks need to know of the optimizer."""
+"""What callbacks demand of an optimizer, refused with a remedy where it is something else."""
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
+from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
 
 def check_training_map(owner: str, optimizers: Sequence[torch.optim.Optimizer], *, momentum: bool = True) -> None:
@@ -60,7 +61,85 @@ def check_uniform_sgd(
         )
 
 
-def _not_uniform_sgd(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Tensor]) -> Optional[str]:
+def check_unscaled(owner: str, trainer: Any) -> None:
+    """Refuse gradients that carry a loss scale until the optimizer's step.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    is_fused = any(group.get("fused") for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    if is_fused and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"`{owner}` needs the gradients unscaled, which a fused optimizer does only in its step. Use"
+            " `fused=False`, or `precision='bf16-mixed'`."
+        )
+
+
+def check_movable(owner: str, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse to move parameters under an optimizer that takes every move for its own.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"`{owner}` moves the parameters beside the optimizer, which LBFGS would take for a change of the gradient"
+            " along its own step. Use another optimizer, or do not ask for the descent."
+        )
+
+
+def check_steerable(owner: str, trainer: Any, pl_module: Any) -> torch.optim.Optimizer:
+    """Refuse what keeps a callback from steering the learning rate.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"`{owner}` cannot steer a module with manual optimization, since it does not see its steps. Use automatic"
+            " optimization."
+        )
+    if trainer.lr_scheduler_configs:
+        names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        raise MisconfigurationException(
+            f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
+            " `configure_optimizers`."
+        )
+    narrow = {
+        str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
+    }
+    if narrow:
+        raise MisconfigurationException(
+            f"`{owner}` measures updates as differences of parameters, which are lost in the rounding of"
+            f" {', '.join(narrow)}. Use mixed precision, which keeps the parameters in float32."
+        )
+    optimizer: torch.optim.Optimizer = trainer.optimizers[0]
+    if not optimizer.param_groups:  # what Lightning puts in the place of none
+        raise MisconfigurationException(
+            f"`{owner}` needs an optimizer to steer, and `configure_optimizers` returned none. Return one, or take the"
+            " callback out."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise MisconfigurationException(
+            f"`{owner}` cannot steer LBFGS, which evaluates the loss several times in a step and has curvature of its"
+            " own. Use SGD, Adam or any other optimizer that moves by learning rate times update."
+        )
+    if not all(float(group.get("lr", 0.0)) > 0 for group in optimizer.param_groups):
+        raise MisconfigurationException(
+            f"`{owner}` needs an optimizer with a positive learning rate `lr` in every parameter group; its value does"
+            f" not matter, but the ratios do. {type(optimizer).__name__} has"
+            f" {[group.get('lr') for group in optimizer.param_groups]}."
+        )
+    return optimizer
+
+
+def _not_uniform_sgd(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Tensor]) -> str | None:
     """Why the optimizer is not one SGD for all parameters alike; None if it is."""
     if len(optimizers) != 1:
         return f"there are {len(optimizers)} optimizers"

@@ -1,27 +1,26 @@
 """One measurement for all callbacks that ask for the same.
 
-Each callback of this package that wants the curvature has a `Subscription`: to which problem, when, and to which
-eigenpairs. At a step the first one in the trainer's list to be called looks at the subscriptions of all callbacks of
-the trainer, builds the operator once for those that are due with the same problem, and hands it to each of them; the
-eigenpairs are computed once, for the largest request. There is no registry: the trainer's list of callbacks is one. A
-measurement is dropped when the last of its subscribers has taken what it wanted, before the step itself begins.
+The callbacks of a trainer share one `SharedMeasurements`. At each batch it asks all of them whether they are due; those
+that are due with equal configurations get one operator, and the eigenpairs that they want of it are computed once, for
+the largest request. An operator is dropped when the last of them is done, before the step itself begins.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Optional
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.curvature.operator import HessianOperator
-from lyapunov_lightning.training.problem import CurvatureProblem
-from lyapunov_lightning.training.recording import WatchedOperator, progress
-from lyapunov_lightning.training.schedule import Timetable
+from lyapunov_lightning.training.batches import ProbeData, StartPosition
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.distributed import failing_together, sum_over_ranks
+from lyapunov_lightning.training.progress import watched
+from lyapunov_lightning.training.replay import TrainingObjective
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class EigenRequest:
         largest: How many of the upper end.
         smallest: How many of the lower end.
         tol: Relative tolerance of the residuals.
-        seed: Seed of the solver.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
         acts: Whether the training depends on them. They are then computed apart from those of other requests, so that a
             callback that reads beside one that acts does not change the training by the last digits.
@@ -42,129 +40,23 @@ class EigenRequest:
     largest: int
     smallest: int
     tol: float
-    seed: int = 0
-    max_basis_vectors: Optional[int] = None
+    max_basis_vectors: int | None = None
     acts: bool = False
 
 
-class Measurement:
-    """The operator of one step, and its eigenpairs once somebody asks for them.
+class StartVectors:
+    """The vectors of the last measurement, from which the next one starts.
 
-    Args:
-        trainer: The trainer, beside whose progress bar a long computation shows its own.
-        operator: The Hessian at the present parameters.
-        subscriptions: Who shares the measurement.
+    Attributes:
+        vectors: Shape ``(k, n)``; None before the first measurement.
 
     """
 
-    def __init__(self, trainer: "pl.Trainer", operator: HessianOperator, subscriptions: "list[Subscription]") -> None:
-        self._trainer = trainer
-        self._asked = [(s.request, s.vectors) for s in subscriptions if s.request is not None and not s.request.acts]
-        self._pairs: Optional[Eigenpairs] = None
-        self._failure: Optional[str] = None
-        self.operator = operator
-
-    def eigenpairs(self, request: EigenRequest, owner: str) -> Eigenpairs:
-        """The eigenpairs of a request, computed with those of all other subscribers at the first call.
-
-        Args:
-            request: What is wanted; one of the subscribers' requests.
-            owner: The class that the progress bar names.
-
-        Raises:
-            MeasurementError: If the computation failed at an earlier call.
-            ValueError: If more eigenvalues are wanted than there are parameters.
-
-        """
-        if request.largest + request.smallest > self.operator.size:
-            raise ValueError(
-                f"The model has {self.operator.size} trainable parameters, fewer than the"
-                f" {request.largest} + {request.smallest} eigenvalues asked for."
-            )
-        if request.acts:
-            return self._solve(owner, [(request, None)])
-        if self._failure is not None:
-            raise MeasurementError(f"The measurement that is shared with another callback failed: {self._failure}")
-        if self._pairs is None:
-            try:
-                self._pairs = self._solve(owner, self._asked)
-            except Exception as error:
-                self._failure = str(error)
-                raise
-        return _restricted(self._pairs, request)
-
-    def _solve(self, owner: str, asked: Sequence[tuple[EigenRequest, Optional[Tensor]]]) -> Eigenpairs:
-        fitting = [(r, v) for r, v in asked if r.largest + r.smallest <= self.operator.size]
-        leading, vectors = max(fitting, key=lambda asked: asked[0].largest + asked[0].smallest)
-        largest = max(request.largest for request, _ in fitting)
-        smallest = max(request.smallest for request, _ in fitting)
-        if largest + smallest > self.operator.size:
-            largest, smallest = self.operator.size, 0  # all of them, which serves everyone
-        bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
-        if vectors is not None and vectors.shape[1] != self.operator.size:
-            vectors = None  # parameters were frozen or unfrozen since
-        with progress(self._trainer, owner) as report:
-            return lanczos(
-                WatchedOperator(self.operator, report),
-                largest=largest,
-                smallest=smallest,
-                tol=min(request.tol for request, _ in fitting),
-                start=vectors,
-                seed=leading.seed,
-                max_basis_vectors=max(max(bounds), largest + smallest + 2) if bounds else None,
-            )
-
-
-class Subscription:
-    """What one callback wants to be measured, and when.
-
-    Args:
-        problem: Which Hessian.
-        timetable: When.
-        request: Which of its eigenpairs; None if it is the operator that is wanted.
-
-    """
-
-    def __init__(self, problem: CurvatureProblem, timetable: Timetable, request: Optional[EigenRequest]) -> None:
-        self._measurement: Optional[Measurement] = None
-        self.problem = problem
-        self.timetable = timetable
-        self.request = request
-        self.vectors: Optional[Tensor] = None
-
-    def start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Check the problem, and drop what an interrupted run has left; for the hook ``on_train_start``."""
-        self._measurement = None
-        self.timetable.start()
-        self.problem.check_start(trainer, pl_module)
-
-    def take(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> Optional[Measurement]:
-        """The measurement of the present step; None if the data of the problem are not complete.
-
-        To be called once in a step, when the timetable says that it is due.
-
-        """
-        measurement, self._measurement = self._measurement, None
-        if measurement is not None:
-            return measurement
-        operator = self.problem.operator(trainer, pl_module, batch, batch_idx)
-        if operator is None:
-            return None
-        sharing = [
-            subscription
-            for subscription in _subscriptions(trainer)
-            if subscription.problem.key == self.problem.key and subscription.timetable.is_due(trainer, batch_idx)
-        ]
-        measurement = Measurement(trainer, operator, sharing)
-        for subscription in sharing:
-            if subscription is not self:
-                subscription._measurement = measurement
-        return measurement
+    def __init__(self) -> None:
+        self.vectors: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors of the last measurement, on the CPU, from which the next one starts."""
+        """The vectors, on the CPU."""
         return {"vectors": None if self.vectors is None else self.vectors.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -172,10 +64,211 @@ class Subscription:
         self.vectors = state["vectors"]
 
 
-def _subscriptions(trainer: "pl.Trainer") -> list[Subscription]:
-    """The subscriptions of the trainer's callbacks, in their order."""
-    found = (getattr(callback, "subscription", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [subscription for subscription in found if isinstance(subscription, Subscription)]
+class Participant(Protocol):
+    """A callback that takes part in shared measurements."""
+
+    config: HessianConfig
+    request: EigenRequest | None
+    data_position: StartPosition
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """Where the search for the eigenpairs starts."""
+
+    def advance(self, trainer: Any, batch_idx: int) -> bool:
+        """Pass on to the present batch; returns whether to measure before it. Called once a batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A batch that is about to be trained on.
+
+    Attributes:
+        trainer: The trainer.
+        pl_module: The module.
+        batch: The batch, on the device.
+        batch_idx: Its index in the epoch.
+        due: The callbacks that measure before it.
+
+    """
+
+    trainer: Any
+    pl_module: Any
+    batch: Any
+    batch_idx: int
+    due: Sequence[Participant] = ()
+
+    @property
+    def index(self) -> int:
+        """The number of optimizer steps so far."""
+        return int(self.trainer.global_step)
+
+    @property
+    def epoch(self) -> float:
+        """The epoch, with the share of its batches that have passed."""
+        return float(self.trainer.current_epoch + self.batch_idx / self.trainer.num_training_batches)
+
+
+@dataclass(eq=False)
+class _Shared:
+    """The operator of one configuration at one step, and its eigenpairs once somebody asks for them."""
+
+    operator: HessianOperator
+    waiting: list[Participant]
+    wanted: list[tuple[EigenRequest, Tensor | None]]
+    pairs: Eigenpairs | None = None
+    failure: str | None = field(default=None)
+
+
+class SharedMeasurements:
+    """What the callbacks of one trainer share.
+
+    Args:
+        callbacks: The callbacks of this package, in the trainer's order.
+
+    """
+
+    def __init__(self, callbacks: Sequence[Participant]) -> None:
+        self.callbacks = callbacks
+        self._data: dict[HessianConfig, ProbeData] = {}
+        self._fell_back: set[HessianConfig] = set()
+        self._shared: dict[HessianConfig, _Shared] = {}
+        self._step: Step | None = None
+        self._key: Any = None
+
+    def start(self, trainer: Any, callback: Participant, owner: str) -> str | None:
+        """Prepare the data of a callback, for the hook ``on_train_start``.
+
+        Returns:
+            What the user is to know of the data.
+
+        Raises:
+            MisconfigurationException: If the data cannot be had.
+
+        """
+        if callback.config in self._data:
+            return None
+        data = ProbeData(callback.config)
+        note = data.start(owner, trainer, callback.data_position)
+        self._data[callback.config] = data
+        return note
+
+    def step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Step:
+        """The step that begins; the same object for all callbacks."""
+        key = (id(batch), trainer.current_epoch, batch_idx, trainer.global_step)
+        if self._step is None or key != self._key:
+            self._shared.clear()
+            for data in self._data.values():
+                data.observe(batch, batch_idx)
+            due = [callback for callback in self.callbacks if callback.advance(trainer, batch_idx)]
+            self._step, self._key = Step(trainer, pl_module, batch, batch_idx, due), key
+        return self._step
+
+    def hessian(self, step: Step, config: HessianConfig) -> HessianOperator | None:
+        """The Hessian at the present parameters; None while the fixed data are not complete."""
+        shared = self._shared.get(config)
+        if shared is None:
+            operator = self.block(step, config)
+            if operator is None:
+                return None
+            sharing = [callback for callback in step.due if callback.config == config]
+            wanted = [(c.request, c.vectors) for c in sharing if c.request is not None and not c.request.acts]
+            shared = self._shared[config] = _Shared(operator, sharing, wanted)
+        return shared.operator
+
+    def block(self, step: Step, config: HessianConfig, names: Collection[str] | None = None) -> HessianOperator | None:
+        """A diagonal block of the Hessian; None while the fixed data are not complete.
+
+        Args:
+            step: The present step.
+            config: Which Hessian.
+            names: The parameters whose block is meant; all trainable ones if None.
+
+        Raises:
+            PeerFailureError: If another rank cannot build its part.
+
+        """
+        data, trainer = self._data[config], step.trainer
+        with failing_together(trainer):
+            batches = data.batches(step.batch, step.batch_idx)
+            if batches is None:
+                return None
+            objective = TrainingObjective(
+                trainer,
+                step.pl_module,
+                mode=config.mode,
+                loss_fn=config.loss_fn,
+                batch_size_fn=config.batch_size_fn,
+                names=names,
+            )
+            with data.randomness(trainer.global_rank):
+                return HessianOperator(
+                    objective,
+                    objective.parameters,
+                    batches,
+                    method="finite_difference" if config in self._fell_back else config.method,
+                    reduce=sum_over_ranks(trainer),
+                    on_fallback=lambda: self._fell_back.add(config),  # what fails at one step fails at the next
+                )
+
+    def eigenpairs(self, step: Step, callback: Participant) -> Eigenpairs:
+        """The eigenpairs that a callback requests, computed with those of all others that share its operator.
+
+        Raises:
+            MeasurementError: If the computation failed at an earlier call.
+
+        """
+        shared, request = self._shared[callback.config], callback.request
+        assert request is not None  # or there is nothing to ask for
+        if request.largest + request.smallest > shared.operator.size:
+            raise ValueError(
+                f"The model has {shared.operator.size} trainable parameters, fewer than the"
+                f" {request.largest} + {request.smallest} eigenvalues asked for."
+            )
+        wanted = [(request, callback.vectors)] if request.acts else shared.wanted
+        if shared.failure is not None and not request.acts:
+            raise MeasurementError(f"The measurement that is shared with another callback failed: {shared.failure}")
+        pairs = None if request.acts else shared.pairs
+        if pairs is None:
+            arguments = _joined(wanted, shared.operator.size)
+            try:
+                with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
+                    pairs = lanczos(operator, **arguments, seed=callback.config.seed)
+            except Exception as error:
+                if not request.acts:
+                    shared.failure = str(error)
+                raise
+            if not request.acts:
+                shared.pairs = pairs
+        return _restricted(pairs, request)
+
+    def release(self, callback: Participant) -> None:
+        """Let a callback be done with the present step; what nobody waits for any more is dropped."""
+        shared = self._shared.get(callback.config)
+        if shared is not None:
+            shared.waiting = [waiting for waiting in shared.waiting if waiting is not callback]
+            if not shared.waiting:
+                del self._shared[callback.config]
+
+
+def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], size: int) -> dict[str, Any]:
+    """The arguments for `lanczos` that serve all requests."""
+    fitting = [(request, vectors) for request, vectors in wanted if request.largest + request.smallest <= size]
+    _, vectors = max(fitting, key=lambda item: item[0].largest + item[0].smallest)
+    largest = max(request.largest for request, _ in fitting)
+    smallest = max(request.smallest for request, _ in fitting)
+    if largest + smallest > size:
+        largest, smallest = size, 0  # all of them, which serves everyone
+    bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
+    if vectors is not None and vectors.shape[1] != size:
+        vectors = None  # parameters were frozen or unfrozen since
+    return {
+        "largest": largest,
+        "smallest": smallest,
+        "tol": min(request.tol for request, _ in fitting),
+        "start": vectors,
+        "max_basis_vectors": max(max(bounds), largest + smallest + 2) if bounds else None,
+    }
 
 
 def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:

@@ -1,4 +1,4 @@
-"""The optimizer's own update as a vector, seen in the midst of its step and made longer or shorter.
+"""How a step moves the parameters: its gradient, the optimizer's update, the learning rates, moves beside it.
 
 Every optimizer of PyTorch with a learning rate moves the parameters by the learning rate times an update that it makes
 of gradients, momenta and decay in its own way. So the update is observed instead of computed anew: the parameters are
@@ -6,15 +6,57 @@ noted before the step, and the difference after it is the update, whatever the o
 gradients.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.projection import scaled_in_subspace
 from lyapunov_lightning.curvature.vectors import FlatLayout
+from lyapunov_lightning.training.distributed import sum_over_ranks
+from lyapunov_lightning.training.replay import trainable_parameters
+
+_ROUNDING = 1e-5
+"""Relative distance up to which two gradients are the same but for rounding."""
+
+
+class OwnGradient:
+    """Lets a measurement use the step's own gradient in place of one that it would have to compute.
+
+    Whether ``.grad`` after the backward pass is the gradient of the measured loss, with the same dropout masks,
+    unscaled and unchanged by hooks, cannot be told from outside. So it is compared with a computed one once, and used
+    from then on only if it was the same.
+    """
+
+    def __init__(self) -> None:
+        self._fits: bool | None = None
+
+    def may_fit(self, trainer: Any) -> bool:
+        """Whether to wait for the backward pass: a single rank (no average over ranks) and no mismatch so far."""
+        return trainer.world_size == 1 and self._fits is not False
+
+    def take(self, trainer: Any, operator: HessianOperator) -> Tensor:
+        """The gradient at the present parameters, right after the backward pass of a step's first batch."""
+        own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
+        own *= trainer.accumulate_grad_batches
+        if self._fits:
+            return own
+        computed = operator.gradient()
+        distance, norm = torch.linalg.vector_norm(own - computed), torch.linalg.vector_norm(computed)
+        self._fits = bool(distance <= _ROUNDING * norm)
+        return computed
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known so far."""
+        return {"fits": self._fits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._fits = state["fits"]
 
 
 class ObservedUpdate:
@@ -23,14 +65,14 @@ class ObservedUpdate:
     To be made before the step; `displacement` and what follows it come after.
 
     Args:
-        parameters: The parameters whose movement is observed.
+        operator: The Hessian at the parameters whose movement is observed.
 
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._layout = FlatLayout(parameters)
-        self._before = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, operator: HessianOperator) -> None:
+        self._parameters = operator.parameters
+        self._layout = operator.layout
+        self._before = [parameter.detach().clone() for parameter in self._parameters]
         self._after: list[Tensor] = []
 
     @torch.no_grad()
@@ -60,32 +102,62 @@ def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 class LearningRates:
     """The learning rates of an optimizer's parameter groups, of which the highest is steered and the others follow.
 
-    Args:
-        optimizer: The optimizer.
-        ratios: The groups' learning rates relative to the highest one; those of the optimizer as it is now if None.
-
+    A group that is added in mid-run, by a callback that unfreezes layers for example, takes part with the ratio that
+    its own learning rate had then. Should it have the highest one, it is the others that follow from then on.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ratios: Optional[Sequence[float]] = None) -> None:
-        self._groups = optimizer.param_groups
-        rates = [float(group["lr"]) for group in self._groups]
-        self.ratios = [rate / max(rates) for rate in rates] if ratios is None else list(ratios)
+    def __init__(self) -> None:
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._ratios: list[float] = []
+        self._is_restored = False
+
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        """Begin a run: with the ratios that the learning rates have now, or with those of the checkpoint."""
+        if not self._is_restored:
+            self._ratios = []
+        self._is_restored = False
+        self._optimizer = optimizer
+        self._admit_new_groups()
 
     @property
     def highest(self) -> float:
         """The highest one."""
-        return max(float(group["lr"]) for group in self._groups)
+        return max(self._present())
 
     def set(self, highest: float) -> None:
         """Change all of them, so that the highest is as given."""
-        for group, ratio in zip(self._groups, self.ratios, strict=True):
+        self._admit_new_groups()
+        for group, ratio in zip(self._groups(), self._ratios, strict=True):
             if isinstance(group["lr"], Tensor):  # as compiled and captured optimizers have it
                 group["lr"].fill_(highest * ratio)
             else:
                 group["lr"] = highest * ratio
 
+    def state_dict(self) -> dict[str, Any]:
+        """The ratios: what they were at the start cannot be had from the learning rates again to the last digit."""
+        return {"ratios": list(self._ratios)}
 
-def coupled_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Optional[Tensor]:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._ratios = list(state["ratios"])
+        self._is_restored = True
+
+    def _groups(self) -> list[dict[str, Any]]:
+        assert self._optimizer is not None  # by `start`
+        return self._optimizer.param_groups
+
+    def _present(self) -> list[float]:
+        return [float(group["lr"]) for group in self._groups()]
+
+    def _admit_new_groups(self) -> None:
+        rates, known = self._present(), len(self._ratios)
+        if len(rates) > known:
+            unit = max(rates[:known] or rates)  # the highest known one, to which the ratios are relative
+            ratios = [*self._ratios, *(rate / unit for rate in rates[known:])]
+            self._ratios = [ratio / max(ratios) for ratio in ratios]
+
+
+def coupled_decay(optimizer: torch.optim.Optimizer, operator: HessianOperator) -> Tensor | None:
     """The weight decay that an optimizer adds to the gradient, as a vector of shape ``(n,)``; None if there is none.
 
     It belongs to the objective that the optimizer descends, and to its curvature.
@@ -98,54 +170,116 @@ def coupled_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    layout = FlatLayout(parameters)
-    return layout.flatten([torch.full_like(parameter, rates.get(id(parameter), 0.0)) for parameter in parameters])
+    return operator.layout.flatten([torch.full_like(p, rates.get(id(p), 0.0)) for p in operator.parameters])
 
 
-def check_steerable(owner: str, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> torch.optim.Optimizer:
-    """Refuse what keeps a callback from steering the learning rate.
+def slope_and_curvature(
+    operator: HessianOperator, update: Tensor, optimizer: torch.optim.Optimizer
+) -> tuple[float, float]:
+    """How the objective that an optimizer descends, its weight decay included, changes along an update.
+
+    Args:
+        operator: The Hessian before the update.
+        update: Shape ``(n,)``.
+        optimizer: The optimizer.
 
     Returns:
-        The optimizer.
+        The slope ``-gᵀu``, positive downhill, and the curvature ``uᵀHu``.
 
     Raises:
-        MisconfigurationException: With the cause and the remedy.
+        NonFiniteCurvatureError: If one of them is not finite.
 
     """
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"`{owner}` cannot steer a module with manual optimization, since it does not see its steps. Use automatic"
-            " optimization."
+    product = operator.matvec(update)
+    gradient = operator.gradient()  # free where the product has kept its graph
+    decay = coupled_decay(optimizer, operator)
+    if decay is not None:
+        gradient = gradient + decay * operator.layout.flatten(operator.parameters)
+        product = product + decay * update
+    slope, curvature = -float(gradient @ update), float(update @ product)
+    if not (math.isfinite(slope) and math.isfinite(curvature)):
+        raise NonFiniteCurvatureError(
+            f"The slope ({slope}) or the curvature ({curvature}) along the update is not finite."
         )
-    if trainer.lr_scheduler_configs:
-        names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
-        raise MisconfigurationException(
-            f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
-            " `configure_optimizers`."
-        )
-    narrow = {
-        str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-    }
-    if narrow:
-        raise MisconfigurationException(
-            f"`{owner}` measures updates as differences of parameters, which are lost in the rounding of"
-            f" {', '.join(narrow)}. Use mixed precision, which keeps the parameters in float32."
-        )
-    optimizer: torch.optim.Optimizer = trainer.optimizers[0]
-    if not optimizer.param_groups:  # what Lightning puts in the place of none
-        raise MisconfigurationException(
-            f"`{owner}` needs an optimizer to steer, and `configure_optimizers` returned none. Return one, or take the"
-            " callback out."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise MisconfigurationException(
-            f"`{owner}` cannot steer LBFGS, which evaluates the loss several times in a step and has curvature of its"
-            " own. Use SGD, Adam or any other optimizer that moves by learning rate times update."
-        )
-    if not all(float(group.get("lr", 0.0)) > 0 for group in optimizer.param_groups):
-        raise MisconfigurationException(
-            f"`{owner}` needs an optimizer with a positive learning rate `lr` in every parameter group; its value does"
-            f" not matter, but the ratios do. {type(optimizer).__name__} has"
-            f" {[group.get('lr') for group in optimizer.param_groups]}."
-        )
-    return optimizer
+    return slope, curvature
+
+
+@torch.no_grad()
+def scale_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], rows: Tensor, *, inside: float, outside: float
+) -> Tensor:
+    """Scale the gradient that SGD takes its step from, its weight decay included, within a subspace and across it.
+
+    Parameters whose ``.grad`` is None keep it, and count as zeros. Gradients that are not finite are left alone.
+
+    Args:
+        optimizer: The optimizer, about to take its step.
+        parameters: The parameters.
+        rows: Shape ``(k, n)``: orthonormal rows, which span the subspace.
+        inside: The factor within.
+        outside: The factor across.
+
+    Returns:
+        The share of the squared norm that was taken out, a scalar on the device.
+
+    """
+    layout = FlatLayout(parameters)
+    gradient = layout.flatten([parameter.grad for parameter in parameters])
+    changed, removed = scaled_in_subspace(
+        gradient, rows.to(gradient), inside=inside, outside=outside, shift=_decay_to_come(optimizer, parameters)
+    )
+    for parameter, piece in zip(parameters, layout.split(changed), strict=True):
+        if parameter.grad is not None:
+            if parameter.grad.layout is not torch.strided:
+                parameter.grad = parameter.grad.to_dense()  # what is projected is not sparse any more
+            parameter.grad.copy_(piece)
+    return removed
+
+
+def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor | None:
+    """What SGD is about to add to the gradient as weight decay, of shape ``(n,)``; None if there is none.
+
+    It passes over parameters without gradient, and does not decay them.
+
+    """
+    factors = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    if not any(factors.values()):
+        return None
+    pieces = [None if p.grad is None else factors[id(p)] * p.detach() for p in parameters]
+    return FlatLayout(parameters).flatten(pieces)
+
+
+def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -> bool:
+    """Add a displacement to the trainable parameters.
+
+    In a distributed run it is the mean of the ranks' displacements, so that their parameters stay the same bit by bit.
+    All of them have to call this together. Nothing moves if one of them has none, such as where its measurement failed.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module.
+        displacement: Shape ``(size,)``, in the order of the trainable parameters; None if there is none.
+
+    Returns:
+        Whether the displacement was made.
+
+    """
+    parameters = list(trainable_parameters(pl_module).values())
+    layout = FlatLayout(parameters)
+    reduce = sum_over_ranks(trainer)
+    if reduce is not None:
+        buffer = torch.zeros(layout.size + 1, dtype=layout.dtype, device=layout.device)
+        if displacement is None:
+            buffer[-1] = 1
+        else:
+            buffer[:-1] = displacement
+        reduce(buffer)
+        displacement = None if bool(buffer[-1]) else buffer[:-1] / trainer.world_size
+    if displacement is None:
+        return False
+    if not bool(displacement.any()):
+        return True
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, layout.split(displacement), strict=True):
+            parameter.add_(piece)
+    return True

@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader
 
 from tests.modules import AugmentedClusters, BusyModule, MemoryLogger
 
-_OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|lr|nudge)/")
+_OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nudge)(_details)?/")
 """The tags that the package's callbacks log, which a run without them lacks."""
 
-_NOT_STATE = re.compile(r"_trainer|_fabric|_jit|_compiler_ctx|_parameters|_buffers|_modules|.*hooks.*|_example_input.*")
+_NOT_STATE = re.compile(
+    r"_trainer|_fabric|_metric_attributes|_jit|_compiler_ctx|_parameters|_buffers|_modules|.*hooks.*|_example_input.*"
+)
 """Attributes of modules that are the frameworks' own, or are compared elsewhere."""
 
 
@@ -202,7 +204,7 @@ def _plain(value: Any, root: str = "") -> Any:
     if isinstance(value, nn.Module):
         return [_plain(dict(value.state_dict(keep_vars=True))), _attributes(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(vars(value))
+        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, str):
         return value.replace(root, "") if root else value
     if isinstance(value, float):

@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning import CurvatureProbe
+from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.training.objective import check_objective
+from lyapunov_lightning.training.checks import check_objective
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
 # Arguments.
@@ -31,29 +31,18 @@ from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regressio
         ({"every_n_steps": -1}, "`every_n_steps` should be a positive int, got -1."),
         ({"every_n_steps": 1.5}, "`every_n_steps` should be a positive int, got 1.5."),
         ({"every_n_steps": True}, "`every_n_steps` should be a positive int, got True."),
-        ({"every_n_steps": 0, "max_overhead": 0.1}, "`every_n_steps` should be a positive int, got 0."),
+        (
+            {"every_n_steps": 5, "schedule": Schedule(first_n_steps=3)},
+            "`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.",
+        ),
+        ({"schedule": 5}, "`schedule` should be a Schedule, got 5."),
+        ({"hessian": {"mode": "eval"}}, "`hessian` should be a HessianConfig, got {'mode': 'eval'}."),
         ({"estimator": "arpack"}, "`estimator` should be one of lanczos, lyapunov, power, got 'arpack'."),
         ({"end": "top"}, "`end` should be one of largest, smallest, both, got 'top'."),
         ({"end": None}, "`end` should be one of largest, smallest, both, got None."),
-        (
-            {"method": "autograd"},
-            "`method` should be one of auto, double_backward, forward_over_reverse, finite_difference, got 'autograd'.",
-        ),
-        ({"mode": "test"}, "`mode` should be 'train' or 'eval', got 'test'."),
-        ({"data": "all"}, "`data` should be 'batch' or 'fixed', got 'all'."),
         ({"tol": -1}, "`tol` should be a positive float, got -1."),
         ({"tol": 0}, "`tol` should be a positive float, got 0."),
         ({"tol": math.nan}, "`tol` should be a positive float, got nan."),
-        ({"max_overhead": 0}, "`max_overhead` should be in (0, 1), got 0."),
-        ({"max_overhead": 1}, "`max_overhead` should be in (0, 1), got 1."),
-        ({"max_overhead": -0.1}, "`max_overhead` should be in (0, 1), got -0.1."),
-        ({"max_overhead": math.nan}, "`max_overhead` should be in (0, 1), got nan."),
-        ({"num_batches": 0}, "`num_batches` should be a positive int, got 0."),
-        ({"num_batches": 1.5}, "`num_batches` should be a positive int, got 1.5."),
-        ({"num_batches": True}, "`num_batches` should be a positive int, got True."),
-        ({"fraction": 0}, "`fraction` should be in (0, 1], got 0."),
-        ({"fraction": 1.5}, "`fraction` should be in (0, 1], got 1.5."),
-        ({"fraction": math.nan}, "`fraction` should be in (0, 1], got nan."),
         ({"iterations": 0}, "`iterations` should be a positive int, got 0."),
         ({"iterations": 2.0}, "`iterations` should be a positive int, got 2.0."),
         ({"iterations": True}, "`iterations` should be a positive int, got True."),
@@ -72,8 +61,6 @@ def test_arguments_are_checked_whichever_the_estimator() -> None:
         CurvatureProbe(estimator="lanczos", delta_q=-1)
     with pytest.raises(ValueError, match="`iterations`"):
         CurvatureProbe(estimator="power", iterations=0)
-    with pytest.raises(ValueError, match="`fraction`"):
-        CurvatureProbe(data="batch", fraction=0)
 
 
 # Modules and trainers.
@@ -139,14 +126,16 @@ def squared_error(module: Any, batch: Any) -> Tensor:
 
 
 def test_manual_optimization_without_a_loss_is_refused(fit: Fit) -> None:
-    message = r"`CurvatureProbe`.*manual optimization.*`curvature_loss\(self, batch\)`.*`loss_fn`"
+    message = r"`CurvatureProbe`.*manual optimization.*`curvature_loss\(self, batch\)`.*loss_fn"
     with pytest.raises(MisconfigurationException, match=message):
         fit(Manual(), CurvatureProbe())
 
 
 @pytest.mark.parametrize("estimator", ["lanczos", "lyapunov"])
 @pytest.mark.parametrize(
-    ("module", "options"), [(ManualWithOwnLoss, {}), (Manual, {"loss_fn": squared_error})], ids=["module", "loss_fn"]
+    ("module", "options"),
+    [(ManualWithOwnLoss, {}), (Manual, {"hessian": HessianConfig(loss_fn=squared_error)})],
+    ids=["module", "loss_fn"],
 )
 def test_manual_optimization_with_a_loss_is_measured(
     fit: Fit, module: type, options: dict[str, Any], estimator: str
@@ -217,21 +206,21 @@ def test_strategy_that_shards_parameters_is_refused(strategy: Any, loss_fn: Any)
     built = strategy()
     message = f"`CurvatureProbe` needs the whole.*{type(built).__name__} does not.*`strategy='ddp'`"
     with pytest.raises(MisconfigurationException, match=message):
-        check_objective("CurvatureProbe", on(built), SmallRegressor(), mode="train", loss_fn=loss_fn)
+        check_objective("CurvatureProbe", on(built), SmallRegressor(), HessianConfig(loss_fn=loss_fn))
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy])
 def test_strategy_that_keeps_whole_parameters_is_accepted(strategy: Any) -> None:
-    check_objective("CurvatureProbe", on(strategy()), SmallRegressor(), mode="train", loss_fn=None)
+    check_objective("CurvatureProbe", on(strategy()), SmallRegressor(), HessianConfig())
 
 
 def test_synchronised_batch_norm_is_refused_where_it_synchronises() -> None:
     module = SmallRegressor()
     module.net.append(nn.SyncBatchNorm(2))
-    with pytest.raises(MisconfigurationException, match=r"`SyncBatchNorm`.*Use `mode='eval'`"):
-        check_objective("CurvatureProbe", on(DDPStrategy()), module, mode="train", loss_fn=None)
-    check_objective("CurvatureProbe", on(DDPStrategy()), module, mode="eval", loss_fn=None)
-    check_objective("CurvatureProbe", on(SingleDeviceStrategy(), world_size=1), module, mode="train", loss_fn=None)
+    with pytest.raises(MisconfigurationException, match=r"`SyncBatchNorm`.*Use `HessianConfig\(mode='eval'\)`"):
+        check_objective("CurvatureProbe", on(DDPStrategy()), module, HessianConfig())
+    check_objective("CurvatureProbe", on(DDPStrategy()), module, HessianConfig(mode="eval"))
+    check_objective("CurvatureProbe", on(SingleDeviceStrategy(), world_size=1), module, HessianConfig())
 
 
 def test_setup_of_other_stages_checks_nothing(tmp_path: Path) -> None:
@@ -255,7 +244,7 @@ def test_empty_training_data_are_no_failure(fit: Fit) -> None:
     fit(SmallRegressor(), CurvatureProbe(1), loader=DataLoader([], 4), max_epochs=1)
 
 
-# Failures in mid-training: one warning for each kind, `curvature/converged` is 0, training goes on.
+# Failures in mid-training: one warning for each kind, `curvature_details/converged` is 0, training goes on.
 
 
 def of_the_probe(warned: Any) -> list[str]:
@@ -290,11 +279,11 @@ def test_failing_measurement_is_warned_of_once_and_training_goes_on(
     fit: Fit, loss_fn: Any, message: str, estimator: str
 ) -> None:
     with pytest.warns(CurvatureWarning, match=message) as warned:
-        trainer = fit(SmallRegressor(), CurvatureProbe(1, estimator, loss_fn=loss_fn))
+        trainer = fit(SmallRegressor(), CurvatureProbe(1, estimator, hessian=HessianConfig(loss_fn=loss_fn)))
     assert len(of_the_probe(warned)) == 1
     assert "`CurvatureProbe`: the measurement at step 0 failed, and training goes on" in of_the_probe(warned)[0]
     assert trainer.global_step == 12
-    assert trainer.logger.curve("curvature/converged") == dict.fromkeys(range(12), 0.0)
+    assert trainer.logger.curve("curvature_details/converged") == dict.fromkeys(range(12), 0.0)
     assert "curvature/lambda_max" not in trainer.logger.tags
 
 
@@ -308,7 +297,7 @@ def test_each_kind_of_failure_is_warned_of_once(fit: Fit) -> None:
         return squared_error(module, batch)
 
     with pytest.warns(CurvatureWarning) as warned:
-        logger = fit(SmallRegressor(), CurvatureProbe(1, loss_fn=loss_fn)).logger
+        logger = fit(SmallRegressor(), CurvatureProbe(1, hessian=HessianConfig(loss_fn=loss_fn))).logger
     first, second = of_the_probe(warned)
     assert "at step 0 failed" in first
     assert "first" in first
@@ -320,7 +309,7 @@ def test_each_kind_of_failure_is_warned_of_once(fit: Fit) -> None:
 def test_interruption_by_the_user_is_not_swallowed(fit: Fit) -> None:
     # Lightning turns the interruption into a graceful end of the run, in which nothing is measured any more.
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        fit(SmallRegressor(), CurvatureProbe(1, loss_fn=raise_error(KeyboardInterrupt())))
+        fit(SmallRegressor(), CurvatureProbe(1, hessian=HessianConfig(loss_fn=raise_error(KeyboardInterrupt()))))
 
 
 class SkipsBatches(SmallRegressor):
@@ -336,7 +325,7 @@ def test_step_that_returns_none_now_and_then_is_warned_of_once(fit: Fit, estimat
     assert trainer.global_step == 12
     expected = [step for step in range(12) if step % 3 != 1]
     assert list(trainer.logger.curve("curvature/lambda_max")) == expected
-    converged = trainer.logger.curve("curvature/converged")
+    converged = trainer.logger.curve("curvature_details/converged")
     assert {step: converged.get(step) for step in (1, 4, 7, 10)} == dict.fromkeys((1, 4, 7, 10), 0.0)
 
 
@@ -354,9 +343,9 @@ def test_loss_that_is_not_finite_is_warned_of_once(fit: Fit, estimator: str) -> 
     assert trainer.global_step == 12
     # the parameters are NaN from the fourth step on
     assert list(trainer.logger.curve("curvature/lambda_max")) == [0, 1, 2]
-    assert trainer.logger.curve("curvature/converged").keys() == set(range(12))
-    assert all(not trainer.logger.curve("curvature/converged")[step] for step in range(3, 12))
-    logged = [value for _, metrics in trainer.logger.history for tag, value in metrics.items() if "curvature/" in tag]
+    assert trainer.logger.curve("curvature_details/converged").keys() == set(range(12))
+    assert all(not trainer.logger.curve("curvature_details/converged")[step] for step in range(3, 12))
+    logged = [value for _, metrics in trainer.logger.history for tag, value in metrics.items() if "curvature" in tag]
     assert all(map(math.isfinite, logged))
 
 
@@ -369,22 +358,26 @@ def test_probe_recovers_from_one_bad_batch(fit: Fit, estimator: str) -> None:
     dense = Dense()
     options = {"iterations": 200, "delta_q": 1e-5} if estimator == "lyapunov" else {"tol": 1e-3}
     with pytest.warns(CurvatureWarning, match="not finite"):
-        logger = fit(SmallRegressor(), dense, CurvatureProbe(1, estimator, loss_fn=loss_fn, **options)).logger
+        logger = fit(
+            SmallRegressor(), dense, CurvatureProbe(1, estimator, hessian=HessianConfig(loss_fn=loss_fn), **options)
+        ).logger
     found = logger.curve("curvature/lambda_max")
     assert found.keys() == set(range(12)) - {0, 5}
     assert found == pytest.approx({step: dense.largest[step] for step in found}, rel=1e-2)
 
 
 def test_loss_without_curvature_is_measured_as_zero(fit: Fit) -> None:
-    probe = CurvatureProbe(1, end="both", loss_fn=lambda module, batch: sum(p.sum() for p in module.parameters()))
+    probe = CurvatureProbe(
+        1, end="both", hessian=HessianConfig(loss_fn=lambda module, batch: sum(p.sum() for p in module.parameters()))
+    )
     logger = fit(SmallRegressor(), probe, max_steps=3).logger
     assert logger.curve("curvature/lambda_max") == {0: 0.0, 1: 0.0, 2: 0.0}
     assert logger.curve("curvature/lambda_min") == {0: 0.0, 1: 0.0, 2: 0.0}
-    assert set(logger.curve("curvature/converged").values()) == {1.0}
+    assert set(logger.curve("curvature_details/converged").values()) == {1.0}
 
 
 def test_loss_of_no_parameter_is_no_crash(fit: Fit) -> None:
-    probe = CurvatureProbe(1, loss_fn=lambda module, batch: batch[0].mean())
+    probe = CurvatureProbe(1, hessian=HessianConfig(loss_fn=lambda module, batch: batch[0].mean()))
     trainer = fit(SmallRegressor(), probe, max_steps=3)
     assert trainer.global_step == 3
     assert set(trainer.logger.curve("curvature/lambda_max").values()) == {0.0}
@@ -411,9 +404,8 @@ def test_single_parameter_has_an_eigenvalue(fit: Fit, estimator: str, end: str) 
 
 
 def test_single_parameter_has_no_two_ends(fit: Fit) -> None:
-    with pytest.warns(CurvatureWarning, match="1 trainable parameter") as warned:
+    with pytest.raises(MisconfigurationException, match=r"`CurvatureProbe` cannot find 2 eigenvalues.*1 trainable"):
         fit(OneParameter(), CurvatureProbe(1, end="both"), max_steps=3)
-    assert len(of_the_probe(warned)) == 1
 
 
 def test_batch_without_tensors_is_measured_where_no_sample_count_is_needed(fit: Fit) -> None:
@@ -439,7 +431,7 @@ def test_fixed_data_with_more_samples_wanted_than_there_are_takes_them_all(fit: 
     logger = fit(
         SmallRegressor(),
         dense,
-        CurvatureProbe(1, data="fixed", num_batches=50, tol=1e-3, loss_fn=loss_fn),
+        CurvatureProbe(1, tol=1e-3, hessian=HessianConfig("fixed", 50, loss_fn=loss_fn)),
         loader=loader,
     ).logger
     assert seen == set(range(10))

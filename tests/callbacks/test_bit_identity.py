@@ -3,7 +3,7 @@
 import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.aggregation import CatMetric
 
-from lyapunov_lightning import CurvatureProbe
+from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.identity import Outcome, assert_identical, train
 from tests.modules import BusyModule, BusyModuleWithOwnLoss
@@ -45,6 +45,15 @@ def name_of(options: dict[str, Any]) -> str:
     return ",".join([*names, *([getattr(module, "__name__", "Adam")] if module else [])]) or "default"
 
 
+def probe_of(options: dict[str, Any]) -> CurvatureProbe:
+    """A probe from one flat mapping of all that can be chosen."""
+    hessian = {field.name: options[field.name] for field in fields(HessianConfig) if field.name in options}
+    own = {name: value for name, value in options.items() if name not in hessian}
+    if "max_overhead" in own:
+        own |= {"every_n_steps": None, "schedule": Schedule(max_overhead=own.pop("max_overhead"))}
+    return CurvatureProbe(**own, hessian=HessianConfig(**hessian))
+
+
 BF16 = {"precision": "bf16-mixed"}
 ACCUMULATED = {"accumulate": 4}
 ADAM = {"module": functools.partial(BusyModule, optimizer="adam")}
@@ -71,6 +80,7 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"data": "fixed", "num_batches": 2, "estimator": "lyapunov"}, {}),
         ({"data": "fixed", "fraction": 0.2, "mode": "eval", "end": "both"}, {}),
         ({"max_overhead": 0.3}, {}),
+        ({"batch_size_fn": lambda batch: len(batch[1]), "data": "fixed", "num_batches": 2}, {}),
         ({"loss_fn": module_loss, "end": "both", "log_prefix": "mine"}, {}),
         ({"loss_fn": module_loss, "estimator": "lyapunov"}, {}),
         ({"end": "both"}, BF16),
@@ -95,13 +105,13 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
     ids=name_of,
 )
 def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict[str, Any]) -> None:
-    with_probe = train(CurvatureProbe(**{"every_n_steps": 2, **probe}), **options)
+    with_probe = train(probe_of({"every_n_steps": 2, **probe}), **options)
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
     at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // probe.get("every_n_steps", 2)
-    name = "lambda_min" if probe.get("end") == "smallest" and "estimator" not in probe else "residual"
+    name = "curvature_details/residual"
     assert with_probe.progress["step"] >= 50
-    assert len(with_probe.curve(f"{prefix}curvature/{name}")) >= at_least
+    assert len(with_probe.curve(f"{prefix}{name}")) >= at_least
 
 
 def test_several_probes_leave_the_run_bit_identical() -> None:
@@ -112,7 +122,7 @@ def test_several_probes_leave_the_run_bit_identical() -> None:
     ]
     with_probes = train(probes)
     assert_identical(run_without(), with_probes)
-    assert [len(with_probes.curve(f"{prefix}/curvature/residual")) for prefix in "abc"] == [52, 26, 26]
+    assert [len(with_probes.curve(f"{prefix}/curvature_details/residual")) for prefix in "abc"] == [52, 26, 26]
 
 
 def fails_halfway(module: BusyModule, batch: Any) -> Tensor:
@@ -130,9 +140,9 @@ def fails_halfway(module: BusyModule, batch: Any) -> Tensor:
 @pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "power"])
 def test_failing_probe_leaves_the_run_bit_identical(estimator: str) -> None:
     with pytest.warns(CurvatureWarning, match="halfway"):
-        with_probe = train(CurvatureProbe(1, estimator, loss_fn=fails_halfway))
+        with_probe = train(CurvatureProbe(1, estimator, hessian=HessianConfig(loss_fn=fails_halfway)))
     assert_identical(run_without(), with_probe)
-    assert set(with_probe.curve("curvature/converged").values()) == {0.0}
+    assert set(with_probe.curve("curvature_details/converged").values()) == {0.0}
 
 
 # What a training step may do beside computing a loss. Each of these keeps state in a place of its own, and adds what it
@@ -369,7 +379,7 @@ class OwnLoggers(WithState):
 def test_whatever_the_training_step_does_is_taken_back(module: type[WithState], estimator: str) -> None:
     with_probe = train(CurvatureProbe(2, estimator), module=module, steps=20)
     assert_identical(run_without(module=module, steps=20), with_probe)
-    assert len(with_probe.curve("curvature/residual")) == 10
+    assert len(with_probe.curve("curvature_details/residual")) == 10
 
 
 def test_printing_in_the_training_step_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,17 +24,19 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning import (
     CurvatureProbe,
+    HessianConfig,
     NegativeCurvatureTracker,
     NudgedSGDHook,
     QuasiNewtonLRController,
-    Schedule,
 )
+from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
+from lyapunov_lightning.curvature.quasi_newton import LRBounds
 from tests.modules import SmallRegressor, regression_data
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
-EVERY_4 = Schedule(every_n_steps=4)
+HALF = HessianConfig(fraction=0.5)
 
 
 class ResumableLoader(DataLoader):
@@ -68,21 +70,24 @@ class Killed(Callback):
 
 
 ACTING = {
-    "along_update": (9, lambda: [QuasiNewtonLRController(window=4)]),
-    "inverse_sharpness": (13, lambda: [QuasiNewtonLRController("inverse_sharpness", window=4)]),
-    "nudge, steps": (11, lambda: [NudgedSGDHook(3, gamma=3.0, refresh=EVERY_4, fraction=0.5)]),
-    "nudge, frozen": (9, lambda: [NudgedSGDHook(3, variant="no_top", frozen=True, fraction=0.5)]),
+    "along_update": (9, lambda: [QuasiNewtonLRController(bounds=LRBounds(window=4))]),
+    "inverse_sharpness": (
+        13,
+        lambda: [QuasiNewtonLRController(rule="inverse_sharpness", bounds=LRBounds(window=4))],
+    ),
+    "nudge, steps": (11, lambda: [NudgedSGDHook(4, 3, gamma=3.0, hessian=HALF)]),
+    "nudge, frozen": (9, lambda: [NudgedSGDHook(k=3, variant="no_top", frozen=True, hessian=HALF)]),
     "descent": (
         11,
-        lambda: [NegativeCurvatureTracker(1, EVERY_4, estimator="online", descend=True, fraction=0.5)],
+        lambda: [NegativeCurvatureTracker(4, 1, estimator="online", descent=Descent(), hessian=HALF)],
     ),
     "all": (
         9,
         lambda: [
             CurvatureProbe(2, end="both"),
-            NegativeCurvatureTracker(1, EVERY_4, descend=True, fraction=0.5),
+            NegativeCurvatureTracker(4, 1, descent=Descent(), hessian=HALF),
             QuasiNewtonLRController(),
-            NudgedSGDHook(2, gamma=0.1, refresh=EVERY_4, fraction=0.5),
+            NudgedSGDHook(4, 2, gamma=0.1, hessian=HALF),
         ],
     ),
 }

@@ -3,105 +3,23 @@
 import functools
 import itertools
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lyapunov_lightning import CurvatureProbe, NudgedSGDHook, Schedule, SpectrumTracker
-from lyapunov_lightning.callbacks import nudged_sgd_hook
-from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.curvature.vectors import FlatLayout
-from lyapunov_lightning.training.optimizers import check_uniform_sgd
+from lyapunov_lightning import HessianConfig, NudgedSGDHook, Schedule
 from tests.callbacks.identity import Outcome, assert_identical, train
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
-
-VARIANTS = {"nudge": (0.1, 1.0), "top_only": (1.0, 0.0), "no_top": (0.0, 1.0)}
-"""The factors of the gradient inside and outside of the top subspace, with `gamma` 0.1."""
-
-
-def hook(k: int = 3, gamma: float = 0.1, **options: Any) -> NudgedSGDHook:
-    """Measures on the whole training set, exactly."""
-    return NudgedSGDHook(k, gamma, **{"fraction": 1.0, "tol": 1e-9, **options})
-
-
-def sgd(**options: Any) -> Callable[[Any], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.SGD(parameters, **{"lr": 0.1, **options})
-
-
-def fit(tmp_path: Path, module: Any = None, *callbacks: Callback, **options: Any) -> pl.Trainer:
-    pl.seed_everything(0, verbose=False)
-    settings = {
-        "max_epochs": -1 if "max_steps" in options else 2,
-        "logger": MemoryLogger(),
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        **options,
-    }
-    ckpt_path, loader = settings.pop("ckpt_path", None), settings.pop("loader", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    module = module if isinstance(module, pl.LightningModule) else (module or SmallRegressor)()
-    trainer.fit(module, regression_loader() if loader is None else loader, ckpt_path=ckpt_path)
-    return trainer
-
-
-def weights(trainer: pl.Trainer) -> Tensor:
-    return nn.utils.parameters_to_vector(trainer.lightning_module.parameters()).detach().clone()
-
-
-def seeded(module: Callable[[], pl.LightningModule] = SmallRegressor) -> pl.LightningModule:
-    """The module as `fit` makes it."""
-    pl.seed_everything(0, verbose=False)
-    return module()
-
-
-class Gradients(Callback):
-    """The gradient in ``on_before_optimizer_step``, as it is where this callback stands in the list."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in pl_module.parameters()]
-        self.seen.append(torch.cat([part.reshape(-1) for part in parts]))
-
+from tests.callbacks.nudging import VARIANTS, Gradients, Quadratic, fit, hook, seeded, sgd, two_groups, weights
+from tests.modules import SmallRegressor, dense_hessian, regression_data, regression_loader
 
 # The step.
-
-
-class Quadratic(pl.LightningModule):
-    """Half the sum of d·θ², over two tensors."""
-
-    def __init__(self, curvatures: list[float], optimizer: Any = None) -> None:
-        super().__init__()
-        self.curvatures = torch.tensor(curvatures, dtype=torch.float64)
-        values = torch.linspace(1, 2, len(curvatures), dtype=torch.float64)
-        self.first, self.second = nn.Parameter(values[:3].clone()), nn.Parameter(values[3:].clone())
-        self.optimizer = optimizer or sgd()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return (self.curvatures * torch.cat([self.first, self.second]).square()).sum() / 2 + 0 * batch[0].sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(self.parameters())
 
 
 def test_update_is_that_of_newton_where_the_paper_says_so(tmp_path: Path) -> None:
@@ -152,13 +70,6 @@ def by_hand(
     return {**found, "weights": theta}
 
 
-def two_groups(parameters: Any) -> torch.optim.Optimizer:
-    """The later half of the parameters first, and with another weight decay."""
-    parameters = list(parameters)
-    groups = [{"params": parameters[2:], "weight_decay": 0.3}, {"params": parameters[:2], "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.5)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("optimizer", "settings", "trainer"),
@@ -193,7 +104,7 @@ def test_training_is_that_by_hand_with_dense_eigenvectors(
         assert list(logger.curve(f"nudge/lambda_{rank + 1}").values()) == pytest.approx(values, rel=1e-7)
     overlap = [float((a @ b.T).square().sum() / 3) for a, b in itertools.pairwise(expected["tops"])]
     assert list(logger.curve("nudge/subspace_overlap").values()) == pytest.approx(overlap, rel=1e-6)
-    assert set(logger.curve("nudge/converged").values()) == {1.0}
+    assert set(logger.curve("nudge_details/converged").values()) == {1.0}
 
 
 def test_frozen_follows_the_eigenvectors_of_the_first_measurement(tmp_path: Path) -> None:
@@ -236,48 +147,13 @@ def test_top_only_and_no_top_are_parts_of_the_plain_update(tmp_path: Path, momen
         trainer = fit(tmp_path, module(gradient), *callbacks, max_steps=5, ckpt_path=tmp_path / "state.ckpt")
         return weights(trainer) - weights(begin)
 
-    every_step = Schedule(every_n_steps=1)
     for resumed in (False, True):
-        parts = [update(hook(variant=variant, refresh=every_step), resumed=resumed) for variant in VARIANTS]
+        parts = [update(hook(variant=variant, every_n_steps=1), resumed=resumed) for variant in VARIANTS]
         plain = update(resumed=resumed)
         # What the momentum carries on is in both parts; there is none in the first step.
         carried = update(gradient=False, resumed=True) if resumed else torch.zeros_like(plain)
         torch.testing.assert_close(parts[1] + parts[2] - carried, plain, rtol=1e-9, atol=1e-12)
         assert all((part - plain).norm() > 1e-3 * plain.norm() for part in parts)
-
-
-@given(
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    seed=st.integers(0, 1000),
-    gamma=st.floats(0, 5),
-    decay=st.floats(0, 1),
-    data=st.data(),
-)
-def test_change_is_linear_along_any_orthonormal_vectors(
-    sizes: list[int], seed: int, gamma: float, decay: float, data: Any
-) -> None:
-    """For any vectors: γ along them and 1 across, seen in what the optimizer makes of it."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64)) for n in sizes]
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    k = data.draw(st.integers(1, sum(sizes)))
-    rows = torch.linalg.qr(torch.randn(sum(sizes), k, generator=generator, dtype=torch.float64)).Q.T
-    nudged = NudgedSGDHook(k, gamma)
-    nudged._directions.turn(rows, [])
-    flat = FlatLayout(parameters)
-    before = flat.flatten(parameters)
-    whole = flat.flatten([parameter.grad for parameter in parameters]) + decay * before
-    optimizer = torch.optim.SGD(parameters, lr=0.5, weight_decay=decay)
-    with torch.no_grad():
-        removed = nudged._change_gradient(optimizer, parameters)
-    optimizer.step()
-    update = (flat.flatten(parameters) - before) / -0.5
-    torch.testing.assert_close(rows @ update, gamma * (rows @ whole), rtol=1e-9, atol=1e-9)
-    across = whole - rows.T @ (rows @ whole)
-    torch.testing.assert_close(update - rows.T @ (rows @ update), across, rtol=1e-9, atol=1e-9)
-    share = float((rows @ whole).square().sum() / whole.square().sum())
-    assert float(removed) == pytest.approx((1 - gamma) ** 2 * share, rel=1e-9, abs=1e-12)
 
 
 # A factor of 1 is plain SGD.
@@ -296,19 +172,19 @@ def plain(**options: Any) -> Outcome:
     ("options", "run"),
     [
         ({}, {}),
-        ({"refresh": Schedule(every_n_steps=7)}, SHORT),
+        ({"every_n_steps": 7}, SHORT),
         ({"frozen": True}, SHORT),
-        ({"num_batches": 2, "mode": "eval"}, SHORT),
-        ({"data": "batch", "refresh": Schedule(first_n_steps=3, every_n_epochs=1)}, SHORT),
+        ({"hessian": HessianConfig(num_batches=2, mode="eval")}, SHORT),
+        ({"hessian": HessianConfig("batch"), "schedule": Schedule(first_n_steps=3, every_n_epochs=1)}, SHORT),
         ({"log_prefix": "mine"}, {"precision": "bf16-mixed", **SHORT}),
         ({}, {"accumulate": 4, "steps": 15}),
-        ({"refresh": Schedule(every_n_steps=5)}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 15}),
-        ({"mode": "eval"}, {"validate": True, **SHORT}),
+        ({"every_n_steps": 5}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 15}),
+        ({"hessian": HessianConfig(mode="eval")}, {"validate": True, **SHORT}),
     ],
     ids=["epoch", "steps", "frozen", "eval", "batch", "bf16", "accumulated", "both", "validated"],
 )
 def test_factor_of_one_is_plain_training_bit_by_bit(options: dict[str, Any], run: dict[str, Any]) -> None:
-    nudged = train(NudgedSGDHook(2, 1.0, tol=0.1, **options), **run)
+    nudged = train(NudgedSGDHook(k=2, gamma=1.0, tol=0.1, **options), **run)
     assert_identical(plain(**run), nudged)
     prefix = f"{options['log_prefix']}/" if "log_prefix" in options else ""
     assert len(nudged.curve(f"{prefix}nudge/lambda_1")) >= (1 if options.get("frozen") else 2)
@@ -325,118 +201,12 @@ def test_factor_of_one_is_plain_training_with_weight_decay_too(tmp_path: Path) -
 
 
 def test_other_factors_are_not_plain_training() -> None:
-    nudged = train(NudgedSGDHook(2, 0.1, tol=0.1))
+    nudged = train(NudgedSGDHook(k=2, gamma=0.1, tol=0.1))
     with pytest.raises(AssertionError, match="The callback changed the run"):
         assert_identical(plain(), nudged)
     # the measurement itself draws no random number and touches no data
     assert nudged.generators_at_steps == plain().generators_at_steps
     assert nudged.data_seen == plain().data_seen
-
-
-# Arguments and refusals.
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 0}, "`k` should be a positive int, got 0."),
-        ({"k": 2.0}, "`k` should be a positive int, got 2.0."),
-        ({"gamma": -0.1}, "`gamma` should be a finite non-negative float, got -0.1."),
-        ({"gamma": math.inf}, "`gamma` should be a finite non-negative float, got inf."),
-        ({"gamma": math.nan}, "`gamma` should be a finite non-negative float, got nan."),
-        ({"gamma": True}, "`gamma` should be a finite non-negative float, got True."),
-        ({"refresh": "step"}, "`refresh` should be 'epoch' or a `Schedule`, got 'step'."),
-        ({"refresh": 3}, "`refresh` should be 'epoch' or a `Schedule`, got 3."),
-        ({"variant": "top"}, "`variant` should be one of nudge, top_only, no_top, got 'top'."),
-        ({"frozen": "yes"}, "`frozen` should be a bool, got 'yes'."),
-        ({"tol": 0}, "`tol` should be a positive float, got 0."),
-        ({"fraction": 0}, "`fraction` should be in (0, 1], got 0."),
-        ({"num_batches": 0}, "`num_batches` should be a positive int, got 0."),
-        ({"data": "all"}, "`data` should be 'batch' or 'fixed', got 'all'."),
-        ({"mode": "test"}, "`mode` should be 'train' or 'eval', got 'test'."),
-    ],
-    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
-)
-def test_bad_argument_is_named_with_its_value(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        NudgedSGDHook(**options)
-
-
-def rates(parameters: Any) -> torch.optim.Optimizer:
-    first, *others = parameters
-    return torch.optim.SGD([{"params": [first], "lr": 0.2}, {"params": others}], lr=0.1)
-
-
-def momenta(parameters: Any) -> torch.optim.Optimizer:
-    first, *others = parameters
-    return torch.optim.SGD([{"params": [first], "momentum": 0.9}, {"params": others}], lr=0.1)
-
-
-class OwnSGD(torch.optim.SGD):
-    """Whatever it does in its step."""
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "cause"),
-    [
-        (lambda p: torch.optim.Adam(p), "the optimizer is Adam"),
-        (lambda p: OwnSGD(p, lr=0.1), "the optimizer is OwnSGD"),
-        (sgd(maximize=True), "`maximize` is set"),
-        (rates, "the parameter groups have different `lr`: 0.1, 0.2"),
-        (momenta, "the parameter groups have different `momentum`: 0.0, 0.9"),
-        (lambda p: torch.optim.SGD(list(p)[:3], lr=0.1), "it does not train net.3.bias, which should then not require"),
-    ],
-    ids=["adam", "subclass", "maximize", "rates", "momenta", "part"],
-)
-def test_optimizer_for_which_it_is_not_right_is_refused(tmp_path: Path, optimizer: Any, cause: str) -> None:
-    message = f"^`NudgedSGDHook` gives directions.*one `torch.optim.SGD`.*, but {re.escape(cause)}.*Use such an optim"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, lambda: SmallRegressor(optimizer), hook())
-
-
-def test_no_optimizer_and_several_are_refused() -> None:
-    module = SmallRegressor()
-    for optimizers in ([], [module.configure_optimizers(), module.configure_optimizers()]):
-        with pytest.raises(MisconfigurationException, match=f"but there are {len(optimizers)} optimizers"):
-            check_uniform_sgd("NudgedSGDHook", optimizers, dict(module.named_parameters()))
-
-
-def test_rates_that_part_in_mid_run_are_refused_then(tmp_path: Path) -> None:
-    class Scheduled(SmallRegressor):
-        def configure_optimizers(self) -> Any:
-            optimizer = two_groups(self.parameters())
-            factors = [lambda step: 1.0, lambda step: 1.0 if step < 3 else 0.5]
-            return [optimizer], [
-                {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors), "interval": "step"}
-            ]
-
-    with pytest.raises(MisconfigurationException, match=r"different `lr`: 0\.05, 0\.1"):
-        fit(tmp_path, Scheduled, hook())
-
-
-def test_learning_rate_schedule_for_all_parameters_is_fine(tmp_path: Path) -> None:
-    class Scheduled(SmallRegressor):
-        def configure_optimizers(self) -> Any:
-            optimizer = two_groups(self.parameters())
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
-
-    assert fit(tmp_path, Scheduled, hook()).global_step == 12
-
-
-def test_two_of_them_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"can have one `NudgedSGDHook`, got 2.*Remove all but one"):
-        fit(tmp_path, None, hook(), hook(variant="no_top", log_prefix="second"))
-
-
-def test_more_directions_than_parameters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="cannot find 27 eigenvalues of a model with 26 trainable"):
-        fit(tmp_path, None, hook(27))
-
-
-def test_all_directions_are_another_learning_rate(tmp_path: Path) -> None:
-    slower = fit(tmp_path, lambda: SmallRegressor(sgd(lr=0.05)))
-    nudged = fit(tmp_path, None, hook(26, gamma=0.5))
-    torch.testing.assert_close(weights(nudged), weights(slower), rtol=1e-9, atol=1e-9)
 
 
 # Half precision with a loss scaler.
@@ -509,274 +279,3 @@ def test_fused_optimizer_that_unscales_in_its_step_is_refused(tmp_path: Path) ->
     with pytest.raises(MisconfigurationException, match=r"needs the gradients unscaled.*`fused=False`"):
         fit(tmp_path, lambda: InFloat32(fused=True), hook(), plugins=[scaled(64.0)])
     assert fit(tmp_path, lambda: SmallRegressor(sgd(fused=True)), hook()).global_step == 12
-
-
-# What goes wrong.
-
-
-def own_warnings(warned: Any) -> list[str]:
-    return [str(w.message) for w in warned if issubclass(w.category, CurvatureWarning)]
-
-
-class Measured:
-    """The squared error, which fails to be measured in some epochs."""
-
-    def __init__(self, *epochs: int, value: float | None = None) -> None:
-        self.epochs = epochs
-        self.value = value
-
-    def __call__(self, module: Any, batch: Any) -> Tensor:
-        if module.current_epoch in self.epochs and self.value is None:
-            raise RuntimeError("broken on purpose")
-        loss = nn.functional.mse_loss(module(batch[0]), batch[1])
-        return loss * self.value if module.current_epoch in self.epochs else loss
-
-
-@pytest.mark.parametrize("value", [None, math.nan, math.inf], ids=["error", "nan", "inf"])
-def test_failed_measurement_leaves_the_last_good_directions(tmp_path: Path, value: float | None) -> None:
-    with pytest.warns(CurvatureWarning) as warned:
-        failing = fit(tmp_path, None, hook(loss_fn=Measured(1, 2, value=value)), max_epochs=3)
-    assert len(own_warnings(warned)) == 1
-    assert "at step 6 failed" in own_warnings(warned)[0]
-    once = fit(tmp_path, None, hook(loss_fn=Measured(), refresh=Schedule(first_n_steps=1)), max_epochs=3)
-    assert torch.equal(weights(failing), weights(once))
-    assert failing.logger.curve("nudge/converged") == {0: 1.0, 6: 0.0, 12: 0.0}
-
-
-def test_gradient_is_left_alone_before_the_first_good_measurement(tmp_path: Path) -> None:
-    with pytest.warns(CurvatureWarning, match="at step 0 failed"):
-        failing = fit(tmp_path, None, hook(loss_fn=Measured(0)), max_epochs=1)
-    assert torch.equal(weights(failing), weights(fit(tmp_path, None, max_epochs=1)))
-    with pytest.warns(CurvatureWarning, match="at step 0 failed"):
-        later = fit(tmp_path, None, hook(loss_fn=Measured(0)), max_epochs=2)
-    assert not torch.equal(weights(later), weights(fit(tmp_path, None, max_epochs=2)))
-    assert list(later.logger.curve("nudge/removed_fraction")) == list(range(6, 12))
-
-
-def test_frozen_takes_the_first_measurement_that_succeeds(tmp_path: Path) -> None:
-    with pytest.warns(CurvatureWarning, match="at step 0 failed"):
-        trainer = fit(tmp_path, None, hook(frozen=True, loss_fn=Measured(0)), max_epochs=3)
-    assert list(trainer.logger.curve("nudge/lambda_1")) == [6]
-
-
-def bounded(products: int) -> Callable[..., Any]:
-    """The solver with so few products that not all of its pairs converge."""
-    plain = nudged_sgd_hook.lanczos
-    return lambda *args, **kwargs: plain(*args, **kwargs, max_matvecs=products)
-
-
-def test_only_the_pairs_that_converged_are_acted_upon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Split(Quadratic):
-        """Two eigenvalues far above a bulk that few products cannot resolve."""
-
-        def __init__(self) -> None:
-            super().__init__([1000.0, 500.0, *torch.linspace(1, 2, 30).tolist()], sgd(lr=1e-4))
-
-    monkeypatch.setattr(nudged_sgd_hook, "lanczos", bounded(12))
-    callback = hook(4, gamma=0.0, tol=1e-3)
-    with pytest.warns(CurvatureWarning, match=r"2 of 4 eigenpairs converged at step 0, and these alone") as warned:
-        trainer = fit(tmp_path, Split, callback, max_epochs=2)
-    assert len(own_warnings(warned)) == 1
-    assert set(trainer.logger.curve("nudge/converged").values()) == {0.5}
-    before, after = Split(), trainer.lightning_module
-    change = [(new - old).abs() for old, new in zip(before.parameters(), after.parameters(), strict=True)]
-    assert change[0][:2].max() < 1e-6  # e₁ and e₂ are held, up to the residuals
-    assert min(change[0][2], change[1].min()) > 1e-4
-    assert trainer.logger.curve("nudge/subspace_overlap")[6] == pytest.approx(1, abs=1e-6)
-
-
-def test_without_a_converged_pair_the_last_good_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Bounding(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if trainer.global_step == 1:
-                monkeypatch.setattr(nudged_sgd_hook, "lanczos", bounded(3))
-
-    callback = hook(3, refresh=Schedule(every_n_steps=4))
-    with pytest.warns(CurvatureWarning, match="0 of 3 eigenpairs converged at step 4, and the last good ones are kept"):
-        trainer = fit(tmp_path, None, callback, Bounding())
-    monkeypatch.undo()
-    once = fit(tmp_path, None, hook(3, refresh=Schedule(first_n_steps=1)))
-    assert torch.equal(weights(trainer), weights(once))
-    assert trainer.logger.curve("nudge/converged") == {0: 1.0, 4: 0.0, 8: 0.0}
-
-
-class WithUnused(SmallRegressor):
-    """Has a parameter that the loss does not depend on."""
-
-    def __init__(self) -> None:
-        super().__init__(sgd(momentum=0.9, weight_decay=0.1))
-        self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_parameter_without_gradient_stays_as_it_is(tmp_path: Path, variant: str) -> None:
-    module = seeded(WithUnused)
-    trainer = fit(tmp_path, module, hook(variant=variant))
-    assert module.unused.grad is None
-    assert torch.equal(module.unused.detach(), torch.ones(3, dtype=torch.float64))
-    without = fit(tmp_path, lambda: SmallRegressor(sgd(momentum=0.9, weight_decay=0.1)), hook(variant=variant))
-    torch.testing.assert_close(weights(trainer)[3:], weights(without), rtol=1e-7, atol=1e-9)
-
-
-class Freezing(Callback):
-    """Freezes the first layer at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            pl_module.net[0].requires_grad_(False)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_gradient_is_left_alone_while_other_parameters_train(tmp_path: Path, frozen: bool) -> None:
-    before, after = Gradients(), Gradients()
-    with pytest.warns(CurvatureWarning, match="the trainable parameters are not those") as warned:
-        trainer = fit(tmp_path, None, Freezing(3), before, hook(frozen=frozen), after, max_epochs=3)
-    assert len(own_warnings(warned)) == 1
-    assert ("from now on" if frozen else "until the next measurement") in own_warnings(warned)[0]
-    acted = {step for step in range(18) if not torch.equal(before.seen[step], after.seen[step])}
-    assert acted == ({0, 1, 2} if frozen else {0, 1, 2, *range(6, 18)})
-    assert set(trainer.logger.curve("nudge/removed_fraction")) == acted
-    assert all(not gradient[:16].any() for gradient in after.seen[3:])
-
-
-def test_other_parameters_of_the_same_number_are_not_taken_for_the_same(tmp_path: Path) -> None:
-    class Swapping(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step in (0, 3):
-                pl_module.twins[0].requires_grad_(trainer.global_step == 3)
-                pl_module.twins[1].requires_grad_(trainer.global_step == 0)
-
-    class Twins(SmallRegressor):
-        def __init__(self) -> None:
-            super().__init__()
-            self.twins = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)])
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.net(inputs) * self.twins[0] * self.twins[1]
-
-    with pytest.warns(CurvatureWarning, match="the trainable parameters are not those"):
-        trainer = fit(tmp_path, Twins, Swapping(), hook())
-    assert set(trainer.logger.curve("nudge/removed_fraction")) == {0, 1, 2, *range(6, 12)}
-
-
-def test_sparse_gradients_are_changed_too(tmp_path: Path) -> None:
-    class Embedded(pl.LightningModule):
-        def __init__(self, sparse: bool) -> None:
-            super().__init__()
-            self.table = nn.Embedding(5, 2, sparse=sparse, dtype=torch.float64)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return (self.table(batch[2] % 3) - batch[1]).pow(4).mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    sparse, dense = (
-        fit(tmp_path, functools.partial(Embedded, is_sparse), hook(2, method="finite_difference", tol=1e-4))
-        for is_sparse in (True, False)
-    )
-    assert {0, 6} <= set(sparse.logger.curve("nudge/lambda_1"))
-    torch.testing.assert_close(weights(sparse), weights(dense), rtol=1e-6, atol=1e-8)
-
-
-def test_manual_optimization_is_nudged_in_its_own_step(tmp_path: Path) -> None:
-    class Manual(SmallRegressor):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def curvature_loss(self, batch: Any) -> Tensor:
-            return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.curvature_loss(batch))
-            optimizer.step()
-
-    manual, automatic = fit(tmp_path, Manual, hook()), fit(tmp_path, None, hook())
-    torch.testing.assert_close(weights(manual), weights(automatic), rtol=1e-12, atol=1e-12)
-
-
-def test_a_second_training_begins_without_directions(tmp_path: Path) -> None:
-    callback = hook(frozen=True, variant="no_top")
-    pl.seed_everything(3, verbose=False)
-    fit(tmp_path, SmallRegressor(), callback)
-    again = fit(tmp_path, None, callback)
-    assert torch.equal(weights(again), weights(fit(tmp_path, None, hook(frozen=True, variant="no_top"))))
-
-
-# With other callbacks.
-
-
-def others(folder: Path) -> list[Callback]:
-    return [
-        CurvatureProbe(3, end="both", data="fixed", fraction=1.0),
-        CurvatureProbe(4, "lyapunov", log_prefix="step"),
-        SpectrumTracker(6, 2, fraction=1.0, tol=1e-4),
-        ModelCheckpoint(folder, monitor="nudge/lambda_1", mode="min", every_n_epochs=1, save_on_train_epoch_end=True),
-        EarlyStopping("train_loss", patience=50),
-    ]
-
-
-def test_other_callbacks_and_their_order_do_not_change_the_training(tmp_path: Path) -> None:
-    def run(order: Callable[[list[Callback]], list[Callback]]) -> pl.Trainer:
-        return fit(
-            tmp_path,
-            lambda: SmallRegressor(sgd(momentum=0.9)),
-            *order([hook(tol=1e-2), *others(tmp_path)]),
-            enable_checkpointing=True,
-            gradient_clip_val=0.5,
-        )
-
-    alone = fit(tmp_path, lambda: SmallRegressor(sgd(momentum=0.9)), hook(tol=1e-2), gradient_clip_val=0.5)
-    for order in (list, lambda them: them[::-1]):
-        together = run(order)
-        assert torch.equal(weights(together), weights(alone))
-        assert together.logger.curve("nudge/lambda_1") == alone.logger.curve("nudge/lambda_1")
-        assert together.checkpoint_callback.best_model_path
-        assert len(together.logger.curve("curvature/lambda_max")) == 4
-        assert len(together.logger.curve("spectrum/lambda_6")) == 2
-
-
-def test_frozen_directions_hold_no_measurement_of_others(tmp_path: Path) -> None:
-    callback = hook(frozen=True, refresh=Schedule(every_n_steps=1))
-    for order in ([callback, *others(tmp_path)], [*others(tmp_path), callback]):
-        fit(tmp_path, None, *order, enable_checkpointing=True)
-        assert callback.subscription._measurement is None
-
-
-@pytest.mark.parametrize("refresh", ["epoch", Schedule(every_n_steps=4)], ids=["epoch", "steps"])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_state_is_plain_and_no_larger_than_the_eigenvectors(tmp_path: Path, refresh: Any, frozen: bool) -> None:
-    trainer = fit(tmp_path, None, hook(refresh=refresh, frozen=frozen))
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    [state] = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"].values()
-    vectors = state["directions"]["vectors"]
-    assert vectors.shape == (3, 26)
-    assert vectors.dtype == torch.float64
-    assert vectors.untyped_storage().nbytes() == 3 * 26 * 8
-    torch.testing.assert_close(vectors @ vectors.T, torch.eye(3, dtype=torch.float64))
-
-
-# The command line.
-
-
-def test_configuration_of_the_example_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lightning.pytorch.cli import LightningCLI
-
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
-    config = ["--config", "examples/configs/nudged_sgd.yaml", f"--trainer.default_root_dir={tmp_path}"]
-
-    def parsed(*more: str) -> NudgedSGDHook:
-        cli = LightningCLI(args=[*config, *more], run=False, save_config_callback=None)
-        [found] = [callback for callback in cli.trainer.callbacks if isinstance(callback, NudgedSGDHook)]
-        return found
-
-    assert parsed().subscription.timetable._schedule == Schedule(every_n_epochs=1)
-    schedule = parsed("--trainer.callbacks.refresh.every_n_steps=20").subscription.timetable._schedule
-    assert schedule == Schedule(every_n_steps=20)

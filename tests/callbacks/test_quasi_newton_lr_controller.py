@@ -1,87 +1,23 @@
 """The controller takes the step that it says, is right on quadratics, and does nothing rash."""
 
 import copy
-import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lyapunov_lightning import (
-    CurvatureProbe,
-    NegativeCurvatureTracker,
-    NudgedSGDHook,
-    QuasiNewtonLRController,
-    Schedule,
-    SpectrumTracker,
-)
+from lyapunov_lightning import HessianConfig, QuasiNewtonLRController
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from tests.callbacks.identity import Outcome, assert_identical, train
-from tests.modules import BusyModule, MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
-
-RULES = ("along_update", "inverse_sharpness")
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
-    "decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.5),
-}
-
-
-def fit(
-    callbacks: Callback | Sequence[Callback],
-    module: Optional[pl.LightningModule] = None,
-    loader: Any = None,
-    *,
-    steps: int = 12,
-    **options: Any,
-) -> tuple[pl.Trainer, MemoryLogger]:
-    """Train a small module; the trainer, and all that was logged."""
-    logger = MemoryLogger()
-    trainer = pl.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "max_epochs": -1,
-            "logger": logger,
-            "callbacks": callbacks,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **options,
-        }
-    )
-    module = SmallRegressor() if module is None else module
-    trainer.fit(module, regression_loader() if loader is None else loader, ckpt_path=None)
-    return trainer, logger
-
-
-def assert_identical_but_for_writes(expected: Outcome, actual: Outcome) -> None:
-    """The same run, but for the count of writes to the parameters: they are put back and forth."""
-    assert_identical(expected, dataclasses.replace(actual, versions=expected.versions))
-
-
-def seeded(**options: Any) -> SmallRegressor:
-    torch.manual_seed(3)
-    return SmallRegressor(**options)
-
-
-def weights(module: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
-
+from lyapunov_lightning.curvature.quasi_newton import LRBounds
+from tests.callbacks.identity import train
+from tests.callbacks.steering import OPTIMIZERS, RULES, assert_identical_but_for_writes, fit, seeded, weights
+from tests.modules import BusyModule, dense_hessian, regression_data, regression_loader
 
 # The step that is taken.
 
@@ -92,8 +28,8 @@ def test_the_training_is_that_of_the_optimizer_at_the_logged_learning_rates(name
     """An independent reference: PyTorch's own optimizer, told the learning rate of every step."""
     module = seeded(optimizer=OPTIMIZERS[name])
     reference = copy.deepcopy(module)
-    _, logger = fit(QuasiNewtonLRController(rule, max_lr=100.0), module, steps=15)
-    lrs = logger.curve("lr/curvature")
+    _, logger = fit(QuasiNewtonLRController(rule=rule, bounds=LRBounds(max_lr=100.0)), module, steps=15)
+    lrs = logger.curve("quasi_newton/learning_rate")
     assert list(lrs) == list(range(15))
     assert len(set(lrs.values())) > 5
     optimizer = OPTIMIZERS[name](reference.parameters())
@@ -123,14 +59,18 @@ def test_learning_rate_along_the_gradient_is_that_of_the_dense_hessian(name: str
             g = torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, list(pl_module.parameters()))])
             seen.append((float(g @ g), float(g @ hessian @ g)))
 
-    controller = QuasiNewtonLRController(sigma=1.5, averaging=0.0, max_growth=1e9, max_lr=1e9, window=0)
+    controller = QuasiNewtonLRController(
+        sigma=1.5, averaging=0.0, bounds=LRBounds(max_growth=1e9, max_lr=1e9, window=0)
+    )
     _, logger = fit([Dense(), controller], seeded(optimizer=OPTIMIZERS[name]))
-    proposed, used = logger.curve("lr/proposed"), logger.curve("lr/curvature")
-    assert [logger.curve("lr/slope")[t] for t in range(12)] == pytest.approx([slope for slope, _ in seen], rel=1e-9)
-    curvatures = [logger.curve("lr/curvature_along_update")[t] for t in range(12)]
+    proposed, used = logger.curve("quasi_newton_details/proposed"), logger.curve("quasi_newton/learning_rate")
+    assert [logger.curve("quasi_newton/slope_along_update")[t] for t in range(12)] == pytest.approx(
+        [slope for slope, _ in seen], rel=1e-9
+    )
+    curvatures = [logger.curve("quasi_newton/curvature_along_update")[t] for t in range(12)]
     assert curvatures == pytest.approx([curvature for _, curvature in seen], rel=1e-9)
     assert [proposed[t] for t in range(12)] == pytest.approx([1.5 * s / abs(c) for s, c in seen], rel=1e-9)
-    trials = logger.curve("lr/trials")
+    trials = logger.curve("quasi_newton_details/trials")
     assert all(used[t] == proposed[t] for t in range(12) if trials[t] == 0)
 
 
@@ -139,10 +79,13 @@ def test_inverse_sharpness_on_a_quadratic_is_the_papers() -> None:
     loader = DataLoader(regression_data(), 48)
     _, hessian = dense_hessian(module, next(iter(loader)))
     top = float(torch.linalg.eigvalsh(hessian)[-1])
-    _, logger = fit(QuasiNewtonLRController("inverse_sharpness", max_growth=100.0), module, loader, steps=30)
-    assert logger.curve("lr/curvature")[29] == pytest.approx((math.e - 1) / top, rel=1e-3)
-    assert logger.curve("lr/inverse_h0")[29] == pytest.approx((math.e - 1) / top, rel=1e-3)
-    assert logger.curve("lr/lambda_max")[0] == pytest.approx(top, rel=0.05)  # settled before the first step
+    controller = QuasiNewtonLRController(rule="inverse_sharpness", bounds=LRBounds(max_growth=100.0))
+    _, logger = fit(controller, module, loader, steps=30)
+    assert logger.curve("quasi_newton/learning_rate")[29] == pytest.approx((math.e - 1) / top, rel=1e-3)
+    assert logger.curve("quasi_newton_details/inverse_h0")[29] == pytest.approx((math.e - 1) / top, rel=1e-3)
+    assert logger.curve("quasi_newton_details/lambda_max")[0] == pytest.approx(
+        top, rel=0.05
+    )  # settled before the first step
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -151,10 +94,10 @@ def test_parameter_groups_keep_their_ratios(rule: str) -> None:
         first, *rest = parameters
         return torch.optim.SGD([{"params": [first], "lr": 0.02}, {"params": rest, "lr": 0.1}])
 
-    trainer, logger = fit(QuasiNewtonLRController(rule), seeded(optimizer=two_groups))
+    trainer, logger = fit(QuasiNewtonLRController(rule=rule), seeded(optimizer=two_groups))
     low, high = (group["lr"] for group in trainer.optimizers[0].param_groups)
     assert low == pytest.approx(0.2 * high, rel=1e-12)
-    assert high == list(logger.curve("lr/curvature").values())[-1]
+    assert high == list(logger.curve("quasi_newton/learning_rate").values())[-1]
 
 
 def test_a_learning_rate_that_is_a_tensor_is_changed_in_place() -> None:
@@ -163,7 +106,9 @@ def test_a_learning_rate_that_is_a_tensor_is_changed_in_place() -> None:
         QuasiNewtonLRController(), seeded(optimizer=lambda p: torch.optim.Adam(p, lr=lr, capturable=False))
     )
     assert isinstance(trainer.optimizers[0].param_groups[0]["lr"], Tensor)
-    assert float(trainer.optimizers[0].param_groups[0]["lr"]) == pytest.approx(logger.curve("lr/curvature")[11])
+    assert float(trainer.optimizers[0].param_groups[0]["lr"]) == pytest.approx(
+        logger.curve("quasi_newton/learning_rate")[11]
+    )
 
 
 def test_between_measurements_the_learning_rate_stays() -> None:
@@ -176,16 +121,16 @@ def test_between_measurements_the_learning_rate_stays() -> None:
     rates = Rates()
     rates.seen = []
     _, logger = fit([QuasiNewtonLRController(every_n_steps=4), rates])
-    measured = logger.curve("lr/curvature")
+    measured = logger.curve("quasi_newton/learning_rate")
     assert list(measured) == [0, 4, 8]
     assert rates.seen == [measured[t - t % 4] for t in range(12)]
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_accumulated_clipped_and_half_precise_steps(rule: str) -> None:
-    controller = QuasiNewtonLRController(rule)
+    controller = QuasiNewtonLRController(rule=rule)
     outcome = train(controller, steps=20, accumulate=4, precision="bf16-mixed")  # clips too
-    lrs = outcome.curve("lr/curvature")
+    lrs = outcome.curve("quasi_newton/learning_rate")
     assert len(lrs) == 20
     assert all(1e-6 <= lr <= 10 for lr in lrs.values())
 
@@ -199,12 +144,12 @@ def test_a_learning_rate_without_room_is_a_constant_one_bit_by_bit(rule: str, op
     """Measuring leaves no trace: what is left of the controller then is the constant learning rate."""
     lr = 0.01 if options.pop("adam", False) else 0.05
     module = (lambda: BusyModule("adam")) if lr == 0.01 else BusyModule
-    controller = QuasiNewtonLRController(rule, min_lr=lr, max_lr=math.nextafter(lr, 1), sigma=1e-12)
+    controller = QuasiNewtonLRController(rule=rule, bounds=LRBounds(lr, math.nextafter(lr, 1)), sigma=1e-12)
     if rule == "inverse_sharpness":
-        controller = QuasiNewtonLRController(rule, min_lr=math.nextafter(lr, 0), max_lr=lr, delta_q=1e-3)
+        controller = QuasiNewtonLRController(rule=rule, bounds=LRBounds(math.nextafter(lr, 0), lr), delta_q=1e-3)
         controller._governor.lr = lr
     with_controller = train(controller, module=module, steps=30, **options)
-    assert set(with_controller.curve("lr/curvature").values()) == {lr}
+    assert set(with_controller.curve("quasi_newton/learning_rate").values()) == {lr}
     assert_identical_but_for_writes(train(module=module, steps=30, **options), with_controller)
 
 
@@ -224,15 +169,15 @@ def is_flat(module: Any, batch: Any) -> Tensor:
 @pytest.mark.parametrize(("loss_fn", "message"), [(raises, "not today"), (is_nan, "not finite")])
 def test_failed_measurements_leave_the_optimizers_own_steps(rule: str, loss_fn: Any, message: str) -> None:
     with pytest.warns(CurvatureWarning, match=message) as warned:
-        with_controller = train(QuasiNewtonLRController(rule, loss_fn=loss_fn), steps=20)
+        with_controller = train(QuasiNewtonLRController(rule=rule, hessian=HessianConfig(loss_fn=loss_fn)), steps=20)
     assert len([w for w in warned if issubclass(w.category, CurvatureWarning)]) == 1
     assert_identical_but_for_writes(train(steps=20), with_controller)
-    assert set(with_controller.curve("lr/converged").values()) == {0.0}
+    assert set(with_controller.curve("quasi_newton_details/converged").values()) == {0.0}
 
 
 def test_a_loss_without_curvature_leaves_the_optimizers_own_steps() -> None:
     module, plain = seeded(), seeded()
-    fit(QuasiNewtonLRController(loss_fn=is_flat), module)
+    fit(QuasiNewtonLRController(hessian=HessianConfig(loss_fn=is_flat)), module)
     fit([], plain)
     assert torch.equal(weights(module), weights(plain))
 
@@ -244,10 +189,11 @@ def test_failures_in_mid_training_hold_the_last_learning_rate(rule: str) -> None
             raise RuntimeError("from now on")
         return nn.functional.mse_loss(module(batch[0]), batch[1])
 
+    controller = QuasiNewtonLRController(rule=rule, hessian=HessianConfig(loss_fn=fails_later))
     with pytest.warns(CurvatureWarning, match="from now on"):
-        trainer, logger = fit(QuasiNewtonLRController(rule, loss_fn=fails_later), seeded())
+        trainer, logger = fit(controller, seeded())
     assert trainer.global_step == 12
-    assert trainer.optimizers[0].param_groups[0]["lr"] == logger.curve("lr/curvature")[5]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == logger.curve("quasi_newton/learning_rate")[5]
 
 
 class TwoCurvatures(pl.LightningModule):
@@ -266,13 +212,13 @@ class TwoCurvatures(pl.LightningModule):
 
 def test_a_tracked_vector_on_a_wrong_eigenvector_does_not_set_the_learning_rate() -> None:
     """Algorithm 1 alone asks for (e - 1) / 0.29 = 5.9 here, where 2 / 717 is the most that is stable."""
-    controller = QuasiNewtonLRController("inverse_sharpness", max_warmup=0, max_growth=1e9)
+    controller = QuasiNewtonLRController(rule="inverse_sharpness", max_warmup=0, bounds=LRBounds(max_growth=1e9))
     controller._sharpness._iteration.restart(torch.tensor([0.0, 1.0], dtype=torch.float64))
     controller._sharpness._iteration.beta = (math.e - 1) / 0.29
     module = TwoCurvatures()
     _, logger = fit(controller, module, steps=300)
-    assert logger.curve("lr/refuted")[0] == 1
-    assert max(logger.curve("lr/curvature").values()) <= 1.01 * (math.e - 1) / (717 / 1.01)
+    assert logger.curve("quasi_newton_details/refuted")[0] == 1
+    assert max(logger.curve("quasi_newton/learning_rate").values()) <= 1.01 * (math.e - 1) / (717 / 1.01)
     assert abs(float(module.theta[0].detach())) < 1e-6
 
 
@@ -307,11 +253,11 @@ def test_lenet1_trains_and_its_loss_falls(rule: str) -> None:
             losses.append(float(outputs["loss"]))
 
     pl.seed_everything(0, verbose=False)
-    _, logger = fit([QuasiNewtonLRController(rule), Losses()], Images(), loader, steps=60)
+    _, logger = fit([QuasiNewtonLRController(rule=rule), Losses()], Images(), loader, steps=60)
     smoothed = torch.tensor(losses).unfold(0, 10, 10).mean(dim=1)
     assert smoothed[-1] < 0.2 * smoothed[0]
     assert (smoothed[1:] < smoothed[:-1] + 0.05 * smoothed[0]).all()
-    assert max(logger.curve("lr/curvature").values()) <= 10
+    assert max(logger.curve("quasi_newton/learning_rate").values()) <= 10
 
 
 def test_a_growing_step_is_tried_on_the_loss_first() -> None:
@@ -329,164 +275,8 @@ def test_a_growing_step_is_tried_on_the_loss_first() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    controller = QuasiNewtonLRController(sigma=1.9, max_lr=1e3)
+    controller = QuasiNewtonLRController(sigma=1.9, bounds=LRBounds(max_lr=1e3))
     _, logger = fit(controller, Walled(), steps=1)
-    assert logger.curve("lr/proposed")[0] == pytest.approx(19.0)
-    assert logger.curve("lr/trials")[0] == 1
-    assert logger.curve("lr/curvature")[0] == pytest.approx(9.5)
-
-
-# Resuming, and the company of other callbacks.
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["momentum", "AdamW"])
-def test_a_resumed_run_goes_on_bit_by_bit(rule: str, name: str, tmp_path: Any) -> None:
-    def run(epochs: int, module: pl.LightningModule, ckpt_path: Optional[str] = None) -> pl.Trainer:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            logger=MemoryLogger(),
-            callbacks=[QuasiNewtonLRController(rule, every_n_steps=2, window=4)],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module, regression_loader(), ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
-        return trainer
-
-    straight, halved, resumed = (seeded(optimizer=OPTIMIZERS[name]) for _ in range(3))
-    whole = run(4, straight)
-    half = run(2, halved)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    rest = run(4, resumed, str(tmp_path / "half.ckpt"))
-    assert torch.equal(weights(straight), weights(resumed))
-    assert whole.callback_metrics["lr/curvature"] == rest.callback_metrics["lr/curvature"]
-
-
-@pytest.mark.parametrize(("rule", "estimator"), [("along_update", "lanczos"), ("inverse_sharpness", "online")])
-def test_order_and_company_of_the_callbacks_do_not_matter(rule: str, estimator: str) -> None:
-    def outcome(order: Sequence[int], with_readers: bool) -> tuple[Tensor, dict[int, float]]:
-        acting: list[Callback] = [
-            QuasiNewtonLRController(rule, fraction=0.5),
-            NudgedSGDHook(k=2, gamma=0.1, fraction=0.5),
-            NegativeCurvatureTracker(
-                smallest=1, estimator=estimator, descend=True, fraction=0.5, schedule=Schedule(every_n_steps=3)
-            ),
-            EarlyStopping("lr/curvature", patience=1000, check_on_train_epoch_end=True),
-        ]
-        callbacks = [acting[index] for index in order]
-        if with_readers:
-            callbacks.insert(1, CurvatureProbe(2, end="both"))
-            callbacks.insert(3, SpectrumTracker(3, 2, Schedule(every_n_steps=3), fraction=0.5))
-        module = seeded(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5))
-        _, logger = fit(callbacks, module, steps=18, gradient_clip_val=0.5)
-        return weights(module), logger.curve("lr/curvature")
-
-    first, curve = outcome((0, 1, 2, 3), with_readers=False)
-    for order, with_readers in [((2, 1, 0, 3), False), ((3, 2, 0, 1), True), ((0, 1, 2, 3), True)]:
-        other, other_curve = outcome(order, with_readers)
-        assert torch.equal(first, other)
-        assert curve == other_curve
-
-
-def test_checkpoints_at_steps_have_the_controllers_parameters(tmp_path: Any) -> None:
-    module = seeded()
-    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    seen: dict[int, Tensor] = {}
-
-    class Witness(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            seen[trainer.global_step] = weights(pl_module).clone()
-
-    fit([checkpoint, QuasiNewtonLRController(), Witness()], module, steps=6, enable_checkpointing=True)
-    for step in range(1, 6):
-        state = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
-        assert torch.equal(torch.cat([value.reshape(-1) for value in state.values()]), seen[step])
-
-
-def test_the_hook_on_the_optimizer_goes_with_the_run() -> None:
-    trainer, _ = fit(QuasiNewtonLRController())
-    assert not trainer.optimizers[0]._optimizer_step_post_hooks
-
-
-def test_a_step_that_returns_none_is_passed_over() -> None:
-    class Skips(SmallRegressor):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None if batch_idx % 3 == 1 else super().training_step(batch, batch_idx)
-
-    torch.manual_seed(0)
-    module = Skips()
-    with pytest.warns(CurvatureWarning, match="returned None"):
-        _, logger = fit(QuasiNewtonLRController(), module)
-    assert torch.isfinite(weights(module)).all()
-    assert logger.curve("lr/curvature")
-
-
-# Refusals.
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rule": "newton"}, "`rule` should be one of along_update, inverse_sharpness, got 'newton'."),
-        ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
-        ({"data": "all"}, "`data` should be 'batch' or 'fixed', got 'all'."),
-        ({"sigma": 0}, "`sigma` should be a positive float, got 0."),
-        ({"sigma": math.nan}, "`sigma` should be a positive float, got nan."),
-        ({"averaging": 1}, "`averaging` should be in [0, 1), got 1."),
-        ({"averaging": -0.1}, "`averaging` should be in [0, 1), got -0.1."),
-        ({"max_growth": 1.0}, "`max_growth` should be above 1, got 1.0."),
-        ({"min_lr": 0.0}, "`min_lr` should be a positive float, got 0.0."),
-        ({"min_lr": 1.0, "max_lr": 0.5}, "`min_lr` should be below `max_lr`, got 1.0 and 0.5."),
-        ({"window": -1}, "`window` should be a non-negative int, got -1."),
-        ({"max_warmup": 1.5}, "`max_warmup` should be a non-negative int, got 1.5."),
-        ({"delta_q": -1}, "`delta_q` should be a positive float, got -1."),
-        ({"mode": "test"}, "`mode` should be 'train' or 'eval', got 'test'."),
-    ],
-    ids=str,
-)
-def test_bad_argument_is_named_with_its_value(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        QuasiNewtonLRController(**arguments)
-
-
-class Scheduled(SmallRegressor):
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
-
-
-class NoOptimizer(SmallRegressor):
-    def configure_optimizers(self) -> None:
-        return None
-
-
-class Manual(SmallRegressor):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def curvature_loss(self, batch: Any) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (Scheduled, "sets the learning rate, and so does StepLR"),
-        (lambda: SmallRegressor(torch.optim.LBFGS), "cannot steer LBFGS"),
-        (Manual, "manual optimization"),
-        (NoOptimizer, "returned none"),
-        (lambda: SmallRegressor().bfloat16(), "lost in the rounding of torch.bfloat16"),
-        (lambda: SmallRegressor(lambda p: torch.optim.SGD(p, lr=0.0)), "positive learning rate"),
-    ],
-)
-def test_what_cannot_be_steered_is_refused(make: Callable[[], pl.LightningModule], message: str) -> None:
-    with pytest.raises(MisconfigurationException, match=f"QuasiNewtonLRController.*{message}"):
-        fit(QuasiNewtonLRController(), make())
-
-
-def test_two_controllers_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="one `QuasiNewtonLRController`, got 2"):
-        fit([QuasiNewtonLRController(), QuasiNewtonLRController("inverse_sharpness")])
+    assert logger.curve("quasi_newton_details/proposed")[0] == pytest.approx(19.0)
+    assert logger.curve("quasi_newton_details/trials")[0] == 1
+    assert logger.curve("quasi_newton/learning_rate")[0] == pytest.approx(9.5)

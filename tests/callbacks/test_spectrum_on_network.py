@@ -1,4 +1,4 @@
-"""SpectrumTracker on a network of 4,000 parameters, at five points of a real training."""
+"""SpectrumTracker on a network of 4,000 parameters, at three points of a real training."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lyapunov_lightning import Schedule, SpectrumTracker
+from lyapunov_lightning import HessianConfig, SpectrumTracker
 from lyapunov_lightning.curvature import HessianOperator, lanczos, spectral_density
 from tests.modules import MemoryLogger
 
@@ -67,12 +67,12 @@ class DenseSpectrum(pl.Callback):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseSpectrum, MemoryLogger]:
-    """Five points of a training on handwritten digits, measured and dense."""
+    """Three points of a training on handwritten digits, measured and dense."""
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images[:64] / 16), torch.tensor(labels[:64]))
     pl.seed_everything(0, verbose=False)
-    dense, logger = DenseSpectrum(data, {0, 20, 40, 60, 80}), MemoryLogger()
-    tracker = SpectrumTracker(10, 10, Schedule(every_n_steps=20), fraction=1.0, tol=1e-5)
+    dense, logger = DenseSpectrum(data, {0, 40, 80}), MemoryLogger()
+    tracker = SpectrumTracker(40, 10, 10, hessian=HessianConfig(fraction=1.0), tol=1e-5)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=81,
@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseSpectrum, Memory
 
 def test_ten_eigenvalues_of_each_end_are_within_1e_6_of_the_dense_ones(run: Any) -> None:
     dense, logger = run
-    assert sorted(dense.values) == [0, 20, 40, 60, 80]
+    assert sorted(dense.values) == [0, 40, 80]
     for step, values in dense.values.items():
         assert len(values) == 3970
         for rank in range(10):
@@ -111,5 +111,5 @@ def test_density_has_the_dense_moments_within_two_standard_errors(run: Any) -> N
             moment = density.moment(order)
             error = abs(moment.value - float((values**order).mean()))
             inside += error <= 2 * moment.standard_error + 1e-9 * float((values.abs() ** order).mean())
-    # 20 moments, each of which is inside in 93 of 100 cases by Student's t with nine degrees of freedom.
-    assert inside >= 17
+    # 12 moments, each of which is inside in 93 of 100 cases by Student's t with nine degrees of freedom.
+    assert inside >= 9

@@ -1,6 +1,7 @@
 """SpectrumTracker measures what a dense Hessian has, shares it, and leaves the run alone."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,22 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker
+from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, SpectrumTracker
+from lyapunov_lightning.callbacks import spectrum_tracker
+from lyapunov_lightning.callbacks.results import SpectrumResult
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.callbacks.identity import assert_identical, train
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
-EVERYTHING = {"fraction": 1.0, "num_batches": None}
+EVERYTHING = HessianConfig(fraction=1.0)
 """The fixed data are the whole training set, of which a reference is easily computed."""
 
 
@@ -38,16 +41,17 @@ class Dense(Callback):
 
 def fit(tmp_path: Path, *callbacks: Callback, module: Any = None, **options: Any) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
-    settings = {"max_epochs": 2, "logger": MemoryLogger(), "enable_checkpointing": False, **options}
+    settings: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1, "enable_checkpointing": False, **options}
+    logger = settings.pop("logger", None) or MemoryLogger()
     ckpt_path = settings.pop("ckpt_path", None)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),
+        logger=logger,
         default_root_dir=tmp_path,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=1,
         **settings,
     )
     trainer.fit(module or SmallRegressor(), regression_loader(), ckpt_path=ckpt_path)
@@ -55,7 +59,7 @@ def fit(tmp_path: Path, *callbacks: Callback, module: Any = None, **options: Any
 
 
 def every_step(**options: Any) -> SpectrumTracker:
-    return SpectrumTracker(**{"schedule": Schedule(every_n_steps=1), "tol": 1e-6, **EVERYTHING, **options})
+    return SpectrumTracker(1, **{"tol": 1e-6, "hessian": EVERYTHING, **options})
 
 
 def test_both_ends_are_those_of_the_dense_hessian_at_every_step(tmp_path: Path) -> None:
@@ -70,10 +74,10 @@ def test_both_ends_are_those_of_the_dense_hessian_at_every_step(tmp_path: Path) 
             found = logger.curve(f"spectrum/lambda_min_{rank + 1}")[step]
             assert found == pytest.approx(float(values[-1 - rank]), rel=1e-6)
         tracked = torch.cat([values[:5], values[-4:]])
-        assert logger.curve("spectrum/frobenius_norm")[step] == pytest.approx(float(tracked.norm()), rel=1e-6)
+        assert logger.curve("spectrum_details/tracked_norm")[step] == pytest.approx(float(tracked.norm()), rel=1e-6)
         share = float((-tracked).clamp_min(0).sum() / tracked.abs().sum())
-        assert logger.curve("spectrum/negative_mass")[step] == pytest.approx(share, rel=1e-6)
-        assert logger.curve("spectrum/converged")[step] == 1
+        assert logger.curve("spectrum_details/negative_mass")[step] == pytest.approx(share, rel=1e-6)
+        assert logger.curve("spectrum_details/converged")[step] == 1
 
 
 @pytest.mark.parametrize("data", ["fixed", "batch"])
@@ -85,7 +89,7 @@ def test_dropout_masks_stay_on_fixed_data(tmp_path: Path, data: str) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=4,
-        callbacks=[every_step(largest=2, data=data)],
+        callbacks=[every_step(largest=2, hessian=HessianConfig(data=data, fraction=1.0))],
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -114,28 +118,27 @@ def test_alignment_and_overlap_are_those_of_the_dense_eigenvectors(tmp_path: Pat
             self.cosines[step] = self.tops[step] @ gradient / gradient.norm()
 
     reference = Reference()
-    logger = fit(tmp_path, reference, every_step(largest=3, data="batch", tol=1e-8)).logger
+    logger = fit(tmp_path, reference, every_step(largest=3, hessian=HessianConfig("batch"), tol=1e-8)).logger
     whole = fit(tmp_path, Reference(), every_step(largest=3, tol=1e-8)).logger
     # On the step's own batch the Hessian is another one, so its cosines are only compared where the data are the same.
-    assert set(logger.curve("spectrum/gradient_cosine_1")) == set(reference.cosines)
+    assert set(logger.curve("spectrum_details/gradient_cosine_1")) == set(reference.cosines)
     tops = list(reference.tops.values())
     expected = [float((a @ b.T).square().sum() / 3) for a, b in itertools.pairwise(tops)]
     found = list(whole.curve("spectrum/subspace_overlap").values())
     assert found == pytest.approx(expected, abs=2e-2)  # kept in half precision
-    first = list(whole.curve("spectrum/subspace_overlap_first").values())
+    first = list(whole.curve("spectrum_details/subspace_overlap_first").values())
     assert first == pytest.approx([float((tops[0] @ b.T).square().sum() / 3) for b in tops[1:]], abs=2e-2)
-    assert set(whole.curve("spectrum/gradient_in_random_subspace").values()) == {3 / 26}
+    assert set(whole.curve("spectrum_details/gradient_in_random_subspace").values()) == {3 / 26}
 
 
-def test_cosines_are_averaged_over_the_batches_of_the_data(tmp_path: Path) -> None:
+def test_cosines_are_averaged_over_the_batches_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Reference(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step:
                 return
             _values, vectors = torch.linalg.eigh(dense_hessian(pl_module, regression_data().tensors)[1])
-            order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
             rows = []
-            for part in order.split(8)[:4]:
+            for part in torch.arange(48).split(8)[:4]:
                 inputs, targets, _ = regression_data()[part]
                 loss = torch.nn.functional.mse_loss(pl_module(inputs), targets)
                 parts = torch.autograd.grad(loss, list(pl_module.parameters()))
@@ -143,11 +146,12 @@ def test_cosines_are_averaged_over_the_batches_of_the_data(tmp_path: Path) -> No
                 rows.append((vectors[:, -2:].T.flip(0) @ gradient / gradient.norm()).abs())
             self.cosines = torch.stack(rows)
 
+    monkeypatch.setattr(spectrum_tracker, "_GRADIENT_BATCHES", 4)
     reference = Reference()
-    logger = fit(tmp_path, reference, every_step(largest=2, gradient_batches=4, tol=1e-8)).logger
+    logger = fit(tmp_path, reference, every_step(largest=2, tol=1e-8)).logger
     for rank in range(2):
         expected = float(reference.cosines[:, rank].mean())
-        assert logger.curve(f"spectrum/gradient_cosine_{rank + 1}")[0] == pytest.approx(expected, rel=1e-5)
+        assert logger.curve(f"spectrum_details/gradient_cosine_{rank + 1}")[0] == pytest.approx(expected, rel=1e-5)
     inside = float(reference.cosines.square().sum(dim=1).mean())
     assert logger.curve("spectrum/gradient_in_top_subspace")[0] == pytest.approx(inside, rel=1e-5)
 
@@ -158,9 +162,9 @@ def test_estimates_cover_the_dense_trace_and_norm(tmp_path: Path) -> None:
     for step, hessian in dense.hessians.items():
         for tag, error, value in (
             ("trace", "trace_error", float(hessian.trace())),
-            ("frobenius_norm_estimate", "frobenius_norm_error", float(hessian.norm())),
+            ("frobenius_norm", "frobenius_norm_error", float(hessian.norm())),
         ):
-            found, spread = logger.curve(f"spectrum/{tag}")[step], logger.curve(f"spectrum/{error}")[step]
+            found, spread = logger.curve(f"spectrum/{tag}")[step], logger.curve(f"spectrum_details/{error}")[step]
             assert abs(found - value) <= 4 * spread + 1e-9
 
 
@@ -185,15 +189,40 @@ def test_benettin_follows_the_leading_eigenvalues(tmp_path: Path) -> None:
             self.hessian = dense_hessian(pl_module, batch)[1]
 
     dense = OneBatch()
-    tracker = SpectrumTracker(
-        largest=3, estimator="benettin", delta_q=1e-5, schedule=Schedule(every_n_steps=1), log_prefix=None
-    )
+    tracker = SpectrumTracker(1, largest=3, estimator="benettin")
     trainer = fit(tmp_path, dense, tracker, module=Still(linear=True), max_epochs=400, overfit_batches=1)
     values = torch.linalg.eigvalsh(dense.hessian).flip(0)[:3]
     for rank in range(3):
         found = float(trainer.callback_metrics[f"spectrum/lambda_{rank + 1}"])
         assert found == pytest.approx(float(values[rank]), rel=1e-3)
-    assert float(trainer.callback_metrics["spectrum/lyapunov_exponent_1"]) == pytest.approx(1, abs=1e-3)
+    assert float(trainer.callback_metrics["spectrum_details/lyapunov_exponent_1"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_benettin_evolves_at_every_step_and_logs_when_it_is_due(tmp_path: Path) -> None:
+    every = fit(tmp_path, SpectrumTracker(1, 2, 1, estimator="benettin")).logger
+    tracker = SpectrumTracker(5, 2, 1, estimator="benettin")
+    sparse = fit(tmp_path, tracker).logger
+    ranks = ("_1", "_2", "_min_1")
+    tags = {f"spectrum/lambda{rank}" for rank in ranks} | {"spectrum_details/tracked_norm", "spectrum_details/matvecs"}
+    tags |= {f"spectrum_details/{name}{rank}" for name in ("lyapunov_exponent", "paper_lambda") for rank in ranks}
+    assert {tag for tag in sparse.tags if tag.startswith("spectrum")} == tags | {"spectrum_details/seconds"}
+    assert [result.step for result in tracker.results] == [0, 5, 10]
+    for tag in tags:
+        assert sparse.curve(tag) == {step: value for step, value in every.curve(tag).items() if step in (0, 5, 10)}
+
+
+def test_a_resumed_benettin_goes_on_bit_identically(tmp_path: Path) -> None:
+    def tracker() -> SpectrumTracker:
+        return SpectrumTracker(5, 2, 1, estimator="benettin")
+
+    straight = fit(tmp_path, tracker(), max_epochs=4).logger
+    half = fit(tmp_path, tracker(), max_epochs=2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest = fit(tmp_path, tracker(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt").logger
+    for rank in ("_1", "_2", "_min_1"):
+        later = {step: value for step, value in straight.curve(f"spectrum/lambda{rank}").items() if step >= 12}
+        assert list(later) == [15, 20]
+        assert rest.curve(f"spectrum/lambda{rank}") == later
 
 
 @pytest.mark.parametrize(
@@ -202,7 +231,7 @@ def test_benettin_follows_the_leading_eigenvalues(tmp_path: Path) -> None:
         ({"largest": 3, "smallest": 2}, {}),
         ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, {}),
         ({"largest": 2, "estimator": "benettin"}, {}),
-        ({"largest": 2, "data": "batch", "mode": "eval"}, {"precision": "bf16-mixed"}),
+        ({"largest": 2, "hessian": HessianConfig("batch", mode="eval")}, {"precision": "bf16-mixed"}),
         ({"largest": 2, "smallest": 1}, {"accumulate": 4}),
     ],
     ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
@@ -233,9 +262,9 @@ def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone
 
     def callbacks() -> list[Callback]:
         return [
-            CurvatureProbe(1, data="fixed", fraction=1.0, log_prefix="a"),
+            CurvatureProbe(1, hessian=replace(EVERYTHING, data="fixed"), log_prefix="a"),
             every_step(largest=6, smallest=3, tol=1e-4),
-            CurvatureProbe(1, end="both", data="fixed", fraction=1.0, log_prefix="b"),
+            CurvatureProbe(1, end="both", hessian=replace(EVERYTHING, data="fixed"), log_prefix="b"),
         ]
 
     alone = fit(tmp_path, every_step(largest=6, smallest=3, tol=1e-4)).logger
@@ -250,8 +279,40 @@ def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone
             assert logger.curve(f"{prefix}/curvature/lambda_max") == alone.curve("spectrum/lambda_1")
 
 
+def test_results_have_what_is_logged_and_survive_a_checkpoint(tmp_path: Path) -> None:
+    tracker = every_step(largest=2, smallest=1, random_vectors=2, density_steps=3, groups="modules")
+    trainer = fit(tmp_path, tracker)
+    results = tracker.results
+    assert [result.step for result in results] == list(range(12))
+    assert [result.epoch for result in results] == pytest.approx([step / 6 for step in range(12)])
+    for result in results:
+        assert isinstance(result, SpectrumResult)
+        for tag, value in result.scalars().items():
+            assert trainer.logger.curve(tag)[result.step] == value
+        assert result.tracked_norm == pytest.approx(float(torch.tensor([*result.largest, *result.smallest]).norm()))
+        assert result.lambda_max_of == {"net": pytest.approx(result.largest[0], rel=1e-3)}
+    assert results[0].subspace_overlap is results[0].subspace_overlap_first is None
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"][tracker.state_key]
+    restored = every_step(largest=2, smallest=1, random_vectors=2, density_steps=3, groups="modules")
+    restored.load_state_dict(state)
+    assert restored.results == results
+
+
+def test_a_plain_tracker_follows_the_logging_and_shows_six_curves(tmp_path: Path) -> None:
+    logger = fit(tmp_path, SpectrumTracker(), log_every_n_steps=5).logger
+    shown = {tag for tag in logger.tags if tag.startswith("spectrum/")}
+    ranked = {f"spectrum/lambda_{rank}" for rank in range(1, 5)}
+    assert shown == ranked | {"spectrum/gradient_in_top_subspace", "spectrum/subspace_overlap"}
+    assert list(logger.curve("spectrum/lambda_1")) == [0, 5, 10]
+    quality = {"residual", "converged", "matvecs", "seconds", "tracked_norm", "negative_mass", "subspace_overlap_first"}
+    cosines = {f"gradient_cosine_{rank}" for rank in range(1, 5)} | {"gradient_in_random_subspace"}
+    details = {tag.removeprefix("spectrum_details/") for tag in logger.tags if tag.startswith("spectrum_details/")}
+    assert details == quality | cosines
+
+
 def test_different_requests_are_not_shared(tmp_path: Path) -> None:
-    logger = fit(tmp_path, every_step(largest=2), CurvatureProbe(1, data="batch", tol=1e-6)).logger
+    logger = fit(tmp_path, every_step(largest=2), CurvatureProbe(1, tol=1e-6)).logger
     assert logger.curve("spectrum/lambda_1")[3] != pytest.approx(logger.curve("curvature/lambda_max")[3], rel=1e-3)
 
 
@@ -264,12 +325,13 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
     half.save_checkpoint(tmp_path / "half.ckpt")
     assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
     rest = fit(tmp_path, tracker("resumed"), max_epochs=4, ckpt_path=tmp_path / "half.ckpt").logger
-    for tag in ("lambda_1", "lambda_3", "lambda_min_1", "subspace_overlap", "subspace_overlap_first"):
-        later = {step: value for step, value in straight.curve(f"spectrum/{tag}").items() if step >= 12}
+    shown = ("lambda_1", "lambda_3", "lambda_min_1", "subspace_overlap")
+    for tag in [*(f"spectrum/{name}" for name in shown), "spectrum_details/subspace_overlap_first"]:
+        later = {step: value for step, value in straight.curve(tag).items() if step >= 12}
         assert len(later) == 12
-        assert rest.curve(f"spectrum/{tag}") == later
+        assert rest.curve(tag) == later
     tables = [pd.read_csv(tmp_path / folder / "spectrum.csv") for folder in ("straight", "resumed")]
-    values = [table[table.name != "spectrum/seconds"].reset_index(drop=True) for table in tables]
+    values = [table[table.name != "spectrum_details/seconds"].reset_index(drop=True) for table in tables]
     pd.testing.assert_frame_equal(*values)
 
 
@@ -302,11 +364,13 @@ def test_a_failed_measurement_is_warned_of_and_the_run_goes_on(tmp_path: Path) -
     def broken(module: Any, batch: Any) -> Tensor:
         raise RuntimeError("broken on purpose")
 
+    tracker = every_step(largest=2, hessian=replace(EVERYTHING, loss_fn=broken))
     with pytest.warns(CurvatureWarning, match="broken on purpose"):
-        trainer = fit(tmp_path, every_step(largest=2, loss_fn=broken), CurvatureProbe(1, log_prefix="well"))
+        trainer = fit(tmp_path, tracker, CurvatureProbe(1, log_prefix="well"))
+    assert tracker.results == []
     assert trainer.global_step == 12
-    assert set(trainer.logger.curve("spectrum/converged").values()) == {0}
-    assert set(trainer.logger.curve("well/curvature/converged").values()) == {1}
+    assert set(trainer.logger.curve("spectrum_details/converged").values()) == {0}
+    assert set(trainer.logger.curve("well/curvature_details/converged").values()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -318,11 +382,15 @@ def test_a_failed_measurement_is_warned_of_and_the_run_goes_on(tmp_path: Path) -
         ({"random_vectors": 1}, "`random_vectors` should be 0 or at least 2"),
         ({"density_steps": 5}, "`random_vectors` should be 0 or at least 2"),
         ({"estimator": "arpack"}, "`estimator` should be one of lanczos, benettin, got 'arpack'"),
-        ({"method": "exact"}, "`method` should be one of"),
         ({"tol": 0}, "`tol` should be a positive float, got 0"),
         ({"groups": 3}, "`groups` should be 'modules' or a dict"),
-        ({"max_basis_vectors": 11}, "`max_basis_vectors` should be at least"),
+        ({"max_basis_vectors": 5}, "`max_basis_vectors` should be at least `largest \\+ smallest \\+ 2` = 6, got 5"),
         ({"save_vectors": True}, "`save_vectors` needs `save_dir`"),
+        ({"every_n_steps": 2, "schedule": Schedule(every_n_epochs=1)}, "`schedule` should be None"),
+        (
+            {"estimator": "benettin", "schedule": Schedule(max_overhead=0.1)},
+            "no `max_overhead` with `estimator='benettin'`, which measures at every step, got 0.1",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -333,6 +401,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("tracker", "message"),
     [
+        ({"largest": 20, "smallest": 7, "estimator": "benettin"}, r"27 eigenvalues of a model with 26 trainable"),
         ({"largest": 20, "smallest": 7}, r"27 eigenvalues of a model with 26 trainable parameters"),
         ({"groups": {"head": "head.*"}, "largest": 2}, "the group 'head' matches no trainable parameter"),
     ],

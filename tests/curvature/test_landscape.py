@@ -20,7 +20,7 @@ from lyapunov_lightning.curvature.landscape import (
     scan_line,
 )
 from tests.curvature.helpers import rng_state, symmetric_matrix
-from tests.models import PROBLEMS, mlp
+from tests.problems import PROBLEMS, mlp
 
 
 class Counted:

@@ -5,7 +5,7 @@ import torch
 
 from lyapunov_lightning.curvature import ScaledOperator, lanczos
 from tests.curvature.helpers import DenseOperator, random_vectors, relative_error, symmetric_matrix
-from tests.models import mlp
+from tests.problems import mlp
 
 
 def test_products_are_those_of_the_scaled_matrix() -> None:

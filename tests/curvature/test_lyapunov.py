@@ -18,7 +18,7 @@ from lyapunov_lightning.curvature import (
     NonFiniteCurvatureError,
 )
 from tests.curvature.helpers import random_vectors, rng_state, symmetric_matrix
-from tests.models import mlp
+from tests.problems import mlp
 
 MAPS: dict[str, dict[str, Any]] = {
     "ascent": {},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning.curvature import HessianOperator, NonFiniteCurvatureError, OnlineEigenpair, OnlineEstimate
 from tests.curvature.helpers import DenseOperator, rng_state, symmetric_matrix
-from tests.models import PROBLEMS
+from tests.problems import PROBLEMS
 
 STEPS = 300
 

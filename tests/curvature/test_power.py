@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature import Eigenpairs, NonFiniteCurvatureError, power_iteration
 from tests.curvature.helpers import DenseOperator, random_vectors, rng_state, symmetric_matrix
-from tests.models import mlp
+from tests.problems import mlp
 
 End = Literal["largest", "smallest"]
 both_ends = pytest.mark.parametrize("end", ["largest", "smallest"])

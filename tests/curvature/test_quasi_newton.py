@@ -1,7 +1,8 @@
 """Learning rates from curvature: exact on quadratics, checked against a second estimate, and governed."""
 
 import math
-from typing import Optional
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
-from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, CurvatureAlongUpdate, Governor
+from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, CurvatureAlongUpdate, Governor, LRBounds, tried
 
 
 def symmetric(values: list[float], seed: int = 0) -> Tensor:
@@ -137,14 +138,88 @@ def test_there_is_no_sharpness_where_nothing_curves_upwards() -> None:
     assert CheckedSharpness().step(lambda q: here - 3 * q, here) is None
 
 
+def test_a_vector_is_tracked_anew_where_the_number_of_parameters_is_another_one() -> None:
+    small, large = symmetric([3.0, 1.0]), symmetric([20.0, 5.0, 1.0, -1.0])
+    sharpness = CheckedSharpness(averaging=0.0)
+    for hessian, top in ((small, 3.0), (large, 20.0), (small, 3.0)):
+        here = torch.ones(len(hessian), dtype=torch.float64)
+        estimate = sharpness.settle(lambda q: here + hessian @ q, here, 100)  # noqa: B023
+        assert estimate is not None
+        assert estimate.is_settled
+        assert estimate.newest == pytest.approx(top, rel=0.05)
+
+
+def test_settling_takes_as_many_iterations_as_it_needs_or_may() -> None:
+    hessian, here = symmetric([5.0, 1.0, -1.0]), torch.ones(3, dtype=torch.float64)
+
+    def spent(max_iterations: int) -> tuple[int, bool]:
+        count = 0
+
+        def gradient(q: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return here + hessian @ q
+
+        estimate = CheckedSharpness().settle(gradient, here, max_iterations)
+        assert estimate is not None
+        return count // 2, estimate.is_settled
+
+    needed, is_settled = spent(1000)
+    assert is_settled
+    assert 3 < needed < 50
+    assert spent(needed - 1) == (needed, True)
+    assert spent(needed - 2) == (needed - 1, False)
+    assert spent(0) == (1, False)
+
+
+# A step that is tried.
+
+
+@pytest.mark.parametrize(
+    ("bottom", "lr", "least", "expected"),
+    [
+        (1.0, 2.0, 0.0, (2.0, 0)),
+        (1.0, 2.1, 0.0, (1.05, 1)),
+        (1.0, 8.1, 0.0, (1.0125, 3)),
+        (1.0, 100.0, 0.0, (6.25, 4)),
+        (1.0, 8.0, 5.0, (5.0, 1)),
+        (1.0, 16.0, 5.0, (5.0, 2)),
+    ],
+)
+def test_a_step_is_halved_until_the_loss_falls(
+    bottom: float, lr: float, least: float, expected: tuple[float, int]
+) -> None:
+    assert tried(lambda rate: (rate - bottom) ** 2, bottom**2, lr, least) == expected
+
+
+def test_a_step_to_a_loss_that_is_not_a_number_is_halved() -> None:
+    assert tried(lambda rate: math.nan if rate > 1 else 0.0, 1.0, 4.0, 0.0) == (1.0, 2)
+
+
 # The governor.
 
 
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"max_growth": 1.0}, "`max_growth` should be above 1, got 1.0."),
+        ({"min_lr": 0.0}, "`min_lr` should be a positive float, got 0.0."),
+        ({"max_lr": math.nan}, "`max_lr` should be a positive float, got nan."),
+        ({"min_lr": 1.0, "max_lr": 0.5}, "`min_lr` should be below `max_lr`, got 1.0 and 0.5."),
+        ({"window": -1}, "`window` should be a non-negative int, got -1."),
+    ],
+    ids=str,
+)
+def test_bad_bound_is_named_with_its_value(bounds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        LRBounds(**bounds)
+
+
 def test_learning_rate_falls_at_once_and_rises_bounded() -> None:
-    governor = Governor(max_growth=1.5, window=0)
+    governor = Governor(LRBounds(max_growth=1.5, window=0))
     lrs = []
     for proposal in (0.1, 10.0, 10.0, 0.01, 1.0):
-        lr = governor.admitted(proposal)
+        lr = governor.limit(proposal)
         assert lr is not None
         governor.use(lr)
         lrs.append(lr)
@@ -152,43 +227,43 @@ def test_learning_rate_falls_at_once_and_rises_bounded() -> None:
 
 
 @pytest.mark.parametrize("proposal", [None, math.nan, math.inf, 0.0, -1.0])
-def test_no_usable_proposal_holds_the_learning_rate(proposal: Optional[float]) -> None:
+def test_no_usable_proposal_holds_the_learning_rate(proposal: float | None) -> None:
     governor = Governor()
-    assert governor.admitted(proposal) is None
+    assert governor.limit(proposal) is None
     governor.use(0.3)
-    assert governor.admitted(proposal) == 0.3
+    assert governor.limit(proposal) == 0.3
 
 
 def test_floor_and_ceiling() -> None:
-    governor = Governor(min_lr=0.1, max_lr=0.5)
-    assert governor.admitted(1e-9) == 0.1
-    assert governor.admitted(1e9) == 0.5
+    governor = Governor(LRBounds(min_lr=0.1, max_lr=0.5))
+    assert governor.limit(1e-9) == 0.1
+    assert governor.limit(1e9) == 0.5
 
 
 def test_a_rising_loss_halves_the_learning_rate_and_it_comes_back() -> None:
-    governor = Governor(window=10)
+    governor = Governor(LRBounds(window=10))
     governor.use(1.0)
     assert not any(governor.observe(1.0 + 0.01 * (i % 2)) for i in range(10))
     rising = [governor.observe(2.0 + 0.01 * (i % 2)) for i in range(10)]
     assert rising.count(True) == 1
-    assert governor.caution == 0.5
-    assert governor.admitted(1.0) == 0.5
+    assert governor.back_off == 0.5
+    assert governor.limit(1.0) == 0.5
     for _ in range(10):
         governor.use(0.5)
-    assert governor.caution == pytest.approx(1.0)
+    assert governor.back_off == pytest.approx(1.0)
 
 
 def test_noise_about_a_falling_loss_is_no_rise() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = 0.05 * torch.randn(1000, generator=generator)
-    governor = Governor(window=50)
+    governor = Governor(LRBounds(window=50))
     assert not any(governor.observe(float(2.0 - 1e-3 * i + noise[i])) for i in range(1000))
 
 
 def test_a_loss_that_is_not_finite_counts_as_a_rise_at_once() -> None:
     governor = Governor()
     assert governor.observe(math.nan)
-    assert governor.caution == 0.5
+    assert governor.back_off == 0.5
 
 
 @pytest.mark.parametrize("make", [CurvatureAlongUpdate, Governor], ids=["rule", "governor"])
@@ -201,7 +276,7 @@ def test_state_goes_on_where_it_was(make: type) -> None:
     if make is CurvatureAlongUpdate:
         assert one.propose(1.0, 1.0) == other.propose(1.0, 1.0)
     else:
-        assert one.admitted(5.0) == other.admitted(5.0)
+        assert one.limit(5.0) == other.limit(5.0)
 
 
 def test_sharpness_goes_on_where_it_was() -> None:

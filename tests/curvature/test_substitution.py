@@ -1,6 +1,6 @@
 """A loss at other values of its parameters, while these stay what they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lyapunov_lightning.curvature.substitution import FunctionalLoss, SubstitutedLoss
-from tests.models import PROBLEMS
+from lyapunov_lightning.curvature.mean_loss import Objective
+from lyapunov_lightning.curvature.substitution import SubstitutedLoss
+from tests.problems import PROBLEMS
 
 W = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64)
 V = torch.tensor([[-2.0, 0.5], [0.25, 4.0]], dtype=torch.float64)
@@ -33,19 +34,25 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def value(loss: SubstitutedLoss, batch: Any, values: Sequence[Tensor] | None = None) -> Tensor:
+    with loss.evaluated(batch, values) as evaluation:
+        return evaluation.loss
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_operation_sees_the_substitute(name: str) -> None:
     function = FUNCTIONS[name]
     parameter = nn.Parameter(W.clone())
     loss = SubstitutedLoss(lambda batch: batch * function(parameter), [parameter])
     substitute = V.clone().requires_grad_()
-    value = loss.at([substitute], 3.0)
     expected_at = V.clone().requires_grad_()
     expected = 3.0 * function(expected_at)
-    assert value.item() == expected.item()
-    (gradient,) = torch.autograd.grad(value, substitute)
+    with loss.evaluated(3.0, [substitute]) as evaluation:
+        assert evaluation.loss.item() == expected.item()
+        assert evaluation.leaves[0] is substitute
+        (gradient,) = torch.autograd.grad(evaluation.loss, evaluation.leaves)
     assert torch.equal(gradient, torch.autograd.grad(expected, expected_at)[0])
-    assert loss(3.0).item() == 3.0 * function(W).item()
+    assert value(loss, 3.0).item() == 3.0 * function(W).item()
     assert torch.equal(parameter, W)
     assert parameter._version == 0
 
@@ -59,7 +66,7 @@ def test_models_are_evaluated_at_the_substitutes(name: str) -> None:
     inputs, labels = problem.batches[0]
     by_name = dict(zip((n for n, _ in problem.model.named_parameters()), values, strict=True))
     expected = nn.functional.cross_entropy(functional_call(problem.model, by_name, (inputs,)), labels)
-    actual = SubstitutedLoss(problem.loss, problem.parameters).at(values, problem.batches[0])
+    actual = value(SubstitutedLoss(problem.loss, problem.parameters), problem.batches[0], values)
     assert actual.item() == expected.item()
     assert actual.item() != problem.loss(problem.batches[0]).item()
 
@@ -67,20 +74,20 @@ def test_models_are_evaluated_at_the_substitutes(name: str) -> None:
 def test_only_the_parameters_are_substituted() -> None:
     parameter, other = nn.Parameter(W.clone()), nn.Parameter(W.clone())
     loss = SubstitutedLoss(lambda batch: parameter.sum() + 10 * other.sum(), [parameter])
-    assert loss.at([V], None).item() == V.sum().item() + 10 * W.sum().item()
+    assert value(loss, None, [V]).item() == V.sum().item() + 10 * W.sum().item()
 
 
 def test_several_parameters_are_substituted_in_their_order() -> None:
     first, second = nn.Parameter(W.clone()), nn.Parameter(W.clone())
     loss = SubstitutedLoss(lambda batch: first.sum() + 10 * second.sum(), [first, second])
-    assert loss.at([V, 2 * V], None).item() == 21 * V.sum().item()
+    assert value(loss, None, [V, 2 * V]).item() == 21 * V.sum().item()
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_as_many_values_as_parameters_are_needed(count: int) -> None:
     parameter = nn.Parameter(W.clone())
     with pytest.raises(ValueError, match="argument 2"):
-        SubstitutedLoss(lambda batch: parameter.sum(), [parameter]).at([V] * count, None)
+        value(SubstitutedLoss(lambda batch: parameter.sum(), [parameter]), None, [V] * count)
 
 
 def test_the_substitution_ends_with_the_evaluation_also_on_an_exception() -> None:
@@ -93,13 +100,27 @@ def test_the_substitution_ends_with_the_evaluation_also_on_an_exception() -> Non
 
     substituted = SubstitutedLoss(loss, [parameter])
     with pytest.raises(KeyError):
-        substituted.at([V], None)
+        value(substituted, None, [V])
     assert parameter.sum().item() == W.sum().item()
-    assert substituted.at([V], 1).item() == V.sum().item()
+    assert value(substituted, 1, [V]).item() == V.sum().item()
     assert parameter.sum().item() == W.sum().item()
 
 
-def test_functional_losses_are_known_by_their_method() -> None:
+def test_the_substitution_lasts_as_long_as_the_evaluation() -> None:
+    """Since checkpointed layers are evaluated again while their loss is differentiated."""
     parameter = nn.Parameter(W.clone())
-    assert isinstance(SubstitutedLoss(lambda batch: parameter.sum(), [parameter]), FunctionalLoss)
-    assert not isinstance(lambda batch: parameter.sum(), FunctionalLoss)
+    with SubstitutedLoss(lambda batch: parameter.sum(), [parameter]).evaluated(None, [V]):
+        assert parameter.sum().item() == V.sum().item()
+    assert parameter.sum().item() == W.sum().item()
+
+
+def test_the_leaves_are_the_parameters_themselves_where_nothing_is_substituted() -> None:
+    parameter = nn.Parameter(W.clone())
+    with SubstitutedLoss(lambda batch: (parameter * batch).sum(), [parameter]).evaluated(W) as evaluation:
+        assert list(evaluation.leaves) == [parameter]
+        assert evaluation.num_samples() == 2
+
+
+def test_a_substituted_loss_is_an_objective_and_a_plain_function_is_none() -> None:
+    assert isinstance(SubstitutedLoss(lambda batch: W.sum(), [W]), Objective)
+    assert not isinstance(lambda batch: W.sum(), Objective)

@@ -1,7 +1,7 @@
 """The data of a measurement are the right ones, the same in every run, and the training does not notice."""
 
-import itertools
 import random
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,26 +14,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.randomness import RandomState
+from lyapunov_lightning.training import batches
 from lyapunov_lightning.training.batches import ProbeData
-from lyapunov_lightning.training.objective import ProbeBatch, TrainingObjective
-
-
-class Numbered(Dataset):
-    """Samples that tell their own position, augmented with every kind of random number."""
-
-    def __init__(self, size: int, augmented: bool = False) -> None:
-        self.size = size
-        self.augmented = augmented
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Tensor:
-        noise = [float(torch.rand(())), np.random.rand(), random.random()] if self.augmented else [0.0, 0.0, 0.0]
-        return torch.tensor([float(index), *noise])
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.replay import TrainingObjective
+from tests.training.probe_data import Numbered, Restless, cause, drawn, positions, reset, started, trainer_of
 
 
 class Stream(IterableDataset):
@@ -44,261 +35,432 @@ class Stream(IterableDataset):
         return (torch.tensor([float(index), 0.0, 0.0, 0.0]) for index in range(self.size))
 
 
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return self.size
+
+
 class Learner(pl.LightningModule):
-    """Learns from batches of any structure; keeps what it has seen."""
+    """Keeps what it has seen, and writes to its batches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 1)
         self.order: list[Any] = []
 
-    @staticmethod
-    def samples(batch: Any) -> Tensor:
-        return batch
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        samples = self.samples(batch)
+        samples = torch.cat(list(batch.values())) if isinstance(batch, dict) else batch
+        samples = samples[0] if isinstance(samples, list) else samples
         self.order.append(samples.clone())
-        return self.layer(samples / 100).square().mean()
+        return self.layer(samples[:, :4].div_(100)).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def process(loader: Any, rank: int = 0, world_size: int = 1) -> Any:
-    """As much of a Trainer as the choice of data looks at."""
-    return SimpleNamespace(train_dataloader=loader, global_rank=rank, world_size=world_size)
+class Measured(pl.Callback):
+    """Has fixed data, as a callback of the package does; keeps what was offered at every step."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.data = ProbeData(HessianConfig("fixed", **settings))
+        self.note: str | None = None
+        self.offered: list[Any] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.note = self.data.start("Owner", trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.data.observe(batch, batch_idx)
+        self.offered.append(self.data.batches(batch, batch_idx))
+
+    @property
+    def positions(self) -> list[int]:
+        return positions(probe.batch for probe in self.offered[-1])
 
 
-def drawn(loader: Any, rank: int = 0, world_size: int = 1, **settings: Any) -> list[Tensor]:
-    probes = ProbeData("fixed", **settings).batches(process(loader, rank, world_size), None, 0)
-    assert all(isinstance(probe, ProbeBatch) and not probe.is_transferred for probe in probes)
-    assert [probe.batch_idx for probe in probes] == list(range(len(probes)))
-    return [probe.batch for probe in probes]
+# The batch of the step.
 
 
-def positions(batches: list[Tensor]) -> list[int]:
-    return [int(sample[0]) for batch in batches for sample in batch]
+def test_the_batch_of_the_step_is_what_training_step_gets():
+    data, batch = ProbeData(HessianConfig("batch")), torch.ones(2)
+    before = RandomState.capture()
+    assert data.start("Owner", SimpleNamespace()) is None
+    data.observe(batch, 3)
+    [probe] = data.batches(batch, 3)
+    batch.zero_()  # by the step, before the measurement ends
+    assert probe.batch.tolist() == [1, 1]
+    assert (probe.batch_idx, probe.is_transferred) == (3, True)
+    with data.randomness(1):
+        assert torch.equal(torch.get_rng_state(), before.cpu)
 
 
-# Which samples.
-
-
-def test_the_batch_of_the_step_is_what_training_step_gets(fit):
-    def check(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        [probe] = ProbeData("batch").batches(trainer, batch, batch_idx)
-        assert torch.equal(probe.batch, batch)
-        assert probe.batch.data_ptr() != batch.data_ptr()  # the step may write to its batch before the measurement
-        assert probe.batch_idx == batch_idx
-        assert probe.is_transferred
-
-    _, results = fit(Learner(), DataLoader(Numbered(8), 4), check)
-    assert len(results) == 2
-
-
-@pytest.mark.parametrize(
-    ("size", "batch_size", "settings", "sizes"),
-    [
-        (100, 4, {}, [5]),
-        (100, 4, {"fraction": 0.09}, [4, 5]),
-        (101, 10, {"fraction": 0.1}, [11]),
-        (10, 4, {"fraction": 1.0}, [4, 4, 2]),
-        (10, 4, {"fraction": 1e-6}, [1]),
-        (100, 4, {"num_batches": 3}, [4, 4, 4]),
-        (10, 4, {"num_batches": 3}, [4, 4, 2]),
-        (10, 4, {"num_batches": 99}, [4, 4, 2]),
-        (100, 4, {"num_batches": 1, "fraction": 0.5}, [4]),
-    ],
-)
-def test_fixed_set_has_the_size_asked_for_without_repeats(size, batch_size, settings, sizes):
-    batches = drawn(DataLoader(Numbered(size), batch_size), **settings)
-    assert [len(batch) for batch in batches] == sizes
-    chosen = positions(batches)
-    assert len(set(chosen)) == len(chosen) == sum(sizes)
-    assert set(chosen) <= set(range(size))
-
-
-def test_every_sample_is_as_likely_as_every_other():
-    loader = DataLoader(Numbered(20), 4)
-    counts = torch.zeros(20)
-    for seed in range(400):
-        counts[positions(drawn(loader, fraction=0.25, seed=seed))] += 1
-    chi_squared = ((counts - 100) ** 2 / (100 * 0.75)).sum() * 19 / 20
-    assert chi_squared < 43.8  # the 99.9 % point for 19 degrees of freedom
+# How many fixed batches.
 
 
 @pytest.mark.parametrize(
-    "loader",
+    ("size", "settings", "count"),
     [
-        lambda dataset: DataLoader(dataset, 4),
-        lambda dataset: DataLoader(dataset, 4, shuffle=True),
-        lambda dataset: DataLoader(dataset, 4, sampler=RandomSampler(dataset, replacement=True)),
-        lambda dataset: DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 4, drop_last=True)),
-        lambda dataset: DataLoader(dataset, 4, drop_last=True),
-        lambda dataset: DataLoader(dataset, 4, num_workers=2, persistent_workers=True),
+        (100, {}, 2),
+        (100, {"fraction": 0.09}, 3),
+        (280, {"fraction": 0.1}, 7),
+        (400, {"fraction": 0.07}, 7),
+        (100, {"fraction": 1.0}, 25),
+        (10, {"fraction": 1.0}, 3),
+        (10, {"fraction": 1e-6}, 1),
+        (10, {"num_batches": 2}, 2),
+        (10, {"num_batches": 99}, 3),
+        (100, {"num_batches": 1, "fraction": 0.5}, 1),
     ],
-    ids=["plain", "shuffled", "sampler", "batch-sampler", "drop-last", "workers"],
 )
-def test_fixed_set_depends_on_the_seed_and_not_on_the_order_of_training(loader):
-    reference = drawn(DataLoader(Numbered(40), 4), fraction=0.3)
-    batches = drawn(loader(Numbered(40)), fraction=0.3)
-    assert len(batches) == 3
-    assert all(map(torch.equal, reference, batches))
-    assert positions(drawn(loader(Numbered(40)), fraction=0.3, seed=1)) != positions(reference)
+def test_fixed_data_have_the_size_asked_for(size, settings, count):
+    assert len(drawn(DataLoader(Numbered(size), 4), **settings)) == count
 
 
-def test_fixed_set_is_drawn_once_and_kept():
-    data = ProbeData("fixed", fraction=0.5)
-    trainer = process(DataLoader(Numbered(20, augmented=True), 4))
-    first = data.batches(trainer, None, 0)
-    torch.manual_seed(5)
-    assert data.batches(trainer, None, 7) is first
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_processes_share_the_set_of_a_single_one(world_size):
-    loader = DataLoader(Numbered(50), 4)
-    alone = positions(drawn(loader, fraction=0.21))
-    shares = [positions(drawn(loader, rank, world_size, fraction=0.21)) for rank in range(world_size)]
-    assert sorted(itertools.chain(*shares)) == sorted(alone)
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_num_batches_counts_for_each_process_and_some_may_have_none():
-    loader = DataLoader(Numbered(50), 4)
-    shares = [drawn(loader, rank, 2, num_batches=3) for rank in range(2)]
-    assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 4], [4, 4, 4]]
-    assert not set(positions(shares[0])) & set(positions(shares[1]))
-    assert [len(drawn(loader, rank, 2, fraction=0.01)) for rank in range(2)] == [1, 0]
-
-
-@pytest.mark.parametrize("arguments", [{"num_batches": n} for n in (0, -1, True, 1.5, "2")], ids=str)
-def test_num_batches_out_of_range_is_named(arguments):
-    with pytest.raises(ValueError, match=r"`num_batches` should be a positive int, got"):
-        ProbeData("fixed", **arguments)
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan"), float("inf")])
-def test_fraction_out_of_range_is_named(fraction):
-    with pytest.raises(ValueError, match=r"`fraction` should be in \(0, 1\], got"):
-        ProbeData("fixed", fraction=fraction)
-
-
-@pytest.mark.parametrize("data", ["all", "", None, 1])
-def test_unknown_data_is_named(data):
-    with pytest.raises(ValueError, match=r"`data` should be 'batch' or 'fixed', got"):
-        ProbeData(data)
+@pytest.mark.parametrize(
+    ("limits", "settings", "chosen"),
+    [
+        ({"overfit_batches": 1}, {"num_batches": 3}, [0, 1, 2, 3]),
+        ({"overfit_batches": 0.5}, {"fraction": 1.0}, list(range(12))),
+        ({"limit_train_batches": 2}, {"num_batches": 3}, list(range(8))),
+        ({"limit_train_batches": 4}, {"fraction": 0.5}, list(range(8))),
+        ({"fast_dev_run": 1}, {"fraction": 1.0}, [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_no_batch_is_drawn_beyond_the_limits_of_the_trainer(fit, limits, settings, chosen):
+    measured, module = Measured(**settings), Learner()
+    shuffles = "overfit_batches" in limits  # which Lightning turns off
+    loader = DataLoader(Numbered(24), 4, shuffle=shuffles)
+    fit(module, loader, callbacks=(measured,), **limits)
+    assert measured.note is None
+    assert measured.positions == chosen
+    assert set(chosen) <= set(positions(module.order))
 
 
 # The training does not notice.
 
 
-def test_drawing_leaves_every_global_generator_as_it_was():
-    loader = DataLoader(Numbered(40, augmented=True), 4, shuffle=True)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_training_is_the_same_with_and_without(fit, accumulated):
+    def run(*callbacks: Measured) -> list[Tensor]:
+        reset()
+        pl.seed_everything(3, verbose=False)
+        module = Learner()
+        loader = DataLoader(Restless(12), 4, shuffle=True)
+        fit(module, loader, callbacks=callbacks, max_epochs=2, accumulate_grad_batches=accumulated)
+        rest = [torch.rand(3), torch.tensor([np.random.rand(), random.random()])]
+        return [*module.order, *(p.detach() for p in module.parameters()), *rest]
+
+    assert all(map(torch.equal, run(), run(Measured(num_batches=2), Measured(fraction=0.5, seed=1))))
+
+
+def test_a_resumed_run_has_the_same_fixed_data(fit, tmp_path):
+    def loader() -> DataLoader:
+        return DataLoader(Restless(24), 4, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    def run(seed: int, measured: Measured, **settings: Any) -> pl.Trainer:
+        reset()
+        pl.seed_everything(seed, verbose=False)
+        return fit(Learner(), loader(), callbacks=(measured,), **settings)[0]
+
+    first, second = Measured(num_batches=3), Measured(num_batches=3)
+    run(1, first, max_steps=4).save_checkpoint(tmp_path / "amidst.ckpt")
+    pl.seed_everything(2, verbose=False)
+    trainer = pl.Trainer(
+        **{"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+        **{"max_steps": 8, "callbacks": [second], "default_root_dir": tmp_path, "enable_model_summary": False},
+    )
+    trainer.fit(Learner(), loader(), ckpt_path=tmp_path / "amidst.ckpt", weights_only=False)
+    assert trainer.global_step == 8
+    for one, other in zip(first.offered[-1], second.offered[-1], strict=True):
+        assert torch.equal(one.batch[:, :10], other.batch[:, :10])
+
+
+def test_fixed_data_stay(fit):
+    measured = Measured(num_batches=2)
+    fit(Learner(), DataLoader(Numbered(24), 4, shuffle=True), callbacks=(measured,), max_epochs=2)
+    assert len(measured.offered) == 12
+    assert all(offered is measured.offered[0] for offered in measured.offered)
+    assert not any(probe.is_transferred for probe in measured.offered[0])
+
+
+def test_a_second_fit_begins_anew(fit):
+    measured = Measured(num_batches=1)
+    fit(Learner(), DataLoader(Stream(12), 4), callbacks=(measured,))
+    fit(Learner(), DataLoader(Numbered(8), 2), callbacks=(measured,))
+    assert measured.note is None
+    assert measured.positions == [0, 1]
+
+
+def test_random_numbers_of_a_measurement_are_those_of_the_seed_and_the_rank():
+    def numbers(seed: int, rank: int) -> list[float]:
+        with ProbeData(HessianConfig("fixed", seed=seed)).randomness(rank):
+            return [float(torch.rand(())), random.random(), float(np.random.rand())]
+
     before = RandomState.capture()
-    drawn(loader, fraction=0.5)
+    reference = numbers(5, 0)
+    assert numbers(5, 0) == numbers(4, 1) == reference
+    assert not set(reference) & set(numbers(5, 1))
     after = RandomState.capture()
     assert torch.equal(before.cpu, after.cpu)
     assert before.python == after.python
     np.testing.assert_equal(before.numpy, after.numpy)
 
 
-def test_augmentation_of_the_fixed_set_is_that_of_its_seed():
-    def fresh(global_seed: int, **settings: Any) -> list[Tensor]:
-        torch.manual_seed(global_seed)
-        np.random.seed(global_seed)
-        random.seed(global_seed)
-        return drawn(DataLoader(Numbered(40, augmented=True), 4, shuffle=True), fraction=0.5, **settings)
-
-    first, second, other = fresh(1), fresh(2), fresh(1, seed=9)
-    assert all(map(torch.equal, first, second))
-    noise, other_noise = (torch.cat(batches)[:, 1:] for batches in (first, other))
-    assert all(len(column.unique()) == len(column) for column in noise.T)
-    assert not set(noise.reshape(-1).tolist()) & set(other_noise.reshape(-1).tolist())
+# Data that cannot be read beside the training.
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_order_and_augmentation_of_the_training_are_unchanged(fit, num_workers):
-    def run(check: Callable[..., Any]) -> list[Tensor]:
-        pl.seed_everything(3, verbose=False)
-        module = Learner()
-        loader = DataLoader(Numbered(12, augmented=True), 4, shuffle=True, num_workers=num_workers)
-        fit(module, loader, check, max_epochs=2)
-        return [*module.order, torch.rand(3), torch.tensor([np.random.rand(), random.random()])]
+class Plain:
+    """Batches of the user's own making."""
 
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> None:
-        assert ProbeData("fixed", fraction=0.5).batches(trainer, batch, batch_idx)
-
-    assert all(map(torch.equal, run(lambda *args: None), run(check)))
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.full((4, 4), float(index)) for index in range(6))
 
 
-# Structures and hooks.
+UNREAD = {
+    "iterable": (lambda: DataLoader(Stream(24), 4), "an IterableDataset, Stream, "),
+    "several": (lambda: {"a": DataLoader(Numbered(24), 4), "b": DataLoader(Numbered(12), 2)}, "are a dict"),
+    "combined": (lambda: CombinedLoader({"a": DataLoader(Numbered(24), 4)}, "min_size"), "are a dict"),
+    "list": (lambda: [DataLoader(Numbered(24), 4)], "are a list"),
+    "own": (Plain, "are a Plain"),
+    "draws-away": (
+        lambda: DataLoader(Numbered(24), 4, sampler=OneTime(24)),
+        "(it draws from a generator, which would take items away from the training)",
+    ),
+}
 
 
-@dataclass
-class Labelled:
-    samples: Tensor
-    name: str
+class OneTime:
+    """A sampler that can be gone through once."""
+
+    def __init__(self, size: int) -> None:
+        self.items = (index for index in range(size))
+
+    def __iter__(self) -> Iterator[int]:
+        return self.items
 
 
-class LearnsDicts(Learner):
-    @staticmethod
-    def samples(batch: Any) -> Tensor:
-        return batch["samples"]
+@pytest.mark.parametrize("kind", UNREAD)
+def test_first_batches_are_kept_as_they_pass(fit, kind):
+    build, said = UNREAD[kind]
+    measured, module, alone = Measured(num_batches=3), Learner(), Learner()
+    alone.load_state_dict(module.state_dict())
+    fit(module, build(), callbacks=(measured,))
+    fit(alone, build())
+    assert measured.note.startswith("The fixed data of `Owner` are the first 3 batches of this training, kept")
+    assert said in measured.note
+    assert measured.offered[:2] == [None, None]
+    assert all(offered is measured.offered[2] for offered in measured.offered[2:])
+    assert [(probe.batch_idx, probe.is_transferred) for probe in measured.offered[2]] == [(i, True) for i in range(3)]
+    for probe, seen in zip(measured.offered[2], module.order, strict=False):
+        unwrapped = list(probe.batch.values()) if isinstance(probe.batch, dict) else [probe.batch]
+        unwrapped = unwrapped[0] if isinstance(unwrapped[0], list) else unwrapped
+        assert torch.equal(torch.cat(unwrapped), seen)  # though the step has written to it since
+    assert len(module.order) == len(alone.order) == 6
+    assert all(map(torch.equal, module.order, alone.order))
 
 
-class LearnsDataclasses(Learner):
-    @staticmethod
-    def samples(batch: Any) -> Tensor:
-        return batch.samples
+@pytest.mark.parametrize("kind", ["iterable", "own", "draws-away"])
+def test_a_fraction_of_data_without_a_length_is_refused(fit, kind):
+    with pytest.raises(MisconfigurationException, match=r"`Owner` cannot take a fraction.*HessianConfig\(num_batches="):
+        fit(Learner(), UNREAD[kind][0](), callbacks=(Measured(),))
 
 
-def as_dict(items: list[Tensor]) -> dict[str, Any]:
-    return {"samples": torch.stack(items), "name": "dict"}
+def test_a_fraction_of_a_stream_with_a_length_is_kept(fit):
+    measured = Measured(fraction=0.3)
+    fit(Learner(), DataLoader(SizedStream(24), 4), callbacks=(measured,))
+    assert "the first 2 batches" in measured.note
+    assert measured.positions == list(range(8))
 
 
-def as_dataclass(items: list[Tensor]) -> Labelled:
-    return Labelled(torch.stack(items), "dataclass")
+def test_a_loader_that_gives_nothing_is_said_to():
+    class Empty(DataLoader):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    assert "gives no batch" in cause(Empty(Numbered(4), 2))
 
 
-@pytest.mark.parametrize(
-    ("module", "collate"), [(LearnsDicts, as_dict), (LearnsDataclasses, as_dataclass)], ids=["dict", "dataclass"]
-)
-@pytest.mark.parametrize("settings", [{"fraction": 0.5}, {"num_batches": 1}], ids=["sampled", "passing"])
-def test_batches_have_the_structure_of_the_dataloader(fit, module, collate, settings):
-    data = ProbeData("fixed", **settings)
+class Raises(Dataset):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> Tensor:
-        data.observe(trainer, batch, batch_idx)
-        probe = data.batches(trainer, batch, batch_idx)[0]
-        assert type(probe.batch) is type(batch)
-        return TrainingObjective(trainer, module)(probe).detach()
+    def __len__(self) -> int:
+        return 4
 
-    dataset = Numbered(8) if "fraction" in settings else Stream(8)
-    learner = module()
-    _, losses = fit(learner, DataLoader(dataset, 4, collate_fn=collate), check)
-    assert len(losses) == len(learner.order) == 2
-    assert all(torch.isfinite(loss) for loss in losses)
+    def __getitem__(self, index: int) -> Tensor:
+        raise self.error
 
 
-class WithHooks(LearnsDicts):
-    """Transforms its batches on the way, as the documentation of Lightning shows it: in place in the dictionary."""
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("one\ntwo"), MemoryError(), MeasurementError("Full.")])
+def test_whatever_a_loader_raises_is_told_in_one_line(error):
+    note = cause(DataLoader(Raises(error), 2), num_batches=1)
+    said = {KeyError: "KeyError: 'x'", RuntimeError: "RuntimeError: one", MeasurementError: "Full"}
+    assert note.endswith(f"({said.get(type(error), 'MemoryError: without a message')}).")
+
+
+def test_an_interrupt_is_the_users():
+    class Interrupted(Numbered):
+        def __getitem__(self, index: int) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        drawn(DataLoader(Interrupted(4), 2))
+
+
+@pytest.mark.parametrize("failing_call", [0, 1])
+def test_all_ranks_keep_as_many_batches_if_one_has_to(monkeypatch, failing_call):
+    flags: list[bool] = []
+    monkeypatch.setattr(batches, "any_rank", lambda trainer, flag: flags.append(flag) or len(flags) - 1 == failing_call)
+    trainer = trainer_of(DataLoader(Numbered(24), 4))
+    trainer.world_size = 2
+    trainer.strategy = SimpleNamespace(broadcast=lambda sending: 2 if isinstance(sending, int) else sending)
+    data, note = started(trainer, num_batches=3)
+    assert flags == [False] * (failing_call + 1)
+    assert "the first 2 batches" in note
+    assert "another rank" in note
+    data.observe(torch.ones(1), 0)
+    assert data.batches(None, 0) is None
+    data.observe(torch.ones(1), 1)
+    assert len(data.batches(None, 1)) == 2
+
+
+# Batches of any class.
+
+
+class OwnClass:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.meta = {"sizes": [len(x)]}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+
+
+class Slots:
+    __slots__ = ("x",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Encoding(UserDict):
+    """As of a tokenizer: attributes are entries."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        super().__init__(data)
+        self._encodings = [object()]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Graphs:
+    """As of torch_geometric: attributes in a store that knows its parent."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__["_store"] = SimpleNamespace(parent=self, mapping=values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_store":
+            raise RuntimeError("not initialised")
+        return self._store.mapping[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._store.mapping[name] = value
+
+
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor(list(x.split(1)), layout=torch.jagged)
+
+
+KINDS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
+    "own": (OwnClass, lambda b: b.x),
+    "frozen": (Frozen, lambda b: b.x),
+    "slots": (Slots, lambda b: b.x),
+    "mapping": (lambda x: Encoding({"x": x}), lambda b: b.x),
+    "graphs": (lambda x: Graphs(x=x), lambda b: b.x),
+    "array": (lambda x: x.numpy().copy(), lambda b: b),
+    "arrays": (lambda x: {"x": [x.numpy().copy()]}, lambda b: b["x"][0]),
+    "packed": (lambda x: pack_sequence([x]), lambda b: b.data),
+    "nested": (nested, lambda b: b.values()),
+    "strided-nested": (lambda x: torch.nested.nested_tensor(list(x.split(1))), lambda b: b.to_padded_tensor(0)),
+    "sparse": (lambda x: x.to_sparse(), lambda b: b.to_dense()),
+    "nothing": (lambda x: [None, x, "text", 3], lambda b: b[1]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_class_are_drawn(kind):
+    build, read = KINDS[kind]
+    num_workers = int(kind in ("own", "array", "packed"))  # the others are seldom sent from there, or never
+
+    def collate(samples: list[Tensor]) -> Any:
+        return build(torch.stack(samples))
+
+    batches = drawn(DataLoader(Numbered(8), 4, collate_fn=collate, num_workers=num_workers), num_batches=2)
+    for index, batch in enumerate(batches):
+        assert type(batch) is type(build(torch.ones(4, 4)))
+        values = torch.as_tensor(read(batch)).reshape(4, 4)
+        assert values[:, 0].tolist() == [4.0 * index + place for place in range(4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_class_are_kept_as_they_were(kind):
+    build, read = KINDS[kind]
+    batch = build(torch.arange(16.0).reshape(4, 4))
+    data, _ = started(trainer_of(Plain()), num_batches=1)
+    data.observe(batch, 0)
+    [probe] = data.batches(batch, 0)
+    assert type(probe.batch) is type(batch)
+    if kind in ("strided-nested", "sparse"):
+        batch.mul_(-1.0)
+    else:
+        read(batch)[:] = -1.0  # by the step
+    values = torch.as_tensor(read(probe.batch)).flatten()
+    assert values.tolist() == list(range(16))
+
+
+def test_a_graph_that_knows_itself_keeps_to_its_copy():
+    batch = Graphs(x=torch.ones(2))
+    twin = Copier()(batch)
+    assert twin._store.parent is twin
+    twin.x = torch.zeros(2)
+    assert batch.x.sum() == 2
+
+
+def test_a_batch_that_can_be_gone_through_once_is_refused():
+    source = iter([torch.ones(1)])
+    once = (entry for entry in source)
+    data, _ = started(trainer_of(Plain()), num_batches=1)
+    data.observe(once, 0)
+    [probe] = data.batches(once, 0)
+    with pytest.raises(MeasurementError, match="generator, which cannot be copied"):
+        next(probe.batch)
+    assert len(list(once)) == 1
+
+
+def test_samples_of_a_dataset_in_a_tuple_are_collated(loader):
+    train = loader(num_samples=12)
+    assert isinstance(train.dataset, TensorDataset)
+    [(inputs, targets)] = drawn(train, fraction=0.3)
+    assert inputs.shape == (4, 4)
+    assert targets.shape == (4, 3)
+
+
+# Hooks.
+
+
+class WithHooks(Learner):
+    """Transforms its batches on the way, in place in the dictionary and in its tensors."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         batch["samples"] = batch["samples"] + 1
-        return batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch["samples"] = batch["samples"] * 2
-        return batch
-
-
-class WithHooksInPlace(WithHooks):
-    """The same, in place in the tensors."""
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch["samples"].add_(1)
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -306,119 +468,26 @@ class WithHooksInPlace(WithHooks):
         return batch
 
 
-@pytest.mark.parametrize("kind", [WithHooks, WithHooksInPlace])
 @pytest.mark.parametrize("data", ["batch", "fixed"])
-def test_transfer_hooks_are_applied_once_to_every_batch(fit, kind, data):
-    probe_data = ProbeData(data, fraction=1.0)
+def test_transfer_hooks_are_applied_once_to_every_batch(fit, data):
+    probe_data = ProbeData(HessianConfig(data, fraction=1.0))
+    raw = torch.stack([Numbered(4)[index] for index in range(4)])
 
     def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> None:
-        probes = probe_data.batches(trainer, batch, batch_idx)
+        if probe_data.batches(batch, batch_idx) is None:
+            probe_data.start("Owner", trainer)
         objective = TrainingObjective(trainer, module)
-        raw = torch.stack([Numbered(4)[index] for index in range(4)])
         expected = module.layer((raw + 1) * 2 / 100).square().mean()
         for _ in range(3):  # also when it is evaluated again and again
-            losses = torch.stack([objective(probe).detach() for probe in probes])
-            assert torch.allclose(losses.mean(), expected, rtol=1e-5)
+            losses = []
+            for probe in probe_data.batches(batch, batch_idx):
+                with objective.evaluated(probe) as evaluation:
+                    losses.append(evaluation.loss.detach())
+            assert torch.allclose(torch.stack(losses).mean(), expected, rtol=1e-5)
 
-    module = kind()
-    fit(module, DataLoader(Numbered(4), 4 if data == "batch" else 2, collate_fn=as_dict), check, max_epochs=2)
-    seen = torch.cat(module.order)
-    assert torch.equal(seen[:4], (torch.stack([Numbered(4)[index] for index in range(4)]) + 1) * 2)
-
-
-class InPlace(Learner):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.order.append(batch.clone())
-        return self.layer(batch.div_(100)).square().mean()
-
-
-def test_a_step_that_works_in_place_gets_the_batch_as_it_was(fit):
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> None:
-        [probe] = ProbeData("batch").batches(trainer, batch, batch_idx)
-        objective = TrainingObjective(trainer, module)
-        assert torch.equal(objective(probe), objective(probe))
-
-    module = InPlace()
-    fit(module, DataLoader(Numbered(8), 4), check)
-    assert positions(module.order) == list(range(8))
-
-
-# Data that cannot be sampled.
-
-
-def unsampled(kind: str) -> Any:
-    if kind == "iterable":
-        return DataLoader(Stream(24), 4)
-    if kind == "own-batches":
-        return DataLoader([torch.tensor([[float(i), 0, 0, 0]]) for i in range(6)], batch_size=None)
-    loaders = {"a": DataLoader(Numbered(24), 4), "b": DataLoader(Numbered(12), 2)}
-    return {"several": loaders, "combined": CombinedLoader(loaders, "min_size")}[kind]
-
-
-class LearnsPairs(Learner):
-    @staticmethod
-    def samples(batch: Any) -> Tensor:
-        return torch.cat(list(batch.values())) if isinstance(batch, dict) else batch
-
-
-@pytest.mark.parametrize("kind", ["iterable", "own-batches", "several", "combined"])
-def test_first_batches_are_kept_as_they_pass(fit, kind):
-    data = ProbeData("fixed", num_batches=3)
-    kept = []
-
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> Any:
-        data.check("Owner", trainer)
-        data.observe(trainer, batch, batch_idx)
-        probes = data.batches(trainer, batch, batch_idx)
-        if probes is not None:
-            assert all(probe.is_transferred for probe in probes)
-            kept.append([module.samples(probe.batch).clone() for probe in probes])
-        return None if probes is None else [probe.batch_idx for probe in probes]
-
-    module = LearnsPairs()
-    _, indices = fit(module, unsampled(kind), check)
-    assert indices == [None, None, [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
-    for batches in kept:
-        assert all(map(torch.equal, batches, module.order[:3]))
-
-
-@pytest.mark.parametrize("kind", ["iterable", "own-batches", "several", "combined"])
-def test_a_fraction_of_what_cannot_be_sampled_is_refused(fit, kind):
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        ProbeData("batch").check("Owner", trainer)
-        with pytest.raises(MisconfigurationException, match=r"`Owner\(data='fixed'\)`.*Pass `num_batches`"):
-            ProbeData("fixed").check("Owner", trainer)
-
-    fit(LearnsPairs(), unsampled(kind), check)
-
-
-def test_what_is_kept_does_not_change_with_the_batch(fit):
-    data = ProbeData("fixed", num_batches=1)
-
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> Tensor:
-        data.observe(trainer, batch, batch_idx)
-        [probe] = data.batches(trainer, batch, batch_idx)
-        return probe.batch.clone()
-
-    _, batches = fit(InPlace(), DataLoader(Stream(12), 4), check)
-    assert positions(batches) == [0, 1, 2, 3] * 3
-
-
-def test_nothing_is_kept_where_samples_can_be_drawn(fit):
-    data = ProbeData("fixed", num_batches=1)
-
-    def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> bool:
-        data.observe(trainer, batch, batch_idx)
-        [probe] = data.batches(trainer, batch, batch_idx)
-        return probe.is_transferred
-
-    _, transferred = fit(Learner(), DataLoader(Numbered(40), 4, shuffle=True), check)
-    assert not any(transferred)
-
-
-def test_a_dataset_in_a_tuple_is_collated_as_in_training(fit, loader):
-    train = loader(num_samples=10)
-    assert isinstance(train.dataset, TensorDataset)
-    inputs, targets = drawn(train, fraction=0.3)[0]
-    assert inputs.shape == (3, 4)
-    assert targets.shape == (3, 3)
+    module = WithHooks()
+    loader = DataLoader(
+        Numbered(4), 4 if data == "batch" else 2, collate_fn=lambda samples: {"samples": torch.stack(samples)}
+    )
+    fit(module, loader, check, max_epochs=2)
+    assert torch.equal(torch.cat(module.order)[:4], (raw + 1) * 2)

@@ -1,27 +1,26 @@
-"""Results reach every logger at Lightning's step, failures reach the user once, long measurements show a bar."""
+"""Results reach every logger at Lightning's step, failures reach the user once."""
 
 import io
 import math
 import re
-import sys
 import warnings
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning import Schedule, SpectrumTracker
+from lyapunov_lightning import HessianConfig, SpectrumTracker
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.training import recording
-from lyapunov_lightning.training.recording import Recorder, WatchedOperator, progress
+from lyapunov_lightning.training.recording import Recorder
+from lyapunov_lightning.training.results import Result, Results, ranked
 from tests.training.live import RememberingLogger
 
 
@@ -42,6 +41,18 @@ class Learner(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found(Result):
+    numbers: dict[str, float]
+
+    def scalars(self) -> dict[str, float]:
+        return self.numbers
+
+
+def found(**numbers: float) -> Found:
+    return Found(step=0, epoch=0.0, numbers=numbers)
+
+
 def batches(num: int = 4) -> DataLoader:
     return DataLoader(torch.randn(num, 2), 1)
 
@@ -51,7 +62,7 @@ def batches(num: int = 4) -> DataLoader:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_scalars_have_the_step_of_what_the_module_logs_in_the_same_step(fit, accumulate):
-    recorder, logger = Recorder("Owner"), RememberingLogger()
+    recorder, logger = Recorder("Owner", "group"), RememberingLogger()
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
         recorder.log(trainer, {"curvature/value": trainer.fit_loop.epoch_loop.total_batch_idx})
@@ -71,7 +82,7 @@ def test_scalars_have_the_step_of_what_the_module_logs_in_the_same_step(fit, acc
 
 
 def test_every_logger_and_callback_metrics_get_every_scalar(fit):
-    recorder, loggers = Recorder("Owner"), [RememberingLogger(), RememberingLogger()]
+    recorder, loggers = Recorder("Owner", "group"), [RememberingLogger(), RememberingLogger()]
 
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         recorder.log(trainer, {"curvature/a": batch_idx, "curvature/b": torch.tensor(2.0)})
@@ -88,7 +99,7 @@ def test_every_logger_and_callback_metrics_get_every_scalar(fit):
 
 
 def test_scalars_outlive_validation_and_epochs_in_callback_metrics(fit):
-    recorder = Recorder("Owner")
+    recorder = Recorder("Owner", "group")
 
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 0:
@@ -102,7 +113,7 @@ def test_scalars_outlive_validation_and_epochs_in_callback_metrics(fit):
 
 
 def test_a_scalar_can_stop_the_training(fit):
-    recorder = Recorder("Owner")
+    recorder = Recorder("Owner", "group")
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
         recorder.log(trainer, {"curvature/a": trainer.global_step})
@@ -113,30 +124,32 @@ def test_a_scalar_can_stop_the_training(fit):
 
 
 def test_prefix_goes_in_front_of_every_tag(fit, remembering_logger):
-    recorder = Recorder("Owner", "run_a")
+    recorder = Recorder("Owner", "curvature", "run_a")
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        with recorder.measurement(trainer, "curvature") as scalars:
-            scalars["curvature/a"] = 1.0
+        with recorder.measurement(trainer) as record:
+            record.result = found(**{"curvature/a": 1.0})
 
     trainer, _ = fit(Learner(), batches(1), check, logger=remembering_logger)
     tags = {tag for _, metrics in remembering_logger.entries for tag in metrics if "loss" not in tag and tag != "epoch"}
-    assert tags == {"run_a/curvature/a", "run_a/curvature/seconds"}
+    assert tags == {"run_a/curvature/a", "run_a/curvature_details/seconds"}
     assert tags <= trainer.callback_metrics.keys()
 
 
 def test_without_loggers_scalars_are_in_callback_metrics(fit):
-    trainer, _ = fit(Learner(), batches(1), lambda trainer, *args: Recorder("Owner").log(trainer, {"a": math.nan}))
+    trainer, _ = fit(
+        Learner(), batches(1), lambda trainer, *args: Recorder("Owner", "group").log(trainer, {"a": math.nan})
+    )
     assert trainer.callback_metrics["a"].isnan()
 
 
 def test_a_figure_is_shown_at_the_step_of_the_scalars(fit, tmp_path):
-    logger, recorder = TensorBoardLogger(tmp_path), Recorder("Owner", "run_a")
+    logger, recorder = TensorBoardLogger(tmp_path), Recorder("Owner", "curvature", "run_a")
 
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         figure = Figure()
         figure.subplots().plot([1, 2])
-        recorder.figure(trainer, "curvature/figure", figure)
+        recorder.figure(trainer, "figure", figure)
         recorder.log(trainer, {"curvature/a": 1.0})
 
     fit(Learner(), batches(6), check, logger=[logger, RememberingLogger()], accumulate_grad_batches=2, max_epochs=2)
@@ -167,7 +180,7 @@ class RecordingWandb(WandbLogger):
     def experiment(self) -> None:
         return None
 
-    def log_image(self, key: str, images: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self.images.append((key, step, images))
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +195,7 @@ class RecordingWandb(WandbLogger):
 
 def test_weights_and_biases_gets_the_figures_of_a_tracker():
     logger = RecordingWandb()
-    tracker = SpectrumTracker(2, 1, Schedule(every_n_steps=1), data="batch", tol=0.1)
+    tracker = SpectrumTracker(1, 2, 1, hessian=HessianConfig("batch"), tol=0.1)
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -199,7 +212,7 @@ def test_weights_and_biases_gets_the_figures_of_a_tracker():
 
 
 def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
-    recorder = Recorder("Owner")
+    recorder = Recorder("Owner", "group")
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
         recorder.start(trainer)
@@ -210,7 +223,7 @@ def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
     fit(
         Learner(),
         batches(3),
-        lambda trainer, *args: Recorder("Owner").start(trainer),
+        lambda trainer, *args: Recorder("Owner", "group").start(trainer),
         logger=remembering_logger,
     )
 
@@ -220,19 +233,19 @@ def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):
 
 def test_a_measurement_is_logged_with_its_time(fit, remembering_logger):
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        with Recorder("Owner").measurement(trainer, "group") as scalars:
-            scalars["group/a"] = 1.0
-        assert scalars["group/seconds"] >= 0
+        with Recorder("Owner", "group").measurement(trainer) as record:
+            record.result = found(**{"group/a": 1.0})
+        assert record.seconds >= 0
 
     fit(Learner(), batches(1), check, logger=remembering_logger)
     assert remembering_logger.values_of("group/a") == [1.0]
-    assert len(remembering_logger.values_of("group/seconds")) == 1
-    assert not remembering_logger.values_of("group/converged")
+    assert len(remembering_logger.values_of("group_details/seconds")) == 1
+    assert not remembering_logger.values_of("group_details/converged")
 
 
 def test_a_measurement_without_result_is_not_logged(fit, remembering_logger):
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        with Recorder("Owner").measurement(trainer, "group"):
+        with Recorder("Owner", "group").measurement(trainer):
             pass
 
     fit(Learner(), batches(1), check, logger=remembering_logger)
@@ -240,24 +253,25 @@ def test_a_measurement_without_result_is_not_logged(fit, remembering_logger):
 
 
 def test_a_failed_measurement_is_logged_as_not_converged_and_warned_of_once_a_kind(fit, remembering_logger):
-    recorder = Recorder("Owner")
+    recorder = Recorder("Owner", "group")
     errors = [ValueError("one"), ValueError("two"), torch.OutOfMemoryError("three"), ValueError("four")]
 
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> list[str]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with recorder.measurement(trainer, "group") as scalars:
-                scalars["group/a"] = 1.0
+            with recorder.measurement(trainer) as record:
+                record.result = found(**{"group/a": 1.0})
                 raise errors[batch_idx]
-        assert trainer.callback_metrics["group/converged"] == 0
+        assert record.result is None
+        assert trainer.callback_metrics["group_details/converged"] == 0
         return [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
 
     trainer, told = fit(Learner(), batches(4), check, logger=remembering_logger)
     assert [len(messages) for messages in told] == [1, 0, 1, 0]
     assert re.match(r"`Owner`: the measurement at step 0 failed.*ValueError.*: one", told[0][0])
     assert re.match(r"`Owner`: the measurement at step 2 failed.*OutOfMemoryError.*: three", told[2][0])
-    assert remembering_logger.values_of("group/converged") == [0.0] * 4
-    assert len(remembering_logger.values_of("group/seconds")) == 4
+    assert remembering_logger.values_of("group_details/converged") == [0.0] * 4
+    assert len(remembering_logger.values_of("group_details/seconds")) == 4
     assert not remembering_logger.values_of("group/a")  # a number of unknown worth
     assert trainer.global_step == 4
 
@@ -265,15 +279,15 @@ def test_a_failed_measurement_is_logged_as_not_converged_and_warned_of_once_a_ki
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_an_interruption_is_not_taken_for_a_failure(fit, remembering_logger, interruption):
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        with pytest.raises(interruption), Recorder("Owner").measurement(trainer, "group"):
+        with pytest.raises(interruption), Recorder("Owner", "group").measurement(trainer):
             raise interruption
 
     fit(Learner(), batches(1), check, logger=remembering_logger)
-    assert not remembering_logger.values_of("group/converged")
+    assert not remembering_logger.values_of("group_details/converged")
 
 
 def test_warnings_name_the_owner_and_come_once_a_kind_and_recorder():
-    recorder = Recorder("Owner")
+    recorder = Recorder("Owner", "group")
     with pytest.warns(CurvatureWarning, match="^`Owner`: first$"):
         recorder.warn_once("kind", "first")
     with warnings.catch_warnings():
@@ -282,217 +296,34 @@ def test_warnings_name_the_owner_and_come_once_a_kind_and_recorder():
     with pytest.warns(CurvatureWarning, match="third"):
         recorder.warn_once("other kind", "third")
     with pytest.warns(CurvatureWarning, match="first"):
-        Recorder("Owner").warn_once("kind", "first")
+        Recorder("Owner", "group").warn_once("kind", "first")
 
 
-def test_a_watched_operator_reports_every_product():
-    class Twice:
-        size, dtype, device = 3, torch.float64, torch.device("cpu")
-
-        def matvec(self, vector: Tensor) -> Tensor:
-            return 2 * vector
-
-    reports = []
-    watched = WatchedOperator(Twice(), lambda: reports.append(1))
-    assert (watched.size, watched.dtype, watched.device) == (3, torch.float64, torch.device("cpu"))
-    for _ in range(4):
-        assert torch.equal(watched.matvec(torch.ones(3)), torch.full((3,), 2.0))
-    assert len(reports) == 4
+# Results.
 
 
-# Progress.
+def test_results_come_back_from_what_a_checkpoint_may_hold():
+    results = Results(Found)
+    results.add(found(a=1.0))
+    results.add(found(a=2.0, b=3.0))
+    buffer = io.BytesIO()
+    torch.save(results.state_dict(), buffer)
+    buffer.seek(0)
+    restored = Results(Found)
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    assert restored.items == results.items
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(recording, "_PATIENCE", -1.0)
+def test_of_a_very_long_run_the_whole_stays_in_view(monkeypatch):
+    monkeypatch.setattr("lyapunov_lightning.training.results._MOST", 8)
+    results = Results(Found)
+    for step in range(100):
+        results.add(Found(step=step, epoch=0.0, numbers={}))
+        assert len(results.items) <= 8
+        assert (results.items[0].step, results.items[-1].step) == (0, step)
+    steps = [result.step for result in results.items]
+    assert steps == sorted(set(steps))
 
 
-def interrupted(trainer: pl.Trainer) -> None:
-    """A measurement that fails after its bar has come up."""
-    with progress(trainer, "CurvatureProbe") as report:
-        report()
-        raise ArithmeticError
-
-
-def rich_bar() -> tuple[RichProgressBar, io.StringIO]:
-    terminal = io.StringIO()
-    console = {"file": terminal, "force_terminal": True, "width": 160, "height": 20}
-    return RichProgressBar(refresh_rate=10, console_kwargs=console), terminal
-
-
-@pytest.mark.usefixtures("impatient")
-def test_rich_bar_is_a_task_in_the_display_of_the_trainer(fit):
-    bar, terminal = rich_bar()
-
-    def described() -> list[str]:
-        return [task.description for task in bar.progress.tasks]
-
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        before = described()
-        with progress(trainer, "CurvatureProbe") as report:
-            assert described() == before
-            for count in (1, 2, 3):
-                report()
-                task = bar.progress.tasks[-1]
-                assert task.description == "CurvatureProbe"
-                assert task.completed == count
-        assert described() == before
-
-    fit(Learner(), batches(3), check, callbacks=(bar,), enable_progress_bar=True, max_epochs=2)
-    assert "CurvatureProbe" in terminal.getvalue()
-
-
-@pytest.mark.usefixtures("impatient")
-def test_rich_bars_of_the_trainer_go_on_after_ours(fit):
-    bar, terminal = rich_bar()
-
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        with progress(trainer, "CurvatureProbe") as report:
-            report()
-
-    data = pl.LightningDataModule.from_datasets(torch.randn(3, 2), torch.randn(3, 2))
-    fit(Learner(), data, check, callbacks=(bar,), enable_progress_bar=True, max_epochs=2)
-    for text in ("Epoch 0/1", "Epoch 1/1", "3/3", "CurvatureProbe"):
-        assert text in terminal.getvalue()
-
-
-@pytest.mark.usefixtures("impatient")
-def test_rich_task_is_removed_when_the_measurement_fails(fit):
-    bar, _ = rich_bar()
-
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        before = len(bar.progress.tasks)
-        with pytest.raises(ArithmeticError):
-            interrupted(trainer)
-        assert len(bar.progress.tasks) == before
-
-    fit(Learner(), batches(2), check, callbacks=(bar,), enable_progress_bar=True)
-
-
-class Bars:
-    """The tqdm bars that are open at a moment, with what they show."""
-
-    @staticmethod
-    def open() -> list[Any]:
-        return sorted((bar for bar in Tqdm._instances if not bar.disable), key=lambda bar: abs(bar.pos))
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("process_position", [0, 2])
-def test_tqdm_bar_is_the_line_below_that_of_the_trainer(fit, capsys, process_position):
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        [own] = Bars.open()
-        with progress(trainer, "CurvatureProbe") as report:
-            assert Bars.open() == [own]
-            for count in (1, 2, 3):
-                report()
-                first, second = Bars.open()
-                assert first is own
-                assert second.n == count
-                assert second.desc.startswith("CurvatureProbe")
-                assert abs(second.pos) == 2 * process_position + 1
-        assert Bars.open() == [own]
-
-    fit(
-        Learner(),
-        batches(2),
-        check,
-        callbacks=(TQDMProgressBar(process_position=process_position),),
-        enable_progress_bar=True,
-    )
-    captured = capsys.readouterr()
-    assert "CurvatureProbe" in captured.out
-    assert "CurvatureProbe" not in captured.err
-
-
-@pytest.mark.usefixtures("impatient")
-def test_tqdm_bar_is_closed_when_the_measurement_fails(fit):
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        with pytest.raises(ArithmeticError):
-            interrupted(trainer)
-        assert len(Bars.open()) == 1
-
-    fit(Learner(), batches(2), check, callbacks=(TQDMProgressBar(),), enable_progress_bar=True)
-
-
-class BrokenBar:
-    """A bar on a terminal that goes away: at its opening, while it counts, or when it is closed."""
-
-    def __init__(self, *broken: str) -> None:
-        self._broken = broken
-        self._does("open")
-
-    def _does(self, what: str) -> None:
-        if what in self._broken:
-            raise BrokenPipeError(what)
-
-    def show(self, count: int) -> None:
-        self._does("show")
-
-    def close(self) -> None:
-        self._does("close")
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("broken", ["open", "show", "close"])
-def test_a_bar_that_cannot_be_drawn_does_not_end_the_measurement(fit, monkeypatch, broken):
-    """There is a bar in the first process only: if it gave up, the others would wait for it in their next product."""
-    monkeypatch.setattr(recording, "_open_bar", lambda trainer, description: BrokenBar(broken))
-
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        with progress(trainer, "CurvatureProbe") as report:
-            report()
-            report()
-
-    with pytest.warns(CurvatureWarning, match=f"progress bar .* cannot be drawn: BrokenPipeError: {broken}"):
-        _, results = fit(Learner(), batches(1), check)
-    assert results == [None]
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("callbacks", [(), (TQDMProgressBar(refresh_rate=0),)], ids=["no-bar", "disabled"])
-def test_nothing_is_shown_where_the_trainer_shows_nothing(fit, capsys, callbacks):
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        with progress(trainer, "CurvatureProbe") as report:
-            report()
-            assert not Bars.open()
-
-    fit(Learner(), batches(1), check, callbacks=callbacks, enable_progress_bar=bool(callbacks))
-    captured = capsys.readouterr()
-    assert "CurvatureProbe" not in captured.out + captured.err
-
-
-@pytest.mark.parametrize("kind", ["rich", "tqdm"])
-def test_nothing_is_shown_before_the_patience_is_over(fit, monkeypatch, capsys, kind):
-    class Clock:
-        now = 0.0
-
-        def perf_counter(self) -> float:
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(recording, "time", clock)
-    bar, _ = rich_bar() if kind == "rich" else (TQDMProgressBar(), None)
-
-    def count() -> int:
-        return len(bar.progress.tasks) if kind == "rich" else len(Bars.open())
-
-    def check(trainer: pl.Trainer, *args: Any) -> None:
-        with progress(trainer, "CurvatureProbe") as report:
-            for clock.now, expected in ((0.0, 1), (1.0, 1), (2.0, 1), (2.1, 2), (9.0, 2)):
-                report()
-                assert count() == expected
-
-    fit(Learner(), batches(1), check, callbacks=(bar,), enable_progress_bar=True)
-    capsys.readouterr()
-
-
-def test_standard_output_is_looked_up_when_the_bar_opens(monkeypatch):
-    """A bar that is bound to the output of import time would escape redirection."""
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", stream)
-    bar = recording._TqdmBar(0, "CurvatureProbe")
-    bar.show(1)
-    bar.close()
-    assert "CurvatureProbe" in stream.getvalue()
+def test_ranks_are_counted_from_one():
+    assert ranked("a", torch.tensor([3.0, 2.0])) == {"a_1": 3.0, "a_2": 2.0}

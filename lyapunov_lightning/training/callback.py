@@ -1,0 +1,242 @@
+"""What every callback of this package does alike: measure when it is due, log, share, resume."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor
+from typing_extensions import override
+
+from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.products import Method
+from lyapunov_lightning.training.batches import StartPosition
+from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
+from lyapunov_lightning.training.config import Data, HessianConfig, Schedule, ScheduleState
+from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
+from lyapunov_lightning.training.recording import Charts, Recorder, show_charts
+from lyapunov_lightning.training.results import Result, Results
+from lyapunov_lightning.training.series import SeriesFile
+from lyapunov_lightning.training.sharing import EigenRequest, SharedMeasurements, StartVectors, Step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Stateful(Protocol):
+    """A part of a callback that goes on where it was in a resumed run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept: tensors, numbers, strings, None, and lists and dictionaries of these."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from a `state_dict`."""
+
+
+class CurvatureCallback(Callback):
+    """A callback that measures the curvature.
+
+    A subclass says what it measures in `measure`, and what it acts on in further hooks.
+
+    Args:
+        every_n_steps: Measure at the first opportunity after every n optimizer steps.
+        schedule: Any other schedule.
+        hessian: Which Hessian.
+        log_prefix: Put in front of every tag.
+        data: On which data the callback measures if `hessian` does not say so.
+        method: How products are computed where the callback leaves no choice.
+        default: The schedule where none is given; that of ``trainer.log_every_n_steps`` if None.
+        request: The eigenpairs that it wants.
+        table: The file that keeps all that is logged, if there is to be one.
+
+    Raises:
+        ValueError: If both `every_n_steps` and `schedule` are given, or one of the values is of another type.
+
+    """
+
+    group: ClassVar[str]
+    """The group of the callback's tags."""
+
+    result_class: ClassVar[type[Result]]
+    """What `measure` returns."""
+
+    def __init__(
+        self,
+        every_n_steps: int | None,
+        schedule: Schedule | None,
+        hessian: HessianConfig,
+        log_prefix: str | None,
+        *,
+        data: Data = "fixed",
+        method: Method | None = None,
+        default: Schedule | None = None,
+        request: EigenRequest | None = None,
+        table: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(hessian, HessianConfig):
+            raise ValueError(f"`hessian` should be a HessianConfig, got {hessian!r}.")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ValueError(f"`schedule` should be a Schedule, got {schedule!r}.")
+        if every_n_steps is not None:
+            if schedule is not None:
+                raise ValueError("`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.")
+            schedule = Schedule(every_n_steps=every_n_steps)
+        self.config = replace(hessian, data=hessian.data or data, method=method or hessian.method)
+        self.request = request
+        self.data_position = StartPosition()
+        self._start = StartVectors()
+        self.schedule = schedule if schedule is not None else default
+        self.schedule_state = ScheduleState(self.schedule)
+        self._results = Results(self.result_class)
+        self._is_to_be_drawn = False
+        self._log_prefix = log_prefix
+        self._recorder = Recorder(
+            type(self).__name__, self.group, log_prefix, None if table is None else SeriesFile(table)
+        )
+        self._shared: SharedMeasurements | None = None
+
+    @property
+    def results(self) -> list[Any]:
+        """What was measured so far, one frozen result for each measurement, the last ones of a very long run."""
+        return self._results.items
+
+    @property
+    def shared(self) -> SharedMeasurements:
+        """What the callbacks of the trainer share, from ``on_train_start`` on."""
+        assert self._shared is not None
+        return self._shared
+
+    @property
+    def vectors(self) -> Tensor | None:
+        """Where the search for the eigenpairs starts."""
+        return self._start.vectors
+
+    def measure(self, hessian: HessianOperator, step: Step) -> Result | None:
+        """Measure before a step.
+
+        Args:
+            hessian: The Hessian at the parameters before the step.
+            step: The step.
+
+        Returns:
+            What was found; None if there is nothing to log now.
+
+        """
+        raise NotImplementedError
+
+    def charts(self) -> Charts:
+        """The curves that belong on one chart, for TensorBoard's custom scalars."""
+        return {}
+
+    def figures(self) -> "dict[str, Figure]":
+        """The figures of the results so far, by name; drawn at the end of an epoch in which something was measured."""
+        return {}
+
+    def advance(self, trainer: Any, batch_idx: int) -> bool:
+        """Pass on to the present batch; returns whether to measure before it. Called once a batch."""
+        return self.schedule_state.advance(trainer, batch_idx)
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            check_objective(type(self).__name__, trainer, pl_module, self.config)
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        owner = type(self).__name__
+        check_objective(owner, trainer, pl_module, self.config)  # again: Lightning may have converted layers since
+        check_parameters(owner, pl_module, self.config)
+        if self.request is not None:
+            check_size(owner, pl_module, self.request.largest + self.request.smallest)
+        peers = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]
+        self._shared = SharedMeasurements(peers) if peers[0] is self else peers[0].shared
+        note = self.shared.start(trainer, self, owner)
+        if note is not None:
+            self._recorder.warn_once("data", note)
+        if self.schedule is None:
+            self._follow_the_logging(trainer)
+        self.schedule_state.start()
+        self._recorder.start(trainer)
+        if peers[0] is self:
+            show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = self.shared.step(trainer, pl_module, batch, batch_idx)
+        if self not in step.due:
+            return
+        with self._recorder.measurement(trainer) as record:  # a failure ends the measurement, not the run
+            hessian = self.shared.hessian(step, self.config)
+            if hessian is None:
+                self.on_missing_data(step)
+            else:
+                record.result = self.measure(hessian, step)
+        self.shared.release(self)
+        self._keep(record.result, record.seconds)
+
+    @override
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._is_to_be_drawn and self._recorder.shows_figures(trainer):
+            self._is_to_be_drawn = False
+            for name, figure in self.figures().items():
+                self._recorder.figure(trainer, name, figure)
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._shared = None  # it holds the fixed data and the other callbacks
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._shared = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state_dict[name])
+
+    def on_missing_data(self, step: Step) -> None:
+        """A measurement was due, and the fixed data are not complete yet."""
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """The parts that go on where they were in a resumed run."""
+        return {"schedule": self.schedule_state, "results": self._results, "data": self.data_position}
+
+    def _keep(self, result: Result | None, seconds: float) -> None:
+        """Keep a result, and count what it cost."""
+        if result is not None:
+            self._results.add(result)
+            self._is_to_be_drawn = True
+        self._spend(seconds)
+
+    def _spend(self, seconds: float) -> None:
+        """Take note of what a measurement took."""
+        self.schedule_state.record(seconds)
+
+    def _follow_the_logging(self, trainer: Any) -> None:
+        """Measure when Lightning logs, where the user did not say when."""
+        every = trainer.log_every_n_steps
+        if every:
+            self.schedule_state.follow(Schedule(every_n_steps=every))
+        else:
+            self._recorder.warn_once(
+                "no interval",
+                "the Trainer logs nothing (`log_every_n_steps=0`), so nothing is measured either. Pass `every_n_steps`"
+                " to measure all the same.",
+            )
+
+    def _check_alone(self, trainer: Any, reason: str) -> None:
+        """Refuse a second callback of the same class, for the hook ``setup`` of one that acts.
+
+        Raises:
+            MisconfigurationException: With the reason.
+
+        """
+        count = sum(isinstance(callback, type(self)) for callback in trainer.callbacks)
+        if count > 1:
+            raise MisconfigurationException(
+                f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
+            )

@@ -1,0 +1,127 @@
+"""What cannot be measured is refused before anything runs."""
+
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
+from lyapunov_lightning.training.namespaces import names_in
+from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.standard_copies import Exhausted
+
+
+def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianConfig) -> None:
+    """Refuse a strategy or a module whose loss cannot be evaluated again.
+
+    Args:
+        owner: The class that the error names.
+        trainer: The trainer.
+        pl_module: The module that it is to fit.
+        config: Which Hessian is to be measured.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    strategy = trainer.strategy
+    whole = either("strategies.SingleDeviceStrategy") + either("strategies.DDPStrategy")
+    if not isinstance(strategy, whole) or isinstance(strategy, either("strategies.DeepSpeedStrategy")):
+        raise MisconfigurationException(
+            f"`{owner}` needs the whole of the parameters on every device, which {type(strategy).__name__} does not"
+            " keep. Train on a single device or with `strategy='ddp'`."
+        )
+    synchronises = trainer.world_size > 1 and config.mode == "train"
+    if synchronises and any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
+        raise MisconfigurationException(
+            f"`{owner}` cannot differentiate `SyncBatchNorm` twice in training mode. Use `HessianConfig(mode='eval')`."
+        )
+    if config.loss_fn is None and not hasattr(pl_module, "curvature_loss"):
+        _check_step(owner, pl_module)
+
+
+def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) -> None:
+    """Refuse parameters for which there is no Hessian, or not the one that is asked for.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    parameters = trainable_parameters(pl_module)
+    if not parameters:
+        raise MisconfigurationException(
+            f"`{owner}` needs a module with trainable parameters, but {type(pl_module).__name__} has none. Remove the"
+            " callback, or set `requires_grad` on the parameters that are to be trained."
+        )
+    not_real = [name for name, parameter in parameters.items() if not parameter.is_floating_point()]
+    if not_real:
+        raise MisconfigurationException(
+            f"`{owner}` measures the curvature along real parameters, but {', '.join(not_real)} of"
+            f" {type(pl_module).__name__} are {parameters[not_real[0]].dtype}. Keep real and imaginary parts as two"
+            " parameters, with `torch.view_as_complex` in `forward`."
+        )
+    narrow = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
+    if narrow and config.method == "finite_difference":
+        raise MisconfigurationException(
+            f"`{owner}` takes differences of gradients at nearby parameters, which are lost in the rounding of"
+            f" {parameters[narrow[0]].dtype} ({', '.join(narrow[:3])}). Keep the parameters in float32, as mixed"
+            " precision does, or measure with exact products: `estimator='lanczos'` and `method='auto'`."
+        )
+
+
+def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:
+    """Refuse to look for more eigenvalues than there are.
+
+    Raises:
+        MisconfigurationException: With both numbers.
+
+    """
+    size = sum(parameter.numel() for parameter in trainable_parameters(pl_module).values())
+    if num_eigenvalues > size:
+        raise MisconfigurationException(
+            f"`{owner}` cannot find {num_eigenvalues} eigenvalues of a model with {size} trainable parameters. Ask for"
+            " fewer."
+        )
+
+
+def _check_step(owner: str, pl_module: Any) -> None:
+    """Refuse a training step that cannot be run again."""
+    remedy = (
+        "Define `curvature_loss(self, batch)` on the module, or pass `HessianConfig(loss_fn=...)`, to say which loss is"
+        " meant."
+    )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"`{owner}` cannot replay the `training_step` of a module with manual optimization, since it would take"
+            f" optimizer steps. {remedy}"
+        )
+    if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+        raise MisconfigurationException(
+            f"`{owner}` cannot replay a `training_step` that takes `dataloader_iter`, since it would take batches away"
+            " from the training. Let `training_step` take `batch`."
+        )
+    for name in _names_in_step(type(pl_module)):
+        value = vars(pl_module).get(name)
+        if isinstance(value, (types.GeneratorType, Iterator)) and isinstance(Copier()(value), Exhausted):
+            raise MisconfigurationException(
+                f"`{owner}` cannot replay a `training_step` that draws from `self.{name}`: a {type(value).__name__}"
+                f" cannot be copied, so a replay would take its items away from the training. {remedy}"
+            )
+
+
+def _names_in_step(cls: type) -> set[str]:
+    """The names of attributes in the code of ``training_step`` and of the methods that it names."""
+    found: set[str] = set()
+    pending = {"training_step"}
+    while pending:
+        name = pending.pop()
+        found.add(name)
+        method = inspect.getattr_static(cls, name, None)  # a descriptor of the user's may have effects
+        if isinstance(method, types.FunctionType):
+            pending |= names_in(inspect.unwrap(method).__code__) - found
+    return found

@@ -1,0 +1,296 @@
+"""The training loss of a LightningModule, evaluated again without side effects.
+
+For every evaluation a replica of the module is made, with parameters of its own; the training step runs on the replica,
+is differentiated with respect to the replica's parameters, and the replica is thrown away. So nothing has to be put
+back, and the step finds what it finds in training: parameters that are parameters, buffers, optimizers, a trainer. The
+random numbers are the operator's to keep.
+"""
+
+import contextvars
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
+
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.mean_loss import Evaluation
+from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.lightning_names import either, in_library_of
+from lyapunov_lightning.training.namespaces import redirected, replaced_namespaces
+from lyapunov_lightning.training.trainer_view import view_of
+
+Mode = Literal["train", "eval"]
+
+LossFn = Callable[[Any, Any], Any]
+
+_OUTGOING = ("log", "log_dict", "print")
+"""Methods of a LightningModule that tell somebody else of a step."""
+
+
+class ProbeBatch(NamedTuple):
+    """A batch on which the curvature is measured.
+
+    Attributes:
+        batch: What the training dataloader yielded.
+        batch_idx: Its index, as ``training_step`` gets it.
+        is_transferred: Whether the batch is what the loop hands to ``training_step``, on the device, or still what the
+            dataloader yielded.
+
+    """
+
+    batch: Any
+    batch_idx: int
+    is_transferred: bool
+
+
+class TrainingObjective:
+    """The training loss, as `HessianOperator` wants it: of a batch, at the module's parameters or at other values.
+
+    The loss is, in this order, `loss_fn` if given, the module's own method ``curvature_loss(batch)`` if it has one, and
+    what ``training_step`` returns, each after the module's ``on_train_batch_start``. It is the raw loss: not divided by
+    ``accumulate_grad_batches`` and not scaled for half precision; the precision plugin's context is entered as in
+    training.
+
+    Args:
+        trainer: The trainer that fits the module.
+        pl_module: The module, not wrapped for distributed training.
+        mode: ``"train"`` leaves dropout and BatchNorm as they are in training, ``"eval"`` switches them to evaluation.
+        loss_fn: Maps the module and a batch to a scalar mean loss.
+        batch_size_fn: Maps a batch to the number of its samples.
+        names: The parameters that it is a function of; all trainable ones if None.
+
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        *,
+        mode: Mode = "train",
+        loss_fn: LossFn | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._mode = mode
+        self._loss_fn = loss_fn
+        self._batch_size_fn = batch_size_fn
+        named = trainable_parameters(pl_module)
+        if names is not None:
+            named = {name: parameter for name, parameter in named.items() if name in names}
+        self.parameters = list(named.values())
+
+    @contextmanager
+    def evaluated(self, probe: ProbeBatch, values: Sequence[Tensor] | None = None) -> Iterator[Evaluation]:
+        """Evaluate the loss of a batch on a replica of the module.
+
+        Args:
+            probe: The batch.
+            values: What the parameters are to be, in their order, dual tensors for forward derivatives included; the
+                present values if None.
+
+        Yields:
+            The loss, with the replica's parameters. The context is that of the training step, for layers that are
+            evaluated again while the loss is differentiated.
+
+        Raises:
+            MeasurementError: If the step returned no loss.
+
+        """
+        with replica(self._trainer, self._pl_module, self._mode) as twin:
+            leaves = [twin.copier(parameter) for parameter in self.parameters]
+            if values is not None:
+                with torch.no_grad():
+                    for leaf, value in zip(leaves, values, strict=True):
+                        leaf.copy_(value)
+            batch = twin.copier(probe.batch)
+            loss = _loss_of(_context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
+            yield Evaluation(loss, leaves, lambda: self._num_samples(probe.batch, twin.logged_sizes), twin)
+
+    def _loss(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
+        module, trainer = twin.module, twin.module._trainer
+        if not probe.is_transferred:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if module.on_train_batch_start(batch, probe.batch_idx) == -1:
+            raise MeasurementError("The module's `on_train_batch_start` skips the rest of the epoch, and so the step.")
+        with trainer.precision_plugin.train_step_context():
+            if self._loss_fn is not None:
+                with redirected(self._loss_fn, twin.copier) as loss_fn:
+                    return loss_fn(module, batch)
+            if hasattr(module, "curvature_loss"):
+                return module.curvature_loss(batch)
+            takes_index = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
+            if takes_index(module.training_step, "batch_idx", min_args=2):
+                return module.training_step(batch, probe.batch_idx)
+            return module.training_step(batch)
+
+    def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
+        """The size of a batch: as told, as the step itself told `self.log`, or as Lightning reads it."""
+        if self._batch_size_fn is not None:
+            return self._batch_size_fn(batch)
+        if logged:
+            return logged[0]
+        return _read_batch_size(self._pl_module, batch)
+
+
+@dataclass
+class Replica:
+    """A twin of a module.
+
+    Attributes:
+        module: The twin.
+        copier: Has made it, and knows which parameter of the twin stands for which of the module.
+        logged_sizes: What the step passed to ``self.log`` as ``batch_size``.
+
+    """
+
+    module: Any
+    copier: Copier
+    logged_sizes: list[int] = field(default_factory=list)
+
+    def __del__(self) -> None:
+        # A twin holds itself in cycles. Nothing of it holds this object, which so outlives the last use of the twin.
+        self.copier.discard()
+
+
+@contextmanager
+def replica(trainer: Any, pl_module: Any, mode: Mode = "train") -> Iterator[Replica]:
+    """Make a twin of a module, on which its training step can be run without any effect on the training.
+
+    Args:
+        trainer: The trainer that fits the module.
+        pl_module: The module, not wrapped for distributed training.
+        mode: ``"eval"`` switches the twin's modules to evaluation, ``"train"`` leaves them as they are.
+
+    Yields:
+        The twin. Class attributes and globals hold copies as long as the block lasts.
+
+    """
+    sizes: list[int] = []
+
+    def silent(*_: Any, batch_size: int | None = None, **__: Any) -> None:
+        if batch_size is not None:
+            sizes.append(batch_size)
+
+    families = either("LightningModule")
+    outgoing = {getattr(family, name): silent for family in families for name in _OUTGOING}
+    copier = Copier(replaced=outgoing)
+    with torch._C.DisableTorchFunction():  # copying is none of the operations that a mode may replace
+        view = view_of(trainer, copier)
+        module = copier(pl_module)
+    module._trainer = view
+    view.strategy._lightning_module = view.strategy.model = module
+    for inner in copier.modules:
+        _isolate(inner, mode)
+    gradients = [(t, copier.copy_of(t)) for t in pl_module.parameters() if t.grad is not None]
+    with ExitStack() as stack:
+        stack.callback(copier.forget)
+        stack.enter_context(replaced_namespaces(copier))
+        stack.enter_context(_replaced_methods(families, silent))
+        if gradients:
+            stack.enter_context(_LateGradients(gradients))
+        yield Replica(module, copier, sizes)
+
+
+def _context_of_its_own(copier: Copier) -> contextvars.Context:
+    """The present context variables, to be set without an effect on the training."""
+    context = contextvars.copy_context()
+    copies = [(variable, copied) for variable, value in context.items() if (copied := copier(value)) is not value]
+    for variable, copied in copies:
+        context.run(variable.set, copied)
+    return context
+
+
+def _isolate(module: nn.Module, mode: Mode) -> None:
+    attributes = vars(module)
+    if isinstance(module, Metric):
+        attributes["dist_sync_on_step"] = False  # a collective that ranks with fewer batches would not join
+    if attributes.get("_backward_hooks") or attributes.get("_backward_pre_hooks"):
+        attributes.update(_backward_hooks={}, _backward_pre_hooks={})  # they cannot be differentiated twice
+    if mode == "eval":
+        if isinstance(module, torch.jit.ScriptModule):  # whose attributes are kept elsewhere
+            module.eval()
+        attributes["training"] = False
+
+
+@contextmanager
+def _replaced_methods(families: Sequence[type], silent: Callable[..., None]) -> Iterator[None]:
+    """Let what LightningModules log go nowhere, also where a subclass calls the method of its parent."""
+    before = [(family, name, vars(family)[name]) for family in families for name in _OUTGOING]
+    try:
+        for family, name, _ in before:
+            setattr(family, name, silent)
+        yield
+    finally:
+        for family, name, method in before:
+            setattr(family, name, method)
+
+
+class _LateGradients(TorchFunctionMode):
+    """Copies the gradients of the last step to the twin's parameters once a step asks for any.
+
+    Few steps do, and the copy would take as much memory as the parameters.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._pairs = pairs
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self._pairs and func in _LOOK_AT_GRADIENTS:
+            pairs, self._pairs = self._pairs, []
+            for parameter, twin in pairs:
+                if twin.grad is None and parameter.grad is not None:
+                    twin.grad = parameter.grad.detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+_GRADIENT: Any = vars(torch._C.TensorBase)["grad"]
+
+_LOOK_AT_GRADIENTS = frozenset({_GRADIENT.__get__, _GRADIENT.__set__, Tensor.backward, torch.autograd.backward})
+
+
+def trainable_parameters(pl_module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, each once."""
+    return {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+
+
+def _read_batch_size(pl_module: Any, batch: Any) -> int:
+    """The size of a batch as Lightning reads it, with Lightning's warning where that is ambiguous.
+
+    Raises:
+        MeasurementError: If there is no tensor to read it from.
+
+    """
+    try:
+        return int(in_library_of(pl_module, "utilities.data.extract_batch_size")(batch))
+    except (RecursionError, in_library_of(pl_module, "utilities.exceptions.MisconfigurationException")) as error:
+        raise MeasurementError(
+            f"The number of samples in a batch of type {type(batch).__name__} is not known. Pass `batch_size=` to"
+            " `self.log` in the training step, or `HessianConfig(batch_size_fn=...)`."
+        ) from error
+
+
+def _loss_of(output: Any) -> Tensor:
+    """The loss in what a step returned."""
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            raise MeasurementError(
+                f"The step returned a mapping without the key 'loss', with {', '.join(map(repr, output)) or 'nothing'}."
+            )
+        output = output["loss"]
+    if output is None:
+        raise MeasurementError("The step returned None for the probed batch, so there is no loss to differentiate.")
+    if not isinstance(output, Tensor):
+        raise MeasurementError(f"The step should return a scalar tensor, got {type(output).__name__}.")
+    return output

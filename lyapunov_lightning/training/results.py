@@ -1,0 +1,68 @@
+"""What a measurement returns: numbers in fields, and the tags under which they are logged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+_MOST = 10_000
+"""Results that are kept; of a longer run every second one, and so on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one measurement found.
+
+    Fields hold numbers, strings, tensors of numbers, and tuples of these, so that a checkpoint can keep them. No field
+    holds anything of the size of the model.
+
+    Attributes:
+        step: The optimizer step before which it was made.
+        epoch: The epoch, with the share of its batches that had passed.
+
+    """
+
+    step: int
+    epoch: float
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers to log, by tag; the only place that knows the tags."""
+        raise NotImplementedError
+
+    def table(self) -> dict[str, float]:
+        """Further numbers, one for each of many directions, that only the table on disk gets."""
+        return {}
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Results(Generic[R]):
+    """The results of a callback in their order, kept across a resume.
+
+    Args:
+        kind: The class of the results.
+
+    """
+
+    def __init__(self, kind: type[R]) -> None:
+        self._kind = kind
+        self.items: list[R] = []
+
+    def add(self, result: R) -> None:
+        """Keep a result, and of very many every second one, so that the whole run stays in view."""
+        self.items.append(result)
+        if len(self.items) > _MOST:
+            del self.items[1:-1:2]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All fields of all results."""
+        return {"items": [dict(vars(result)) for result in self.items]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.items[:] = [self._kind(**fields) for fields in state["items"]]
+
+
+def ranked(tag: str, values: Sequence[float]) -> dict[str, float]:
+    """Values under numbered tags, ``{tag}_1`` and so on."""
+    return {f"{tag}_{rank}": float(value) for rank, value in enumerate(values, 1)}

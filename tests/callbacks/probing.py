@@ -1,0 +1,95 @@
+"""What the tests of the probe share: a dense reference that goes before it."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lyapunov_lightning import HessianConfig
+from tests.modules import dense_hessian
+
+Fit = Callable[..., pl.Trainer]
+
+
+def name_of(value: object) -> str:
+    """The name of a parameter in a test's id: the same in every process, which a set's or a function's repr is not."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={name_of(entry)}" for key, entry in value.items()) or "default"
+    if isinstance(value, HessianConfig):
+        chosen = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return name_of({name: entry for name, entry in chosen.items() if entry != getattr(HessianConfig(), name)})
+    if isinstance(value, (set, frozenset)):
+        return "+".join(sorted(map(str, value)))
+    return getattr(value, "__name__", str(value))
+
+
+class Reference(Callback):
+    """Goes before the probe and computes what it should find from a dense Hessian, by step."""
+
+    def __init__(self, loss: Any = None, eval_mode: bool = False) -> None:
+        self.eigenvalues: dict[int, Tensor] = {}
+        self.preconditioned: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+        self.learning_rates: dict[int, float] = {}
+        self.loss = loss
+        self.eval_mode = eval_mode
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step in self.eigenvalues:
+            return  # with gradient accumulation the first batch of a step is the one that counts
+        pl_module.train(not self.eval_mode)
+        self.losses[step], hessian = dense_hessian(pl_module, batch, self.loss)
+        pl_module.train()
+        self.eigenvalues[step] = torch.linalg.eigvalsh(hessian)
+        optimizer = trainer.optimizers[0]
+        self.learning_rates[step] = optimizer.param_groups[0]["lr"]
+        scale = self.inverse_preconditioner(optimizer).sqrt() if optimizer.state else None
+        if scale is not None and len(scale) == len(hessian):
+            scaled = scale[:, None] * hessian * scale
+            self.preconditioned[step] = float(torch.linalg.eigvalsh(scaled)[-1])
+
+    def inverse_preconditioner(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The factor of each coordinate of the gradient in the update, over the highest learning rate."""
+        highest = max(group["lr"] for group in optimizer.param_groups)
+        factors: list[Tensor] = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                    name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+                    corrected = state[name] / (1 - group["betas"][1] ** state["step"])
+                    factor = 1 / (corrected.sqrt() + group["eps"])
+                elif isinstance(optimizer, torch.optim.RMSprop):
+                    centre = state["grad_avg"] ** 2 if group["centered"] else 0
+                    factor = 1 / ((state["square_avg"] - centre).sqrt() + group["eps"])
+                else:
+                    factor = torch.ones_like(parameter)
+                factors.append((factor * group["lr"] / highest).detach().reshape(-1))
+        return torch.cat(factors)
+
+    @property
+    def largest(self) -> dict[int, float]:
+        return {step: float(values[-1]) for step, values in self.eigenvalues.items()}
+
+    @property
+    def smallest(self) -> dict[int, float]:
+        return {step: float(values[0]) for step, values in self.eigenvalues.items()}
+
+
+def all_near(values: Iterable[float], expected: float, **tolerance: float) -> bool:
+    return all(value == pytest.approx(expected, **tolerance) for value in values)
+
+
+def sgd(**options: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    return lambda parameters: torch.optim.SGD(parameters, **{"lr": 0.1, **options})
+
+
+def two_groups(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+    first, *others = parameters
+    return torch.optim.SGD([{"params": [first], "lr": 0.02}, {"params": others}], lr=0.1, momentum=0.5)

@@ -1,0 +1,292 @@
+"""The controller in company: resumed, beside other callbacks, with groups that come in mid-run; and what it refuses."""
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+
+from lyapunov_lightning import (
+    CurvatureProbe,
+    HessianConfig,
+    NegativeCurvatureTracker,
+    NudgedSGDHook,
+    QuasiNewtonLRController,
+    Schedule,
+    SpectrumTracker,
+)
+from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
+from lyapunov_lightning.callbacks.results import LearningRateResult
+from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.curvature.quasi_newton import LRBounds
+from tests.callbacks.steering import OPTIMIZERS, RULES, fit, seeded, weights
+from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_loader
+
+HALF = HessianConfig(fraction=0.5)
+
+# Resuming, and the company of other callbacks.
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["momentum", "AdamW"])
+def test_a_resumed_run_goes_on_bit_by_bit(rule: str, name: str, tmp_path: Any) -> None:
+    def run(epochs: int, module: pl.LightningModule, ckpt_path: str | None = None) -> pl.Trainer:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            logger=MemoryLogger(),
+            callbacks=[QuasiNewtonLRController(2, rule, bounds=LRBounds(window=4))],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, regression_loader(), ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
+        return trainer
+
+    straight, halved, resumed = (seeded(optimizer=OPTIMIZERS[name]) for _ in range(3))
+    whole = run(4, straight)
+    half = run(2, halved)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest = run(4, resumed, str(tmp_path / "half.ckpt"))
+    assert torch.equal(weights(straight), weights(resumed))
+    assert whole.callback_metrics["quasi_newton/learning_rate"] == rest.callback_metrics["quasi_newton/learning_rate"]
+
+
+@pytest.mark.parametrize(("rule", "estimator"), [("along_update", "lanczos"), ("inverse_sharpness", "online")])
+def test_order_and_company_of_the_callbacks_do_not_matter(rule: str, estimator: str) -> None:
+    def outcome(order: Sequence[int], with_readers: bool) -> tuple[Tensor, dict[int, float]]:
+        acting: list[Callback] = [
+            QuasiNewtonLRController(rule=rule, hessian=HALF),
+            NudgedSGDHook(k=2, gamma=0.1, hessian=HALF),
+            NegativeCurvatureTracker(3, 1, estimator=estimator, descent=Descent(), hessian=HALF),
+            EarlyStopping("quasi_newton/learning_rate", patience=1000, check_on_train_epoch_end=True),
+        ]
+        callbacks = [acting[index] for index in order]
+        if with_readers:
+            callbacks.insert(1, CurvatureProbe(2, end="both"))
+            callbacks.insert(3, SpectrumTracker(3, 3, 2, hessian=HALF))
+        module = seeded(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5))
+        _, logger = fit(callbacks, module, steps=18, gradient_clip_val=0.5)
+        return weights(module), logger.curve("quasi_newton/learning_rate")
+
+    first, curve = outcome((0, 1, 2, 3), with_readers=False)
+    for order, with_readers in [((2, 1, 0, 3), False), ((3, 2, 0, 1), True), ((0, 1, 2, 3), True)]:
+        other, other_curve = outcome(order, with_readers)
+        assert torch.equal(first, other)
+        assert curve == other_curve
+
+
+class Finetuned(pl.LightningModule):
+    """A network of which the head trains first, and the backbone once Lightning's callback unfreezes it."""
+
+    def __init__(self, optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.backbone, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.backbone(inputs).tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 3.0])
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam"])
+@pytest.mark.parametrize("rule", RULES)
+def test_groups_that_are_added_in_mid_run_are_followed(rule: str, name: str, ratio: float) -> None:
+    """An independent reference: PyTorch's own optimizer, to which the group is added at the same step."""
+    rates: list[list[float]] = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    torch.manual_seed(2)
+    module = Finetuned(OPTIMIZERS[name])
+    reference = copy.deepcopy(module)
+    controller = QuasiNewtonLRController(rule=rule, bounds=LRBounds(max_lr=100.0))
+    finetuning = BackboneFinetuning(1, backbone_initial_ratio_lr=ratio, should_align=False)
+    trainer, logger = fit([controller, Rates(), finetuning], module, steps=18)
+    assert trainer.global_step == 18
+    lrs = logger.curve("quasi_newton/learning_rate")
+    assert [len(lr) for lr in rates] == [1] * 6 + [2] * 12
+    assert [max(lr) for lr in rates] == list(lrs.values())
+    assert [backbone / head for head, backbone in rates[6:]] == pytest.approx([ratio] * 12, rel=1e-12)
+    assert all(result.converged for result in controller.results)
+    optimizer = OPTIMIZERS[name](reference.head.parameters())
+    for step, (inputs, targets, _) in zip(range(18), itertools.cycle(regression_loader()), strict=False):
+        if step == 6:
+            optimizer.add_param_group({"params": list(reference.backbone.parameters())})
+        for group, lr in zip(optimizer.param_groups, rates[step], strict=True):
+            group["lr"] = lr
+        optimizer.zero_grad()
+        nn.functional.mse_loss(reference(inputs), targets).backward()
+        optimizer.step()
+    torch.testing.assert_close(weights(module), weights(reference), rtol=1e-9, atol=1e-11)
+
+
+def test_the_tracked_vector_grows_with_the_network() -> None:
+    torch.manual_seed(2)
+    module = Finetuned(OPTIMIZERS["SGD"])
+    controller = QuasiNewtonLRController(
+        rule="inverse_sharpness", averaging=0.0, bounds=LRBounds(max_lr=1e-9, min_lr=1e-10)
+    )
+    loader = regression_loader(batch_size=48)
+    fit([controller, BackboneFinetuning(1, lambda epoch: 1.0)], module, loader, steps=60)  # which stays where it is
+    batch = next(iter(loader))
+    tops = []
+    for is_whole in (False, True):
+        module.backbone.requires_grad_(is_whole)
+        tops.append(float(torch.linalg.eigvalsh(dense_hessian(module, batch)[1])[-1]))
+    assert tops[1] > 1.01 * tops[0]
+    assert controller.results[0].lambda_max == pytest.approx(tops[0], rel=0.05)
+    assert controller.results[-1].lambda_max == pytest.approx(tops[1], rel=0.05)
+
+
+def test_results_are_what_is_logged() -> None:
+    for rule, num_tags in (("along_update", 7), ("inverse_sharpness", 9)):
+        controller = QuasiNewtonLRController(5, rule, log_prefix="mine")
+        _, logger = fit(controller, seeded())
+        assert all(type(result) is LearningRateResult for result in controller.results)
+        assert [result.step for result in controller.results] == [0, 5, 10]
+        assert [result.epoch for result in controller.results] == pytest.approx([0, 5 / 6, 10 / 6])
+        for result in controller.results:
+            scalars = result.scalars()
+            assert len(scalars) == num_tags
+            assert scalars == {tag: logger.curve(f"mine/{tag}")[result.step] for tag in scalars}
+        own = {tag for tag in logger.tags if tag.startswith("mine/")}
+        assert own == {f"mine/{tag}" for tag in [*scalars, "quasi_newton_details/seconds"]}
+
+
+def test_checkpoints_at_steps_have_the_controllers_parameters(tmp_path: Any) -> None:
+    module = seeded()
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    seen: dict[int, Tensor] = {}
+
+    class Witness(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen[trainer.global_step] = weights(pl_module).clone()
+
+    fit([checkpoint, QuasiNewtonLRController(), Witness()], module, steps=6, enable_checkpointing=True)
+    for step in range(1, 6):
+        state = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(torch.cat([value.reshape(-1) for value in state.values()]), seen[step])
+
+
+def test_the_hook_on_the_optimizer_goes_with_the_run() -> None:
+    trainer, _ = fit(QuasiNewtonLRController())
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_step_that_returns_none_is_passed_over() -> None:
+    class Skips(SmallRegressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx % 3 == 1 else super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module = Skips()
+    with pytest.warns(CurvatureWarning, match="returned None"):
+        _, logger = fit(QuasiNewtonLRController(), module)
+    assert torch.isfinite(weights(module)).all()
+    assert logger.curve("quasi_newton/learning_rate")
+
+
+# The command line.
+
+
+def test_configuration_in_yaml_is_understood(tmp_path: Any) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    (tmp_path / "config.yaml").write_text("""
+trainer:
+  callbacks:
+    - class_path: lyapunov_lightning.QuasiNewtonLRController
+      init_args: {every_n_steps: 3, rule: inverse_sharpness, bounds: {max_lr: 0.5, window: 20}, hessian: {mode: eval}}
+    - class_path: lyapunov_lightning.QuasiNewtonLRController
+""")
+    arguments = ["--config", str(tmp_path / "config.yaml"), f"--trainer.default_root_dir={tmp_path}"]
+    cli = LightningCLI(SmallRegressor, args=arguments, run=False, save_config_callback=None)
+    first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
+    assert first.schedule == Schedule(every_n_steps=3)
+    assert first.config == HessianConfig("batch", mode="eval", method="finite_difference")
+    assert first._governor._bounds == LRBounds(max_lr=0.5, window=20)
+    assert first._rule == "inverse_sharpness"
+    assert second.schedule == Schedule(every_n_steps=1)
+    assert second.config == HessianConfig("batch")
+    assert second._governor._bounds == LRBounds()
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "newton"}, "`rule` should be one of along_update, inverse_sharpness, got 'newton'."),
+        ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
+        ({"bounds": {"max_lr": 1.0}}, "`bounds` should be LRBounds, got {'max_lr': 1.0}."),
+        ({"sigma": 0}, "`sigma` should be a positive float, got 0."),
+        ({"sigma": math.nan}, "`sigma` should be a positive float, got nan."),
+        ({"averaging": 1}, "`averaging` should be in [0, 1), got 1."),
+        ({"averaging": -0.1}, "`averaging` should be in [0, 1), got -0.1."),
+        ({"max_warmup": 1.5}, "`max_warmup` should be a non-negative int, got 1.5."),
+        ({"delta_q": -1}, "`delta_q` should be a positive float, got -1."),
+    ],
+    ids=str,
+)
+def test_bad_argument_is_named_with_its_value(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        QuasiNewtonLRController(**arguments)
+
+
+class Scheduled(SmallRegressor):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class NoOptimizer(SmallRegressor):
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class Manual(SmallRegressor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def curvature_loss(self, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Scheduled, "sets the learning rate, and so does StepLR"),
+        (lambda: SmallRegressor(torch.optim.LBFGS), "cannot steer LBFGS"),
+        (Manual, "manual optimization"),
+        (NoOptimizer, "returned none"),
+        (lambda: SmallRegressor().bfloat16(), "lost in the rounding of torch.bfloat16"),
+        (lambda: SmallRegressor(lambda p: torch.optim.SGD(p, lr=0.0)), "positive learning rate"),
+    ],
+)
+def test_what_cannot_be_steered_is_refused(make: Callable[[], pl.LightningModule], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"QuasiNewtonLRController.*{message}"):
+        fit(QuasiNewtonLRController(), make())
+
+
+def test_two_controllers_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="one `QuasiNewtonLRController`, got 2"):
+        fit([QuasiNewtonLRController(), QuasiNewtonLRController(rule="inverse_sharpness")])

@@ -1,0 +1,224 @@
+"""What the package takes for granted of Lightning's training loop, without its being promised.
+
+When a new version breaks one of these, the message says which part of the package depends on it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tests.contracts.live import Curves, Hooks, Module, needed_by
+
+BASE = needed_by("training/callback")
+SCHEDULE = needed_by("training/config")
+
+
+def test_hooks_of_a_step_come_in_this_order(fit):
+    module = Module()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: module.calls.append(name)
+
+    hooks = (
+        "on_train_batch_start",
+        "on_before_zero_grad",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    )
+    fit(module, Hooks(**{name: note(name) for name in hooks}), limit_train_batches=1)
+    assert module.calls == [
+        "on_before_batch_transfer",
+        "transfer_batch_to_device",
+        "on_after_batch_transfer",
+        "on_train_batch_start",
+        "own on_train_batch_start",
+        "training_step",
+        "on_before_zero_grad",
+        "on_before_backward",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    ], (
+        needed_by("training/callback", "training/replay", "training/updates")
+        + "a measurement in `on_train_batch_start` must come before the step draws random numbers, with the batch"
+        " already transferred and the module's own hook still to come, which a replay calls; and one in"
+        " `on_after_backward` before the gradient is clipped and the step taken"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_begins_with_setup_then_the_state_then_the_first_batch(fit, tmp_path):
+    order = []
+
+    class Samples(Dataset):
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> Tensor:
+            order.append("data")
+            return torch.ones(2)
+
+    class Begins(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            order.append("setup")
+            assert stage == "fit", BASE + "modules are checked before a fit, and not before a test"
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            order.append("on_train_start")
+            assert trainer.num_training_batches == 4, BASE + "the fixed data are a share of these"
+            assert isinstance(trainer.train_dataloader, DataLoader), BASE + "the fixed data are drawn from it"
+            assert trainer.optimizers, BASE + "optimizers are checked in this hook"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"some": "state"}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            order.append("load_state_dict")
+
+    loader = DataLoader(Samples(), 2)
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    fit(Module(), Begins(), keeper, data=loader, enable_checkpointing=True)
+    message = BASE + "schedules and vectors of a checkpoint are there when a run begins; the first batch is not"
+    assert [*dict.fromkeys(order)] == ["setup", "on_train_start", "data"], message
+    order.clear()
+    fit(Module(), Begins(), data=loader, ckpt_path=keeper.last_model_path, max_epochs=2)
+    assert [*dict.fromkeys(order)] == ["setup", "load_state_dict", "on_train_start", "data"], message
+
+
+def test_all_callbacks_get_the_batch_itself_in_the_order_in_which_they_are_listed(fit):
+    seen = []
+    hooks = [
+        Hooks(on_train_batch_start=lambda t, m, batch, i, n=n: seen.append((n, id(batch)))) for n in ("first", "second")
+    ]
+    trainer = fit(Module(), *hooks, limit_train_batches=1)
+    (first, one), (second, other) = seen
+    message = needed_by("training/callback", "training/sharing")
+    assert trainer.callbacks[:2] == hooks, message + "callbacks that share a measurement find each other there"
+    assert (first, second) == ("first", "second"), message + "the first one makes what is shared"
+    assert one == other, message + "a step is told from the next one by its batch"
+
+
+def test_the_last_hooks_of_a_run_are_these(fit):
+    ended = []
+
+    def stop(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_, **__: ended.append(name)
+
+    ends = {name: note(name) for name in ("on_train_epoch_end", "on_train_end", "on_exception", "teardown")}
+    message = needed_by("training/callback", "callbacks/quasi_newton_lr_controller") + "they let go of what they hold"
+    fit(Module(), Hooks(**ends))
+    assert ended == ["on_train_epoch_end", "on_train_end", "teardown"], message
+    ended.clear()
+    with pytest.raises(ZeroDivisionError):
+        fit(Module(), Hooks(**ends, on_before_zero_grad=stop))
+    assert ended == ["on_exception"], message
+
+
+def test_gradient_is_there_after_backward_and_clipped_only_afterwards(fit):
+    norms = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda trainer, module, *args: norms.setdefault(name, float(module.layer.weight.grad.norm()))
+
+    hooks = Hooks(
+        on_after_backward=note("backward"),
+        on_before_optimizer_step=note("before"),
+        on_train_batch_end=note("end"),
+    )
+    fit(Module(), hooks, gradient_clip_val=1e-6, limit_train_batches=1)
+    message = needed_by("training/updates", "callbacks/nudged_sgd_hook")
+    assert norms["backward"] == norms["before"] > 1e-5, message + "the step's own gradient is reused as it is there"
+    assert norms["end"] <= 1e-6
+
+
+def test_gradients_are_divided_by_the_number_of_accumulated_batches(fit):
+    found = []
+
+    def compare(trainer: pl.Trainer, module: Module) -> None:
+        if not found:
+            found.append(module.layer.weight.grad.clone())
+            loss = module.layer(batches[0]).square().mean()
+            found.append(torch.autograd.grad(loss, module.layer.weight)[0])
+
+    batches = [torch.randn(2, 2) for _ in range(4)]
+    fit(
+        Module(), Hooks(on_after_backward=compare), data=DataLoader(batches, batch_size=None), accumulate_grad_batches=4
+    )
+    assert torch.allclose(4 * found[0], found[1], rtol=1e-5), (
+        needed_by("training/updates") + "the own gradient is multiplied by `trainer.accumulate_grad_batches`"
+    )
+
+
+def test_global_step_stands_still_over_accumulated_batches(fit):
+    steps = []
+    hooks = Hooks(
+        on_train_batch_start=lambda trainer, *args: steps.append((trainer.global_step, trainer.current_epoch))
+    )
+    fit(Module(), hooks, accumulate_grad_batches=2, max_epochs=2)
+    assert steps == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 1), (2, 1), (3, 1), (3, 1)], (
+        SCHEDULE + "a measurement is made once for each `global_step`"
+    )
+
+
+def test_batches_that_stepped_is_the_step_axis_of_lightning(fit):
+    found, logger = [], Curves()
+    hooks = Hooks(
+        on_train_batch_start=lambda trainer, *args: found.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    )
+    fit(Module(), LearningRateMonitor("step"), hooks, logger=logger, max_epochs=2)
+    message = needed_by("training/recording")
+    assert found == list(range(8)), message + "Recorder.log takes the step from it"
+    assert logger.steps["loss"] == logger.steps["lr-SGD"] == found, (
+        message + "the curves of the module and those of the package share an axis"
+    )
+
+
+def test_a_trainer_that_logs_nothing_says_so(fit):
+    assert fit(Module(), log_every_n_steps=0).log_every_n_steps == 0, BASE + "the user is told that nothing is measured"
+
+
+def test_hooks_run_with_gradients_enabled(fit):
+    enabled = []
+
+    def note(*args: Any) -> None:
+        enabled.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+
+    fit(Module(), Hooks(on_train_batch_start=note, on_after_backward=note), limit_train_batches=1)
+    assert enabled == [(True, False)] * 2, BASE + "measurements differentiate in these hooks"
+
+
+def test_the_loss_of_a_step_is_an_output_of_it(fit):
+    found = []
+    fit(Module(), Hooks(on_train_batch_end=lambda trainer, module, outputs, *_: found.append(outputs["loss"])))
+    message = needed_by("callbacks/quasi_newton_lr_controller") + "it halves the learning rate when this has risen"
+    assert all(isinstance(loss, Tensor) and loss.ndim == 0 for loss in found), message
+
+
+def test_generated_state_keys_tell_instances_apart():
+    first, second = (Callback()._generate_state_key(end=end) for end in ("largest", "smallest"))
+    message = needed_by("callbacks/curvature_probe", "callbacks/spectrum_tracker")
+    assert first != second, message + "two instances keep their state side by side in a checkpoint"
+    assert "largest" in first
+    assert Callback()._generate_state_key(end="largest") == first, message + "a resumed run finds its state by the key"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_step_that_takes_the_iterator_is_told_by_the_name_of_its_argument(fit):
+    class Takes(Module):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            batch, _, _ = next(dataloader_iter)
+            return self.layer(batch).sum()
+
+    message = needed_by("training/checks") + "such a step is refused, since a replay would take batches away"
+    assert fit(Takes(), max_steps=2).global_step == 2, message

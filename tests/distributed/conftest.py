@@ -1,0 +1,81 @@
+"""The ranks, and what they found."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import ranks
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240
+"""Seconds for all checks together, after which the ranks are taken to hang."""
+
+Outcomes = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+    """What all ranks returned from a check, which is a reason to fail where one of them did not.
+
+    The checks are those of the modules that the selected tests call ``runs``. Where tests are spread over several
+    processes, the first of them that comes here starts the ranks for all.
+
+    """
+    deadline = time.monotonic() + PATIENCE
+    is_spread = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if is_spread else folder) / "ranks"
+    modules = {
+        item.module.runs.__name__ for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())
+    }
+    process = None
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        pass  # another one was first
+    else:
+        process = _start(folder, sorted(modules))
+
+    @cache
+    def load(name: str) -> list[Any]:
+        paths = [ranks.saved(folder, name, rank) for rank in range(ranks.WORLD_SIZE)]
+        while not (all(path.exists() for path in paths) or _is_over(folder, deadline)):
+            time.sleep(0.05)
+        if not all(path.exists() for path in paths):
+            pytest.fail(f"a rank hung or died in {name} or before:\n{(folder / 'log').read_text()[-3000:]}")
+        loaded = [torch.load(path, weights_only=False) for path in paths]
+        failures = [f"rank {rank}:\n{o.trace}" for rank, o in enumerate(loaded) if isinstance(o, ranks.Failure)]
+        if failures:
+            pytest.fail("\n".join(failures))
+        return loaded
+
+    yield load
+    if process is not None:
+        while is_spread and not _is_over(folder, deadline):  # somebody else may still want to know
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _start(folder: Path, modules: list[str]) -> "subprocess.Popen[bytes]":
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST", "SLURM"))},
+        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    }
+    command = [sys.executable, "-m", "tests.distributed.ranks", str(folder), *modules]
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _is_over(folder: Path, deadline: float) -> bool:
+    return (folder / ranks.FINISHED).exists() or time.monotonic() > deadline

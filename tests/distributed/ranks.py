@@ -1,0 +1,92 @@
+"""The real processes of the tests in this folder: one process imports everything once, and forks the ranks.
+
+Every check runs on all ranks, one after the other in one process group, and what it returns is saved as
+``{check}-{rank}.pt``. A check that raises is saved as a `Failure`, so that one fault does not hide the other results.
+"""
+
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD_SIZE = 2
+TIMEOUT = timedelta(seconds=60)
+"""How long a rank waits for another one before it gives up."""
+
+FINISHED = "finished"
+"""The file that is there once no rank runs any more."""
+
+CHECKS: dict[str, Callable[[int], Any]] = {}
+"""By name; each takes the rank."""
+
+
+@dataclass
+class Failure:
+    """A check that raised."""
+
+    trace: str
+
+
+def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
+    assert function.__name__ not in CHECKS, function
+    CHECKS[function.__name__] = function
+    return function
+
+
+def saved(folder: Path, name: str, rank: int) -> Path:
+    """Where the outcome of a check is."""
+    return folder / f"{name}-{rank}.pt"
+
+
+def main(folder: Path, modules: list[str]) -> None:
+    """Run the checks of some modules on all ranks."""
+    try:
+        for module in modules:
+            import_module(module)
+        fork = multiprocessing.get_context("fork")
+        processes = [fork.Process(target=_run, args=(folder, rank)) for rank in range(WORLD_SIZE)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:
+        (folder / FINISHED).touch()
+
+
+def _run(folder: Path, rank: int) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT
+    )
+    for name, function in CHECKS.items():
+        outcome: Any
+        started = time.process_time()
+        try:
+            outcome = function(rank)
+        except Exception:
+            outcome = Failure(traceback.format_exc())
+        print(f"rank {rank}: {time.process_time() - started:6.2f} s for {name}", flush=True)
+        path = saved(folder, name, rank)
+        torch.save(outcome, path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from tests.distributed import ranks  # not this module, which the checks' own do not know
+
+    ranks.main(Path(sys.argv[1]), sys.argv[2:])

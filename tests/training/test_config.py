@@ -1,0 +1,301 @@
+"""Measurements come at the steps that were asked for or take their share of the time; values are checked."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState
+
+
+class Learner(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches(num: int) -> DataLoader:
+    return DataLoader(torch.randn(num, 2), 1)
+
+
+def asking(schedule: Schedule) -> Callable[..., tuple[bool, int, int, int]]:
+    """A check that asks before every batch whether to measure."""
+    state = ScheduleState(schedule)
+
+    def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> tuple[bool, int, int, int]:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == 0:
+            state.start()
+        return state.advance(trainer, batch_idx), trainer.current_epoch, trainer.global_step, batch_idx
+
+    return check
+
+
+# Steps and epochs.
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_optimizer_steps_are_counted_and_each_at_most_once(fit, every_n_steps, accumulate):
+    _, answers = fit(Learner(), batches(24), asking(Schedule(every_n_steps)), accumulate_grad_batches=accumulate)
+    due = [(step, batch_idx) for is_due, _, step, batch_idx in answers if is_due]
+    assert due == [(step, step * accumulate) for step in range(0, 24 // accumulate, every_n_steps)]
+
+
+@pytest.mark.parametrize("every_n_epochs", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_epochs_are_measured_before_their_first_step(fit, every_n_epochs, accumulate):
+    schedule = Schedule(every_n_epochs=every_n_epochs)
+    _, answers = fit(Learner(), batches(4), asking(schedule), max_epochs=5, accumulate_grad_batches=accumulate)
+    due = [(epoch, batch_idx) for is_due, epoch, _, batch_idx in answers if is_due]
+    assert due == [(epoch, 0) for epoch in range(0, 5, every_n_epochs)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(first_n_steps=3), [0, 1, 2]),
+        (Schedule(first_n_steps=3, every_n_epochs=1), [0, 1, 2, 4, 8]),
+        (Schedule(first_n_steps=2, every_n_steps=5), [0, 1, 5, 10]),
+        (Schedule(every_n_steps=3, every_n_epochs=1), [0, 3, 4, 6, 8, 9]),
+    ],
+    ids=str,
+)
+def test_every_rule_adds_its_steps(fit, schedule, expected):
+    _, answers = fit(Learner(), batches(4), asking(schedule), max_epochs=3)
+    assert [step for is_due, _, step, _ in answers if is_due] == expected
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_every_training_is_measured_from_its_first_step(fit, num_steps):
+    check = asking(Schedule(10))
+    for _ in range(2):  # two Trainers, one callback
+        _, answers = fit(Learner(), batches(num_steps), check)
+        assert [is_due for is_due, *_ in answers] == [True, False, False][:num_steps]
+
+
+@pytest.mark.parametrize("name", ["every_n_steps", "every_n_epochs"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_interval_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` should be a positive int, got {value}"):
+        Schedule(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3"])
+def test_number_of_first_steps_out_of_range_is_named(value):
+    with pytest.raises(ValueError, match=f"`first_n_steps` should be a non-negative int, got {value}"):
+        Schedule(first_n_steps=value)
+
+
+@pytest.mark.parametrize("max_overhead", [0, 1, -0.1, 2, float("nan")])
+def test_share_out_of_range_is_named(max_overhead):
+    with pytest.raises(ValueError, match=r"`max_overhead` should be in \(0, 1\), got"):
+        Schedule(1, max_overhead=max_overhead)
+
+
+def test_a_schedule_without_a_rule_is_refused():
+    with pytest.raises(ValueError, match="at least one of `every_n_steps`"):
+        Schedule()
+
+
+def test_state_goes_on_where_it_was_and_holds_only_what_a_checkpoint_may():
+    state = ScheduleState(Schedule(2))
+    assert state.advance(at(4), 4)
+    kept = state.state_dict()
+    assert all(value is None or type(value) in (int, float, bool, str) for value in kept.values())
+    resumed = ScheduleState(Schedule(2))
+    resumed.load_state_dict(kept)
+    resumed.start()
+    assert not resumed.advance(at(4), 0)  # the measurement of this step was made before the checkpoint
+    assert not resumed.advance(at(5), 5)
+    assert resumed.advance(at(6), 6)
+    assert resumed.state_dict() == {"passed": 6, "measured": 6}
+
+
+def test_state_of_a_schedule_that_was_never_asked_can_be_loaded():
+    resumed = ScheduleState(Schedule(2))
+    resumed.load_state_dict(ScheduleState(Schedule(2)).state_dict())
+    assert resumed.advance(at(0), 0)
+
+
+# Several optimizer steps in a batch, as manual optimization makes them.
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 7), max_size=60))
+def test_every_interval_is_measured_at_its_first_opportunity(every_n_steps, steps_of_batches):
+    """Reference: a multiple of the interval lies behind the last opportunity and not behind this one."""
+    state = ScheduleState(Schedule(every_n_steps))
+    step, seen = 0, -1
+    for batch_idx, steps in enumerate(steps_of_batches):
+        multiples = [multiple for multiple in range(seen + 1, step + 1) if multiple % every_n_steps == 0]
+        assert state.advance(at(step), batch_idx) == bool(multiples)
+        seen, step = step, step + steps
+
+
+@given(st.lists(st.integers(0, 50), unique=True, min_size=1), st.lists(st.integers(1, 7), min_size=1, max_size=40))
+def test_single_steps_are_measured_at_the_first_opportunity(at_steps, steps_of_batches):
+    state = ScheduleState(Schedule(at_steps=at_steps))
+    step, seen = 0, -1
+    for batch_idx, steps in enumerate(steps_of_batches):
+        assert state.advance(at(step), batch_idx) == any(seen < fixed <= step for fixed in at_steps)
+        seen, step = step, step + steps
+
+
+def test_a_schedule_that_nobody_gave_never_measures_until_it_follows_one():
+    state = ScheduleState(None)
+    assert not state.advance(at(0), 0)
+    state.follow(Schedule(3))
+    assert not state.advance(at(2), 2)
+    assert state.advance(at(3), 3)
+
+
+@pytest.mark.parametrize("at_steps", [[-1], [1.5], [True], ["3"], [2, 2]])
+def test_single_steps_out_of_range_are_named(at_steps):
+    with pytest.raises(ValueError, match="`at_steps` should hold"):
+        Schedule(at_steps=at_steps)
+
+
+# Which Hessian.
+
+
+def loss_fn(module, batch):
+    return module(batch).sum()
+
+
+def test_equal_configurations_are_one_key():
+    config = HessianConfig("fixed", 4, loss_fn=loss_fn)
+    assert {config: 1}[HessianConfig(data="fixed", num_batches=4, loss_fn=loss_fn)] == 1
+    assert config != HessianConfig("fixed", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "all"}, "`data` should be one of batch, fixed, got 'all'"),
+        ({"mode": "test"}, "`mode` should be one of train, eval, got 'test'"),
+        ({"method": "exact"}, "`method` should be one of auto, .* got 'exact'"),
+        ({"num_batches": 0}, "`num_batches` should be a positive int, got 0"),
+        ({"fraction": 0}, r"`fraction` should be in \(0, 1\], got 0"),
+        ({"fraction": 1.5}, r"`fraction` should be in \(0, 1\], got 1.5"),
+        ({"fraction": float("nan")}, r"`fraction` should be in \(0, 1\], got nan"),
+        ({"loss_fn": 3}, "`loss_fn` should be a function, got 3"),
+        ({"batch_size_fn": "len"}, "`batch_size_fn` should be a function, got 'len'"),
+        ({"seed": 0.5}, "`seed` should be an int, got 0.5"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        HessianConfig(**options)
+
+
+# A share of the time.
+
+
+def at(step: int) -> Any:
+    return SimpleNamespace(global_step=step, current_epoch=0, world_size=1)
+
+
+def sharing(bound: float) -> ScheduleState:
+    return ScheduleState(Schedule(max_overhead=bound))
+
+
+class Clock:
+    """A clock that only simulated work moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("lyapunov_lightning.training.config.time", clock)
+    return clock
+
+
+def simulated(clock: Clock, state: ScheduleState, num_steps: int, step_costs: Any, probe_costs: Any) -> tuple[Any, Any]:
+    """The steps at which was measured, and the share that the measurements had taken after each step."""
+    measured, shares, spent, started = [], [], 0.0, clock.now
+    state.start()
+    for step in range(num_steps):
+        if state.advance(at(step), step):
+            cost = probe_costs(step)
+            clock.now += cost
+            spent += cost
+            state.record(cost)
+            measured.append(step)
+        clock.now += step_costs(step)
+        shares.append(spent / (clock.now - started))
+    return measured, shares
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.05, 0.2, 0.5, 0.9])
+def test_share_holds_and_is_used(clock, bound):
+    measured, shares = simulated(clock, sharing(bound), 10_000, lambda step: 1e-3, lambda step: 20e-3)
+    assert measured[0] == 0
+    assert 0.8 * bound <= shares[-1] <= bound
+    paid_back = measured[1]
+    assert max(shares[paid_back:]) <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("factor", [0.1, 10])
+@pytest.mark.parametrize("which", ["steps", "probes"])
+def test_share_holds_when_steps_or_probes_change_their_cost(clock, factor, which):
+    def changing(cost: float, changes: bool) -> Any:
+        return lambda step: cost * (factor if changes and step > 5000 else 1)
+
+    costs = changing(1e-3, which == "steps"), changing(20e-3, which == "probes")
+    _, shares = simulated(clock, sharing(0.05), 20_000, *costs)
+    assert 0.8 * 0.05 <= shares[-1] <= 0.05
+
+
+def test_a_first_probe_that_is_slow_is_paid_back_before_the_next(clock):
+    measured, shares = simulated(
+        clock, sharing(0.1), 10_000, lambda step: 1e-3, lambda step: 0.2 if step == 0 else 5e-3
+    )
+    assert measured[1] * 1e-3 >= 0.2 / 0.1 - 0.2
+    assert max(shares[measured[1] :]) <= 0.1 * (1 + 1e-9)
+    assert shares[-1] >= 0.8 * 0.1
+
+
+def test_probes_that_cost_nothing_come_at_every_step(clock):
+    measured, _ = simulated(clock, sharing(0.05), 100, lambda step: 1e-3, lambda step: 0.0)
+    assert measured == list(range(100))
+
+
+def test_share_holds_over_optimizer_steps_of_several_batches(clock):
+    state = sharing(0.05)
+    spent, started, measured = 0.0, clock.now, []
+    for batch in range(8_000):
+        if state.advance(at(batch // 4), batch):
+            assert batch % 4 == 0
+            clock.now += 20e-3
+            spent += 20e-3
+            state.record(20e-3)
+            measured.append(batch // 4)
+        clock.now += 1e-3
+    assert 0.8 * 0.05 <= spent / (clock.now - started) <= 0.05
+    assert measured == sorted(set(measured))
+
+
+def test_another_training_with_a_share_begins_with_a_measurement(clock):
+    state = sharing(0.05)
+    for _ in range(2):
+        measured, _ = simulated(clock, state, 1_000, lambda step: 1e-3, lambda step: 20e-3)
+        assert measured[0] == 0
