@@ -1,0 +1,51 @@
+"""Generated modules train bit for bit as they do without the reading callbacks, which measure their very loss."""
+
+import pytest
+
+from tests.generator import data, habits, objects, state
+from tests.generator.cases import Case, case_of
+from tests.generator.mischief import MISCHIEF, Mischief, replay_in_place
+from tests.generator.runs import check, differences, run
+
+NUM_CASES = 100
+
+PLACES = [*state.ATTRIBUTES, *state.TENSORS, *state.CODE, *objects.OBJECTS, *habits.ITERATORS]
+"""All that a step can write to and that stays where it is put."""
+
+
+@pytest.mark.parametrize("seed", range(NUM_CASES))
+def test_callbacks_do_not_show_in_a_generated_module(seed: int) -> None:
+    case = case_of(seed)
+    verdict = check(case)
+    if verdict.failed:
+        pytest.fail(f"{verdict}\n\n{case.source()}", pytrace=False)
+
+
+def test_a_seed_always_makes_the_same_case() -> None:
+    sources = [case_of(seed).source() for seed in range(NUM_CASES)]
+    assert sources == [case_of(seed).source() for seed in range(NUM_CASES)]
+    assert len(set(sources)) == NUM_CASES
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_two_runs_of_a_case_are_the_same(seed: int) -> None:
+    assert run(case_of(seed)).differences(run(case_of(seed))) == []
+
+
+@pytest.mark.parametrize("name", MISCHIEF)
+def test_comparison_notices(name: str) -> None:
+    counted = next(loader for loader in data.LOADERS if loader.name == "dataset with a counter and a cache")
+    case = Case(0, loader=counted, states=(state.ATTRIBUTES[0],))
+    without, with_mischief = run(case), run(case, [Mischief(MISCHIEF[name])])
+    assert with_mischief.error is None
+    assert without.differences(with_mischief) != []
+
+
+def test_comparison_looks_into_every_place_of_state() -> None:
+    """One module with all of them, replayed in place: each place by itself must be seen to have changed."""
+    case = Case(0, states=tuple(PLACES))
+    without, with_mischief = run(case), run(case, [Mischief(replay_in_place, only_at=[1])])
+    assert (without.error, with_mischief.error) == (None, None)
+    changed = "\n".join(differences("", without.steps[1], with_mischief.steps[1]))
+    missed = [place.name for number, place in enumerate(PLACES) if f"state{number}'" not in changed]
+    assert missed == []
