@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wild clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -15,6 +15,9 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wild: .wild/.installed  ## other people's LightningModules, trained without and with the reading callbacks
+	.wild/bin/python -W ignore -m benchmarks.wild
+
 # The environment is made once and made again when what it holds has changed.
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,5 +25,18 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(STAMP)
 
+# Other people's packages, in an environment of their own that sees what .venv holds and cannot change it. torch and
+# Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and does without.
+.wild/.installed: benchmarks/wild/requirements.txt | $(STAMP)
+	rm -rf .wild
+	$(BIN)/python -m venv .wild
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .wild/seen.pth
+	mv .wild/seen.pth "$$(.wild/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|torchvision|lightning|pytorch-lightning|torchmetrics)==' \
+		> .wild/constraints.txt
+	.wild/bin/python -m pip install --quiet --constraint .wild/constraints.txt --requirement $<
+	.wild/bin/python -m pip install --quiet --no-deps pytorch-tabular==1.2.0
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info logs lightning_logs
+	rm -rf .venv .wild build dist *.egg-info logs lightning_logs
