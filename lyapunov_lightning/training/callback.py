@@ -97,7 +97,7 @@ class CurvatureCallback(Callback):
 
     @property
     def results(self) -> list[Any]:
-        """What was measured so far, one frozen result for each measurement, the last ones of a very long run."""
+        """What was measured so far, a frozen result for each measurement; of a very long run for every second one."""
         return self._results.items
 
     @property

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.lightning_names import either, in_library_of
-from lyapunov_lightning.training.standard_copies import HANDLERS, Exhausted, Handler, copy_file
+from lyapunov_lightning.training.standard_copies import COMPILERS, HANDLERS, Exhausted, Handler, copy_file
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ _KEPT_PACKAGES = frozenset(
 _CYTHON_FUNCTIONS = ("cython_function_or_method", "fused_cython_function")
 """Names of classes that each package has its own of."""
 
-_KEPT_MODULES = ("torch._dynamo", "torch._inductor", "torch.distributed", "torch.cuda")
+_KEPT_MODULES = (*COMPILERS, "torch.distributed", "torch.cuda")
 
 _TRACKERS = frozenset(
     ["aim", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "wandb"]

@@ -128,7 +128,6 @@ class _GlobalNamespace:
 
     def __init__(self, variables: dict[str, Any], names: frozenset[str], copier: Copier) -> None:
         self._variables = variables
-        self._names = names
         self._before = {name: v for name in names & variables.keys() if not isinstance(v := variables[name], _NOT_DATA)}
         self._missing = names - variables.keys()
         self._copies = {name: copied for name, v in self._before.items() if (copied := copier(v)) is not v}

@@ -60,14 +60,7 @@ def _copy_list(copier: "Copier", value: list[Any]) -> list[Any]:
 
 
 def _copy_dict(copier: "Copier", value: dict[Any, Any]) -> dict[Any, Any]:
-    copied: dict[Any, Any] = copier.note(value, {})
-    for key, entry in value.items():
-        copied[copier(key)] = copier(entry)
-    return copied
-
-
-def _copy_ordered_dict(copier: "Copier", value: "OrderedDict[Any, Any]") -> "OrderedDict[Any, Any]":
-    copied: OrderedDict[Any, Any] = copier.note(value, OrderedDict())
+    copied: dict[Any, Any] = copier.note(value, type(value)())
     for key, entry in value.items():
         copied[copier(key)] = copier(entry)
     return copied
@@ -199,7 +192,7 @@ Handler = Callable[["Copier", Any], Any]
 HANDLERS: dict[type, Handler] = {
     list: _copy_list,
     dict: _copy_dict,
-    OrderedDict: _copy_ordered_dict,
+    OrderedDict: _copy_dict,
     set: _copy_set,
     tuple: _copy_tuple,
     frozenset: _copy_tuple,
