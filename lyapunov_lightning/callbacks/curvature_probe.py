@@ -10,12 +10,12 @@ from lyapunov_lightning.callbacks.results import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.hessian import HessianOperator
-from lyapunov_lightning.curvature.linear import ScaledOperator
 from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking import End, ExponentTracker, ExtremeTracker
 from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
 from lyapunov_lightning.training.config import HessianConfig, Schedule
+from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.progress import progress, watched
 from lyapunov_lightning.training.recording import Charts
@@ -36,7 +36,8 @@ class CurvatureProbe(CurvatureCallback):
     Three estimators:
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
-      eigenvector; stops at the residual `tol`. 2 to 10 products of about 2 gradients each.
+      eigenvectors and a little noise; stops when the eigenvalue is known to `tol`. 4 to 10 products of about 2
+      gradients each.
     - ``"lyapunov"``: one iteration a probe of the finite-size Lyapunov exponent, which follows a perturbation of the
       parameters from probe to probe. Costs one gradient where the step's own gradient can be used, else two. The
       largest end is Algorithm 1 of the paper; the smallest end follows the training map itself, with the learning rate
@@ -48,8 +49,9 @@ class CurvatureProbe(CurvatureCallback):
     - ``curvature/lambda_max``, ``curvature/lambda_min``: the eigenvalues of the ends asked for, in the unit of the
       loss's second derivative.
     - ``curvature/stability_limit``: the eigenvalue at which the optimizer's present learning rate turns unstable. It is
-      one on ``lambda_max`` for SGD, and for Adam, AdamW, RMSprop, and parameter groups of different learning rates one
-      on ``curvature/preconditioned_lambda_max``, which is then measured as well (not by ``"lyapunov"``).
+      one on ``lambda_max`` for SGD, and for the Adams, RMSprop, Adagrad, parameter groups of different settings and an
+      optimizer that maximizes one on ``curvature/preconditioned_lambda_max``, which is then measured as well; with
+      ``"lyapunov"``, which cannot, both are left out.
     - ``curvature/stability_ratio``: the eigenvalue that counts for this optimizer over its limit. The edge of stability
       is 1, whatever the optimizer.
     - ``curvature/lyapunov_exponent`` and ``curvature/inverse_h0`` (``"lyapunov"`` only): the exponent of the map that
@@ -60,9 +62,10 @@ class CurvatureProbe(CurvatureCallback):
 
     and in the group ``curvature_details``, how good and how expensive that is:
 
-    - ``residual`` (``residual_min`` for the smallest of both ends, ``preconditioned_residual``): ``‖Hv − λv‖``; an
-      eigenvalue of the Hessian lies within it. ``converged`` is 1 where it met `tol`, and 0 where it did not or the
-      measurement failed.
+    - ``value_error``: how far the eigenvalue is estimated to be from the true one: squared residual over the distance
+      to the next eigenvalue seen. ``residual``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it. Both with
+      ``_min`` for the smallest of both ends and with ``preconditioned_`` in front. ``converged`` is 1 where `tol` was
+      met, and 0 where it was not or the measurement failed.
     - ``matvecs`` and ``seconds``: Hessian-vector products (differences of gradients) and wall-clock time spent.
     - ``lr_times_lambda_max``: learning rate times ``lambda_max``; 2 is the edge of stability of plain SGD.
     - ``inverse_h0`` for the other estimators; ``lyapunov_exponent_sgd`` and ``paper_lambda_min``: exponent of the
@@ -77,7 +80,8 @@ class CurvatureProbe(CurvatureCallback):
             follows the trainer's ``log_every_n_steps``.
         estimator: How the eigenvalue is estimated, see above.
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``.
-        tol: Relative residual at which an eigenvalue counts as converged.
+        tol: Relative accuracy of the eigenvalues, by their own estimate; of ``"power"`` and ``"lyapunov"`` the relative
+            residual.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for at most 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch.
         iterations: Iterations of ``"lyapunov"`` for each probe.
@@ -109,7 +113,7 @@ class CurvatureProbe(CurvatureCallback):
         every_n_steps: int | None = None,
         estimator: Estimator = "lanczos",
         end: End = "largest",
-        tol: float = 1e-2,
+        tol: float = 2e-2,
         *,
         schedule: Schedule | None = None,
         hessian: HessianConfig = HessianConfig(),
@@ -129,7 +133,7 @@ class CurvatureProbe(CurvatureCallback):
             log_prefix,
             data="batch",
             method="finite_difference" if is_lyapunov else None,
-            request=EigenRequest(int(end != "smallest"), int(end != "largest"), tol)
+            request=EigenRequest(int(end != "smallest"), int(end != "largest"), tol, values_only=True)
             if estimator == "lanczos"
             else None,
         )
@@ -173,7 +177,7 @@ class CurvatureProbe(CurvatureCallback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if self._waiting is not None:
             (hessian, step), self._waiting = self._waiting, None
-            with self._recorder.measurement(trainer) as record:
+            with self._recorder.measurement(trainer) as record, failing_together(trainer):
                 record.result = self._exponents(hessian, step, self._own_gradient.take(trainer, hessian))
             self._keep(record.result, record.seconds)
 
@@ -200,16 +204,16 @@ class CurvatureProbe(CurvatureCallback):
         stability = self._stability(step, hessian)
         if self.request is not None:
             pairs = self.shared.eigenpairs(step, self)
-            self._start.vectors = pairs.vectors
+            self._start.vector = pairs.start
         else:
             with watched(hessian, step.trainer, type(self).__name__) as operator:
                 pairs = self._power.measure(operator)
         top = None
-        if pairs.num_largest and stability is not None and stability.scale is not None:
+        if pairs.num_largest and stability is not None and not stability.is_on_hessian:
             with watched(hessian, step.trainer, type(self).__name__) as operator:
-                top = self._preconditioned.measure(ScaledOperator(operator, stability.scale))
+                top = self._preconditioned.measure(stability.matrix(operator))
         lambda_max = float(pairs.largest) if pairs.num_largest else None
-        residuals = pairs.residuals.tolist()
+        residuals, errors = pairs.residuals.tolist(), pairs.value_errors.tolist()
         return ProbeResult(
             step=step.index,
             epoch=step.epoch,
@@ -217,11 +221,14 @@ class CurvatureProbe(CurvatureCallback):
             lambda_min=float(pairs.smallest) if len(pairs.smallest) else None,
             residual=residuals[0],
             residual_min=residuals[1] if self._end == "both" else None,
+            value_error=errors[0],
+            value_error_min=errors[1] if self._end == "both" else None,
             converged=bool(pairs.converged.all()) and (top is None or bool(top.converged)),
             matvecs=pairs.num_matvecs + (0 if top is None else top.num_matvecs),
             inverse_h0=H0_CONVENTION / lambda_max if lambda_max is not None and lambda_max > 0 else None,
             preconditioned_lambda_max=None if top is None else float(top.largest),
             preconditioned_residual=None if top is None else float(top.residuals[0]),
+            preconditioned_value_error=None if top is None else float(top.value_errors[0]),
             **_limits(step, stability),
         )
 
@@ -247,6 +254,9 @@ class CurvatureProbe(CurvatureCallback):
             )
         if found is None:
             return None
+        stability = self._stability(step, hessian)
+        if stability is not None and not stability.is_on_hessian:
+            stability = None  # the eigenvalue that it is a limit on is not measured
         return ProbeResult(
             step=step.index,
             epoch=step.epoch,
@@ -260,7 +270,7 @@ class CurvatureProbe(CurvatureCallback):
             exponent=found.exponent,
             exponent_sgd=found.exponent_sgd,
             paper_lambda_min=found.paper_lambda_min,
-            **_limits(step, self._stability(step, hessian)),
+            **_limits(step, stability),
         )
 
     def _stability(self, step: Step, hessian: HessianOperator) -> Stability | None:
@@ -273,7 +283,7 @@ class CurvatureProbe(CurvatureCallback):
                 f"the stability limit of {type(optimizer).__name__} is not known, so `curvature/stability_limit` and"
                 " `curvature/stability_ratio` are left out.",
             )
-        return stability_of(optimizer, hessian.parameters)
+        return stability_of(optimizer, hessian.parameters, hessian.layout)
 
 
 def _limits(step: Step, stability: Stability | None) -> dict[str, float | None]:

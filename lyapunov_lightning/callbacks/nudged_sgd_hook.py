@@ -218,7 +218,8 @@ class NudgedSGDHook(CurvatureCallback):
     def _eigenpairs(self, hessian: HessianOperator, trainer: Any, start: Tensor | None) -> Eigenpairs:
         """The eigenpairs, on every rank or on none: with different ones the parameters would drift apart."""
         with failing_together(trainer), watched(hessian, trainer, type(self).__name__) as operator:
-            return lanczos(operator, largest=self._k, tol=self._tol, start=start, seed=self.config.seed)
+            seed = self.config.seed + trainer.global_step  # another one each time, to see what the last one overlooked
+            return lanczos(operator, largest=self._k, tol=self._tol, start=start, seed=seed)
 
     def _check_optimizer(self, trainer: Any, pl_module: Any) -> None:
         """Refuse an optimizer with which the change of the gradient is not that of the learning rate."""

@@ -31,12 +31,16 @@ class ProbeResult(Result):
         lambda_min: The smallest eigenvalue.
         residual: ``‖Hv − λv‖`` of the eigenvalue asked for, of the largest one where both are.
         residual_min: The same of the smallest one, where both are asked for.
-        converged: Whether all residuals met the tolerance.
+        value_error: How far that eigenvalue is estimated to be from the true one.
+        value_error_min: The same of the smallest one, where both are asked for.
+        converged: Whether the tolerance was met by all.
         matvecs: Hessian-vector products spent, or differences of gradients.
         learning_rate: Of the optimizer, the highest of its groups.
         stability_limit: The eigenvalue at which that learning rate turns unstable.
-        preconditioned_lambda_max: The largest eigenvalue of the preconditioned Hessian, where the limit is one on it.
+        preconditioned_lambda_max: The largest eigenvalue of the preconditioned Hessian with the weight decay that is
+            part of the gradient, where the limit is one on it; of the negative one where the loss is maximized.
         preconditioned_residual: The residual of that.
+        preconditioned_value_error: Its estimated error.
         inverse_h0: The paper's quasi-Newton learning rate, in its own convention.
         exponent: The finite-size Lyapunov exponent of the map that was followed.
         exponent_sgd: That of the training map, where both ends are followed.
@@ -48,12 +52,15 @@ class ProbeResult(Result):
     lambda_min: float | None = None
     residual: float | None = None
     residual_min: float | None = None
+    value_error: float | None = None
+    value_error_min: float | None = None
     converged: bool = False
     matvecs: int = 0
     learning_rate: float | None = None
     stability_limit: float | None = None
     preconditioned_lambda_max: float | None = None
     preconditioned_residual: float | None = None
+    preconditioned_value_error: float | None = None
     inverse_h0: float | None = None
     exponent: float | None = None
     exponent_sgd: float | None = None
@@ -84,6 +91,9 @@ class ProbeResult(Result):
             "curvature_details/residual": self.residual,
             "curvature_details/residual_min": self.residual_min,
             "curvature_details/preconditioned_residual": self.preconditioned_residual,
+            "curvature_details/value_error": self.value_error,
+            "curvature_details/value_error_min": self.value_error_min,
+            "curvature_details/preconditioned_value_error": self.preconditioned_value_error,
             "curvature_details/lr_times_lambda_max": lr_times_lambda_max,
             "curvature_details/converged": float(self.converged),
             "curvature_details/matvecs": float(self.matvecs),
@@ -115,6 +125,8 @@ class SpectrumResult(Result):
         block_matvecs: Products spent on the blocks.
         exponents_largest, exponents_smallest: The Lyapunov exponents of gradient ascent and of the training map.
         paper_largest, paper_smallest: The eigenvalues in the paper's convention.
+        from_other_end: How many eigenvalues grow faster under these maps than what is left of their end, although they
+            are from the other one.
 
     """
 
@@ -140,6 +152,7 @@ class SpectrumResult(Result):
     exponents_smallest: tuple[float, ...] = ()
     paper_largest: tuple[float, ...] = ()
     paper_smallest: tuple[float, ...] = ()
+    from_other_end: int | None = None
 
     @property
     def tracked_norm(self) -> float:
@@ -150,7 +163,13 @@ class SpectrumResult(Result):
     def scalars(self) -> dict[str, float]:
         shown = ("trace", "frobenius_norm", "gradient_in_top_subspace", "subspace_overlap")
         quality = ("residual", "converged", "matvecs", "block_matvecs", "trace_error", "frobenius_norm_error")
-        further = ("tracked_norm", "negative_mass", "gradient_in_random_subspace", "subspace_overlap_first")
+        further = (
+            "tracked_norm",
+            "negative_mass",
+            "gradient_in_random_subspace",
+            "subspace_overlap_first",
+            "from_other_end",
+        )
         found: dict[str, float | None] = {
             **ranked("spectrum/lambda", self.largest),
             **ranked("spectrum/lambda_min", self.smallest),
@@ -250,7 +269,7 @@ class ScanResult(Result):
             those of the lower end, ``random_1`` ... for random ones. What is one for each direction is in their order.
         curvatures: The curvature along each direction, that of an eigenvector being its eigenvalue.
         gradient_components: The modulus ``|gᵀv|`` of the gradient's component along each.
-        unit_steps: The distance to the first minimum along the direction of descent; None where no minimum was found.
+        unit_steps: The distance to the first minimum that was seen along the direction of descent; None where none was.
         best_improvements: How far the loss falls on the way there.
         scales: Half widths of the windows over which loss and model are compared.
         curvature_fits: For each direction and each scale the second derivative of a quadratic fitted to the loss, in
@@ -268,8 +287,8 @@ class ScanResult(Result):
         converged: The share of the eigenpairs whose residual met the tolerance. An eigenvalue is the second derivative
             along its vector whether or not that has converged.
         forward_passes: Evaluations of the loss on the measured data, each a forward pass for every batch of them. A
-            direction takes ``points`` for each scale, and 5 to 30 for the line search; each of ``sgd_steps`` takes up
-            to 10, and the surface 11.
+            direction takes ``points`` for each scale, and 5 to 30 for the line search, at most 100; each of
+            ``sgd_steps`` takes up to 10, and the surface 11.
         matvecs: Hessian-vector products spent.
 
     """

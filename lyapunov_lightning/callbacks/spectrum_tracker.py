@@ -11,10 +11,11 @@ from lyapunov_lightning.callbacks.results import SpectrumResult
 from lyapunov_lightning.curvature.alignment import KeptSubspace, gradient_alignment
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.blocks import BlockTrackers, parameter_blocks
-from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density, stochastic_moments
+from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.hessian import HessianOperator
-from lyapunov_lightning.curvature.lyapunov import LyapunovSpectrum
+from lyapunov_lightning.curvature.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
+from lyapunov_lightning.curvature.trace import stochastic_moments
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
 from lyapunov_lightning.training.checks import check_size
@@ -59,7 +60,8 @@ class SpectrumTracker(CurvatureCallback):
     - ``residual``, ``converged``, ``matvecs``, ``block_matvecs`` and ``seconds``: how good and how expensive that is.
     - ``gradient_cosine_1`` ... (``gradient_cosine_min_1`` ... for the lower end), ``gradient_in_random_subspace``,
       ``subspace_overlap_first``, ``tracked_norm``, ``negative_mass``, ``trace_error``, ``frobenius_norm_error``.
-    - ``lyapunov_exponent_1`` ... and ``paper_lambda_1`` ... (``..._min_1`` ...) for ``estimator="benettin"``.
+    - ``lyapunov_exponent_1`` ... and ``paper_lambda_1`` ... (``..._min_1`` ...), and ``from_other_end``, for
+      ``estimator="benettin"``.
 
     At the end of every epoch in which something was measured the loggers that can show figures (TensorBoard, Weights &
     Biases) get ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment``; in TensorBoard the
@@ -79,7 +81,8 @@ class SpectrumTracker(CurvatureCallback):
         estimator: ``"lanczos"``, or ``"benettin"``: perturbations that are evolved and orthogonalised along the real
             training steps, one iteration at every step on its batch whatever the schedule, which then only says when
             to log. The largest end follows gradient ascent, the smallest the map of plain SGD. What grows fastest
-            comes first, so a negative eigenvalue far beyond the positive ones takes a place among the largest.
+            comes first, so a negative eigenvalue far beyond the positive ones takes a place among the largest, and is
+            counted in ``from_other_end``. It converges no faster than power iteration: look at the residuals.
         tol: Relative residual at which an eigenvalue counts as converged.
         random_vectors: Random vectors for estimates over the whole spectrum, trace and Frobenius norm, at one product
             each; 0 for none, else at least 2.
@@ -173,6 +176,7 @@ class SpectrumTracker(CurvatureCallback):
         seed = self.config.seed
         self._estimator = estimator
         self._largest, self._smallest = largest, smallest
+        self._tol = tol
         self._random_vectors, self._density_steps = random_vectors, density_steps
         self._groups = groups
         self._vectors_dir = Path(save_dir) if save_dir is not None and save_vectors else None
@@ -325,12 +329,22 @@ class SpectrumTracker(CurvatureCallback):
         lr = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
         here = hessian.gradient()
         fields: dict[str, Any] = {}
-        matvecs = 0
+        estimates: list[LyapunovSpectrumEstimate] = []
+        from_other_end = 0
         for end, spectrum in (("largest", self._ascent), ("smallest", self._training)):
             if spectrum is not None:
                 estimate = spectrum.step(hessian.gradient, here, lr=lr)
-                matvecs += estimate.num_gradients
+                estimates.append(estimate)
+                from_other_end += sum(found != end for found in estimate.ends)
                 fields[end] = tuple(estimate.eigenvalues.tolist())
                 fields[f"exponents_{end}"] = tuple(estimate.exponents.tolist())
                 fields[f"paper_{end}"] = tuple(estimate.paper_eigenvalues.tolist())
-        return SpectrumResult(step=step.index, epoch=step.epoch, matvecs=matvecs, **fields)
+        return SpectrumResult(
+            step=step.index,
+            epoch=step.epoch,
+            residual=max(float(estimate.residuals.max()) for estimate in estimates),
+            converged=float(torch.cat([estimate.converged(self._tol) for estimate in estimates]).double().mean()),
+            from_other_end=from_other_end,
+            matvecs=sum(estimate.num_gradients for estimate in estimates),
+            **fields,
+        )

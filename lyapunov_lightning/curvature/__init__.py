@@ -3,15 +3,17 @@
 Nothing here knows of Lightning; it works with any function of tensors.
 """
 
-from lyapunov_lightning.curvature.density import (
-    Estimate,
-    Moments,
-    SpectralDensity,
-    spectral_density,
-    stochastic_moments,
-)
+from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
+from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError, NonFiniteCurvatureError
+from lyapunov_lightning.curvature.errors import (
+    CurvatureWarning,
+    MeasurementError,
+    NonFiniteCurvatureError,
+    PeerFailureError,
+)
+from lyapunov_lightning.curvature.estimates import Estimate
+from lyapunov_lightning.curvature.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.landscape import (
@@ -23,7 +25,7 @@ from lyapunov_lightning.curvature.landscape import (
     quadratic_fit,
     scan_line,
 )
-from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator, SymmetricOperator
 from lyapunov_lightning.curvature.lyapunov import (
     LyapunovEstimate,
     LyapunovIteration,
@@ -32,11 +34,15 @@ from lyapunov_lightning.curvature.lyapunov import (
 )
 from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
 from lyapunov_lightning.curvature.power import power_iteration
+from lyapunov_lightning.curvature.trace import DiagonalEstimate, Moments, stochastic_diagonal, stochastic_moments
 
 __all__ = [
     "CurvatureWarning",
+    "DiagonalEstimate",
     "Eigenpairs",
+    "EmpiricalFisherOperator",
     "Estimate",
+    "GaussNewtonOperator",
     "HessianOperator",
     "LineScan",
     "LineSearch",
@@ -50,15 +56,20 @@ __all__ = [
     "NonFiniteCurvatureError",
     "OnlineEigenpair",
     "OnlineEstimate",
+    "OperatorCheck",
+    "PeerFailureError",
     "QuadraticFit",
     "ScaledOperator",
     "SpectralDensity",
+    "SymmetricOperator",
     "Window",
+    "check_operator",
     "first_minimum",
     "lanczos",
     "power_iteration",
     "quadratic_fit",
     "scan_line",
     "spectral_density",
+    "stochastic_diagonal",
     "stochastic_moments",
 ]

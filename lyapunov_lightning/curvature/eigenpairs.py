@@ -15,18 +15,25 @@ class Eigenpairs:
         vectors: Shape ``(k, size)``: one orthonormal row for each value, on the operator's device in its dtype.
         residuals: Shape ``(k,)``, in the unit of the eigenvalues: a bound on ``‖Hv − θv‖``. An eigenvalue lies within
             that distance of ``θ``.
-        converged: Shape ``(k,)``, bool: whether the residual reached the tolerance.
+        value_errors: Shape ``(k,)``: how far ``θ`` is estimated to be from that eigenvalue: the squared residual over
+            the distance to where the next eigenvalue seen by the search may lie, or the residual where that is less;
+            never less than the noise of the products. A bound if nothing lies in between that the search has not seen.
+        converged: Shape ``(k,)``, bool: whether the tolerance was reached.
         num_matvecs: Products that were spent.
         num_largest: How many of the values are of the upper end.
+        start: Shape ``(size,)``: where to start the search for the same pairs of an operator that has changed a little:
+            all these vectors, and a share of the ones that came next to them and may have overtaken them since.
 
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+    value_errors: Tensor
     converged: Tensor
     num_matvecs: int
     num_largest: int
+    start: Tensor
 
     @property
     def largest(self) -> Tensor:

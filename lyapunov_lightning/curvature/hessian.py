@@ -1,26 +1,26 @@
 """The Hessian of a mean loss as a linear operator."""
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
-from lyapunov_lightning.curvature.mean_loss import MeanLoss, Objective, num_samples
-from lyapunov_lightning.curvature.products import DoubleBackward, FiniteDifference, ForwardOverReverse, Method, Product
+from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
+from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Objective, num_samples
+from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
+from lyapunov_lightning.curvature.mean_loss import MeanLoss
+from lyapunov_lightning.curvature.products import Method
+from lyapunov_lightning.curvature.ranks import Ranks
+from lyapunov_lightning.curvature.second_derivative import SecondDerivative
 from lyapunov_lightning.curvature.substitution import SubstitutedLoss
-from lyapunov_lightning.curvature.torch_compat import twice_differentiable_kernels
-from lyapunov_lightning.curvature.vectors import FlatLayout, unique_tensors
+from lyapunov_lightning.curvature.vectors import FlatLayout
 
 _STEPS = {torch.float32: 5e-2, torch.float64: 1e-6}
 """Length of the finite-difference step: in float32 the papers' Δq, below which rounding takes over."""
 
 
-class HessianOperator:
+class HessianOperator(SymmetricOperator):
     r"""The Hessian of the mean loss over fixed batches, known by its products ``v -> Hv``.
 
     The operator is that of ``L(θ) = Σ_b N_b L_b(θ) / Σ_b N_b`` with ``N_b`` samples in batch ``b``: the mean over the
@@ -31,14 +31,30 @@ class HessianOperator:
     Parameters that require no gradient, or that the loss does not depend on, are rows and columns of zeros. A parameter
     that is given twice (tied weights) counts once.
 
+    The operator is that of the loss as it is now: gradient graphs that were kept are built anew after a change to the
+    parameters, to the tensors and arrays in the batches, to buffers and other tensors that the loss uses, in whatever
+    way it was made (optimizer steps, ``.data``, NumPy), after layers were switched between training and evaluation, and
+    in another autocast region. It is looked for before each product, and once in a solver, during which nothing should
+    be changed. What is not noticed: numbers, lists and other objects of Python that the loss reads, changes of
+    attributes of layers other than ``training``, of arrays and files that it reads itself, and writes that PyTorch does
+    not count to tensors of more than 64 MiB outside of the batches. After these, call `reset`.
+
+    The loss is evaluated in the autocast region in which a method is called; its derivatives and all sums are taken
+    outside of it, so that vectors keep their precision.
+
+    With a loss that holds a part constant (``detach``, ``torch.no_grad``) exact products are those of the loss with
+    this part held constant; finite differences, and `value` and `gradient` at a displacement, move it with the rest.
+
     Args:
         loss: Maps a batch to its scalar mean loss, as a function of `parameters` at their present values. If it has a
             method ``evaluated(batch, values)``, see `Objective`, that is used; else the parameters are substituted in
             the operations that `loss` performs where other values are needed.
-        parameters: The parameters, the coordinates of the vectors in this order.
+        parameters: The parameters, the coordinates of the vectors in this order; or pairs of a name and a parameter,
+            such as ``model.named_parameters()``.
         batches: The batches, in any structure that `loss` understands.
         method: How products are computed, see `lyapunov_lightning.curvature.products`. ``"auto"`` is double backward,
-            and finite differences with one warning where PyTorch cannot differentiate twice.
+            and finite differences with one warning where PyTorch cannot differentiate twice. Errors of another kind
+            are raised as they are, those of a device or of the network after a second attempt.
         weights: Number of samples ``N_b`` of each batch. By default what an `Objective` says, else the leading
             dimension of the batch's first tensor.
         step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
@@ -66,10 +82,12 @@ class HessianOperator:
 
     """
 
+    layout: FlatLayout
+
     def __init__(
         self,
         loss: Callable[[Any], Tensor] | Objective,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
         batches: Iterable[Any],
         *,
         method: Method = "auto",
@@ -85,40 +103,39 @@ class HessianOperator:
             raise ValueError(f"`step` should be a positive float, got {step}.")
         if max_graph_bytes < 0:
             raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
-        self.parameters: Sequence[Tensor] = tuple(unique_tensors(parameters))
-        self.layout = layout = FlatLayout(self.parameters)
-        self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
+        self.parameters, names = parameters_of(parameters)
+        layout = FlatLayout(self.parameters)
+        ranks = Ranks(reduce, layout.device)
+        super().__init__(layout.space(ranks), layout, names)
         batches = list(batches)
         if not isinstance(loss, Objective):
             loss = SubstitutedLoss(loss, self.parameters)
             if weights is None and (len(batches) > 1 or reduce is not None):
                 weights = [float(num_samples(batch)) for batch in batches]
-        self._loss = MeanLoss(loss, self.parameters, layout, batches, weights, reduce)
+        self._batches = FixedBatches(loss, batches, self.space, weights, ranks)
+        self._loss = MeanLoss(self._batches, self.parameters, layout)
         narrow = any(p.dtype == torch.float32 for p in self.parameters if p.requires_grad)
         step = step if step is not None else _STEPS[torch.float32 if narrow else layout.dtype]
-        self._finite_difference = FiniteDifference(self._loss, layout, step)
-        self._double_backward = DoubleBackward(self._loss, self.parameters, layout, max_graph_bytes)
-        ways: dict[str, Product] = {
-            "forward_over_reverse": ForwardOverReverse(self._loss, self.parameters, layout),
-            "finite_difference": self._finite_difference,
-        }
-        self._way: Product = ways.get(method, self._double_backward)
-        if self._way is not self._finite_difference:
-            self._loss.kernels = twice_differentiable_kernels
-        self._plain_rnn = False
-        self._auto = method == "auto"
-        self._on_fallback = on_fallback
+        self._derivative = SecondDerivative(
+            self._loss,
+            self.parameters,
+            layout,
+            method=method,
+            step=step,
+            max_graph_bytes=max_graph_bytes,
+            on_fallback=on_fallback,
+        )
         self.num_matvecs = 0
 
     @property
     def method(self) -> str:
         """How products are computed at present; `auto` may have fallen back to finite differences."""
-        return self._way.name
+        return self._derivative.method
 
     @property
     def graph_bytes(self) -> int:
         """Memory that the kept gradient graphs hold."""
-        return self._double_backward.graph_bytes
+        return self._derivative.graph_bytes
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product ``Hv``.
@@ -130,21 +147,23 @@ class HessianOperator:
             A new vector of shape ``(size,)``.
 
         """
-        self.num_matvecs += 1
-        with torch.inference_mode(False), self._loss.mean(self.size) as total:
-            vector = vector.detach().clone().to(dtype=self.dtype, device=self.device)
-            index = 0
-            while index < len(self._loss):
-                try:
-                    product = self._way.product(index, vector)
-                except RuntimeError as error:
-                    self._fall_back(error, index)  # raises if there is no other way
-                    index = 0  # the sum should not be of two kinds of products
-                    total.clear()
-                else:
-                    total.add(product, self._loss.weight(index))
-                    index += 1
-        return total.sum
+        if vector.shape != (self.size,):
+            raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
+        return self._products(vector[None])[0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """The products with several vectors, for which each batch is evaluated once and the ranks meet once.
+
+        Args:
+            block: Shape ``(size, k)``: the vectors as columns.
+
+        Returns:
+            A new tensor of shape ``(size, k)``.
+
+        """
+        if block.ndim != 2 or len(block) != self.size:
+            raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
+        return self._products(block.T).T
 
     def gradient(self, displacement: Tensor | None = None) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``.
@@ -156,9 +175,8 @@ class HessianOperator:
         with torch.inference_mode(False):
             if displacement is not None:
                 return self._loss.gradient(displacement)
-            with self._loss.mean(self.size) as total:
-                for index in range(len(self._loss)):
-                    total.add(self._way.gradient(index), self._loss.weight(index))
+            with self._batches.mean(self.size) as total:
+                self._derivative.add_gradients(total)
             return total.sum
 
     def value(self, displacement: Tensor | None = None) -> float:
@@ -204,40 +222,56 @@ class HessianOperator:
             A vector of shape ``(size,)``.
 
         """
-        with torch.inference_mode(False), self._loss.mean(size) as total:
-            for index in range(len(self._loss))[:max_batches]:
-                total.add(statistic(self._way.gradient(index)), 1.0)
+        with torch.inference_mode(False), self._batches.mean(size) as total:
+            for gradient in self._derivative.gradients(max_batches):
+                total.add(statistic(gradient), 1.0)
         return total.sum
 
-    def _fall_back(self, error: RuntimeError, index: int) -> None:
-        """Take the way that is left after this error of a batch's product, or raise it where there is none."""
-        if isinstance(error, (torch.OutOfMemoryError, MeasurementError)) or self._way is self._finite_difference:
-            raise error
-        self._double_backward.drop_graphs()
-        if "rnn" in str(error).lower() and not self._plain_rnn:
-            self._plain_rnn = True
-            self._loss.kernels = partial(twice_differentiable_kernels, plain_rnn=True)
-            return
-        kernels, self._loss.kernels = self._loss.kernels, nullcontext
-        try:
-            self._finite_difference.gradient(index)
-        except Exception:  # it is the loss itself that fails
-            self._loss.kernels = kernels
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not self._auto:
-            self._loss.kernels = kernels
-            raise MeasurementError(
-                f"`method={self.method!r}` cannot differentiate this loss twice. Use `method='auto'`, or"
-                f" 'finite_difference', which needs one derivative only. PyTorch says: {reason}"
-            ) from error
-        self._way = self._finite_difference
-        if self._on_fallback is not None:
-            self._on_fallback()
-        warnings.warn(
-            "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
-            f" gradient, which blur the kinks of ReLU networks over a distance of {self._finite_difference.step:g}."
-            f" PyTorch says: {reason}",
-            CurvatureWarning,
-            stacklevel=3,
-        )
+    def reset(self) -> None:
+        """Forget what was found out by evaluations: gradient graphs, numbers of samples, the lack of a derivative.
+
+        The next call reads everything anew: the parameters, the batches, and whatever else the loss depends on. The
+        random numbers stay those of the same function. Only needed after changes that are not noticed, see above.
+        """
+        self._derivative.reset()
+        self._loss.reset()
+        self._batches.forget_weights()
+
+    def check(self, *, seed: int = 0, finite_difference: bool = False) -> OperatorCheck:
+        """Measure how symmetric and how deterministic the products are, see `OperatorCheck`.
+
+        It costs four products, whose graphs are built anew, and two gradients for the comparison.
+
+        Args:
+            seed: Seed of the random vectors.
+            finite_difference: Whether to compare a product with a finite difference of gradients as well.
+
+        Example::
+
+            >>> import torch
+            >>> from lyapunov_lightning.curvature import HessianOperator
+            >>> x = torch.ones(3, requires_grad=True)
+            >>> hessian = HessianOperator(lambda batch: (batch * x).tanh().sum(), [x], [torch.arange(3.0)])
+            >>> check = hessian.check()
+            >>> check.is_symmetric, check.is_deterministic
+            (True, True)
+
+        """
+        reference = self._difference if finite_difference else None
+        return check_operator(self, seed=seed, between=self._derivative.drop_graphs, reference=reference)
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        """The products with the rows of a tensor, as the rows of another."""
+        self.num_matvecs += len(vectors)
+        if not len(vectors):
+            return torch.zeros_like(vectors, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False), self._batches.mean(vectors.numel()) as total:
+            vectors = vectors.detach().to(dtype=self.dtype, device=self.device, copy=vectors.is_inference())
+            self._derivative.add_products(total, vectors)
+        return total.sum.view(vectors.shape)
+
+    def _difference(self, vector: Tensor) -> Tensor:
+        """The product by finite differences."""
+        with torch.inference_mode(False), self._batches.mean(self.size) as total:
+            self._derivative.add_differences(total, vector)
+        return total.sum

@@ -3,26 +3,56 @@
 The basis is an orthonormal one of ``span(v, Av, A²v, ...)``. It grows by one product a step, every new vector being
 orthogonalised twice against the whole basis, and its Ritz pairs, the eigenpairs of ``A`` projected on it, come nearer
 to the extreme eigenpairs of ``A``.
+
+Where ``A`` is symmetric, the projection is known from both sides: what the products of the basis told of a new vector,
+its own product tells again. Where the two differ, the products are noisy, or not those of a symmetric matrix.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
-from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 
 _BLOCK = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
 
-_SHARE_OF_THE_OTHER = 0.85
-"""What the other end gets of the room beside the wanted Ritz vectors where it dominates: from 0.33 to 0.85 the products
-that the lower end of a network's Hessian takes fell by up to 10 %."""
-
 _NEGLIGIBLE = 1e-8
 """Residual, relative to the operator's norm, below which a pair has converged whatever its value: the eigenvalue is
 then known to the rounding error of double precision."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which eigenpairs are wanted, and how exactly.
+
+    Attributes:
+        largest: How many of the upper end.
+        smallest: How many of the lower end.
+        tol: Relative tolerance of the residuals.
+        value_tol: Relative tolerance of the errors of the eigenvalues beside that; none if None.
+
+    """
+
+    largest: int
+    smallest: int
+    tol: float
+    value_tol: float | None = None
+
+    @property
+    def count(self) -> int:
+        """How many in all."""
+        return self.largest + self.smallest
+
+    def is_met(self, values: Tensor, residuals: Tensor, value_errors: Tensor, negligible: float) -> Tensor:
+        """Which pairs meet the tolerances; what is negligible does."""
+        converged = residuals <= (self.tol * values.abs()).clamp_min(negligible)
+        if self.value_tol is not None:
+            converged &= value_errors <= (self.value_tol * values.abs()).clamp_min(negligible)
+        return converged
 
 
 @dataclass(frozen=True)
@@ -33,8 +63,10 @@ class RitzPairs:
         values: The Ritz values, the upper end descending, then the lower end ascending.
         coefficients: The Ritz vectors' coefficients in the basis, one column each.
         residuals: Bounds on the residuals.
-        growing: The part of these that further products can reduce: all but what was cut off.
-        converged: Which of them meet the tolerance.
+        value_errors: Estimates of how far the values are from eigenvalues, at most the residuals.
+        growing: The part of the residuals that further products can reduce: all but what was cut off.
+        converged: Which of them meet the tolerance, as far as further products can help it: the noise of the products
+            left out.
         negligible: Residual below which a pair counts as converged whatever its value.
         next_largest: Upper bound on the largest Ritz value that is not wanted, its residual included.
         next_smallest: Lower bound on the smallest Ritz value that is not wanted, its residual included.
@@ -45,6 +77,7 @@ class RitzPairs:
     values: Tensor
     coefficients: Tensor
     residuals: Tensor
+    value_errors: Tensor
     growing: Tensor
     converged: Tensor
     negligible: float
@@ -52,9 +85,23 @@ class RitzPairs:
     next_smallest: float
     extent: tuple[float, float]
 
+    def may_be_overtaken(self, target: Target, margin: float = 0.0) -> bool:
+        """Whether a Ritz pair that is not wanted may yet come to lie beyond those that are.
+
+        Args:
+            target: What is wanted.
+            margin: By how much less also counts, relative to the wanted value.
+
+        """
+        reach = self.residuals - margin * self.values.abs()
+        last = target.largest - 1
+        beyond_largest = target.largest > 0 and self.next_largest > float(self.values[last] + reach[last])
+        beyond_smallest = target.smallest > 0 and self.next_smallest < float(self.values[-1] - reach[-1])
+        return beyond_largest or beyond_smallest
+
 
 class KrylovBasis:
-    """An orthonormal basis ``V`` with the projection ``T = V A Vᵀ`` and what is known of ``A Vᵀ - Vᵀ T``.
+    """An orthonormal basis ``V`` with the projection ``G = V A Vᵀ`` and what is known of ``A Vᵀ - Vᵀ G``.
 
     The first `length` rows of the storage are the basis; the next row is the direction in which it grows. The residual
     of the basis has one column in that direction (`_coupling` times it, for the newest vector alone, or for all kept
@@ -65,17 +112,21 @@ class KrylovBasis:
         capacity: The most vectors that the basis may hold.
         generator: Source of random directions, on the CPU.
 
+    Attributes:
+        asymmetry: By how much the two sides of the projection differ at most, in the unit of the eigenvalues.
+
     """
 
     def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
+        self.space = space_of(operator)
         self._operator = operator
         self._generator = generator
         self._blocks: list[Tensor] = []
-        self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self._coupling = torch.zeros(0, dtype=torch.float64)
-        self._leaks = torch.zeros(0, 0, dtype=torch.float64)
+        self._projection = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
+        self._coupling = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._leaks = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._norm = 0.0
-        self._next_check = 0
+        self.asymmetry = 0.0
         self.capacity = capacity
         self.length = 0
 
@@ -85,175 +136,142 @@ class KrylovBasis:
         return self.length == self.capacity
 
     @property
-    def may_span_the_space(self) -> bool:
-        """Whether it can grow until the Ritz pairs are the eigenpairs."""
-        return self.capacity == self._operator.size
+    def is_complete(self) -> bool:
+        """Whether it spans the whole space, so that the Ritz pairs are the eigenpairs."""
+        return self.length == self.space.size
 
     @property
     def rounding(self) -> float:
         """What the rounding of a product may amount to: no residual is known better than this."""
-        return 10 * torch.finfo(self._operator.dtype).eps * self._norm
+        return 10 * torch.finfo(self.space.dtype).eps * self._norm
 
     def begin(self, direction: Tensor | None = None) -> None:
         """Grow in a new direction, a random one if none is given, and give up the present one."""
         if bool(self._coupling.any()):
-            leak = torch.zeros(1, self.length, dtype=torch.float64)
-            leak[0] = self._coupling
-            self._leaks = torch.cat([self._leaks.reshape(-1, self.length), leak])
-        self._coupling = torch.zeros(self.length, dtype=torch.float64)
-        if direction is None:
-            direction = random_vector(self._operator, self._generator)
-        self._grow_along(self._orthonormalised(direction))
+            self._leaks = torch.cat([self._leaks.reshape(-1, self.length), self._coupling[None]])
+        self._coupling = torch.zeros(self.length, dtype=torch.float64, device="cpu")
+        row = self._room(self.length)
+        row.copy_(self.space.random(self._generator) if direction is None else direction)
+        row.div_(self.space.norm(row))
+        for _ in range(2):
+            self._orthogonalise(row, self.length)
+            row.div_(self.space.norm(row))
 
     def expand(self) -> None:
-        """Take the growing direction into the basis: one product."""
-        operator, length = self._operator, self.length
-        product = operator.matvec(self._row(length))
-        product, coefficients = self._orthogonalised(product, length + 1)
-        product, correction = self._orthogonalised(product, length + 1)
-        column = (coefficients + correction).to("cpu", torch.float64)
-        remainder = float(torch.linalg.vector_norm(product))
-        if not (torch.isfinite(column).all() and remainder < float("inf")):
+        """Take the growing direction into the basis: one product, and one read of the numbers that come of it."""
+        length, space = self.length, self.space
+        row = self._room(length + 1)
+        row.copy_(self._operator.matvec(self._room(length)))
+        column = self._orthogonalise(row, length + 1) + self._orthogonalise(row, length + 1)
+        numbers = space.agreed(torch.cat([column, space.norm(row).reshape(1)]))
+        if not bool(torch.isfinite(numbers).all()):
             raise NonFiniteCurvatureError(
                 "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
             )
+        column, remainder = numbers[:-1], float(numbers[-1])
+        # Of what was cut off only the new product can tell.
+        known = column[:-1] if len(self._leaks) else self._coupling
+        self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - known)))
         self._projection[: length + 1, length] = column
-        self._projection[length, : length + 1] = column
+        self._projection[length, :length] = known
         self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
-        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1))
-        self._coupling = torch.zeros(length + 1, dtype=torch.float64)
+        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1)) if len(self._leaks) else self._leaks
+        self._coupling = torch.zeros(length + 1, dtype=torch.float64, device="cpu")
         self.length += 1
-        if self.length == operator.size:
+        if self.is_complete:
             return
         if remainder > self.rounding:
             self._coupling[-1] = remainder
-            self._grow_along(product.div_(remainder))
+            row.div_(remainder)
         else:  # an invariant subspace: what is left of the space is not reached from here
-            self._grow_along(self._orthonormalised(random_vector(operator, self._generator)))
+            self.begin()
 
-    @property
-    def is_worth_checking(self) -> bool:
-        """Whether the basis has grown enough since the Ritz values were last looked at."""
-        return self.length >= self._next_check
-
-    def ritz(self, largest: int, smallest: int, tol: float) -> RitzPairs:
+    def ritz(self, target: Target) -> RitzPairs:
         """The wanted Ritz pairs."""
-        self._next_check = self.length + max(1, self.length // 16)
         values, vectors = self.eigh()
+        projection = self._projection[: self.length, : self.length]
         growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
-        bounds = growing + (self._leaks @ vectors).abs().sum(dim=0)
-        wanted = both_ends(self.length, largest, smallest)
-        below, above = smallest, self.length - largest
+        bounds = growing + (self._leaks @ vectors).abs().sum(dim=0) if len(self._leaks) else growing
+        wanted = both_ends(self.length, target.largest, target.smallest)
+        below, above = target.smallest, self.length - target.largest
+        errors = _value_errors(values, bounds)[wanted]
         # An eigenvalue that is zero beside the norm has no digits to be relative to.
-        negligible = max(2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE, tol / 100) * self._norm)
-        tolerance = (tol * values[wanted].abs()).clamp_min(negligible)
+        negligible = max(2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE, target.tol / 100) * self._norm)
+        # What no further product can reduce is not waited for, but counts for the bounds.
+        converged = target.is_met(values[wanted], bounds[wanted], errors, max(negligible, self.asymmetry))
+        bounds = torch.hypot(bounds, torch.linalg.vector_norm((projection - projection.T) / 2 @ vectors, dim=0))
+        errors = torch.minimum(errors.clamp_min(max(self.rounding, self.asymmetry)), bounds[wanted])
         return RitzPairs(
             values=values[wanted],
             coefficients=vectors[:, wanted],
             residuals=bounds[wanted],
+            value_errors=errors,
             growing=growing[wanted],
-            converged=bounds[wanted] <= tolerance,
+            converged=converged,
             negligible=negligible,
-            next_largest=float((values + bounds)[above - 1]) if below < above else -float("inf"),
-            next_smallest=float((values - bounds)[below]) if below < above else float("inf"),
+            next_largest=float((values + bounds)[above - 1]) if below < above else -math.inf,
+            next_smallest=float((values - bounds)[below]) if below < above else math.inf,
             extent=(float(values[0]), float(values[-1])),
         )
 
-    def kept_at_restart(self, ritz: RitzPairs, largest: int, smallest: int) -> tuple[int, int]:
-        """How many Ritz vectors of each end a restart keeps: the wanted ones, and half of the room beside them.
-
-        The vectors next to the wanted ones hasten the convergence of their end, so they are kept for ends that still
-        have some way to go. An end that is not wanted but reaches further than the wanted one is what the basis would
-        turn to again after every restart, so most of the room is for that one's vectors.
-        """
-        spare = (self.capacity - largest - smallest) // 2
-        of_the_other = int(_SHARE_OF_THE_OTHER * spare)
-        if largest == 0 and ritz.extent[1] > -float(ritz.values[0]):
-            return of_the_other, smallest + spare - of_the_other
-        if smallest == 0 and -ritz.extent[0] > float(ritz.values[0]):
-            return largest + spare - of_the_other, of_the_other
-        top = largest > 0 and not bool(ritz.converged[:largest].all())
-        bottom = smallest > 0 and not bool(ritz.converged[largest:].all())
-        if top == bottom:
-            top = largest > 0
-            bottom = smallest > 0
-        top_share = spare * top // (top + bottom)
-        return largest + top_share, smallest + spare - top_share
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
+        projection = self._projection[: self.length, : self.length]
+        values, vectors = torch.linalg.eigh((projection + projection.T) / 2)
+        return values, vectors
 
     def compress(self, largest: int, smallest: int) -> None:
         """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
-        values, vectors = self.eigh()
-        kept = both_ends(self.length, largest, smallest)
-        rotation = vectors[:, kept]
-        growing = self._row(self.length).clone()
-        self._coupling = rotation.T @ self._coupling
-        self._leaks = self._leaks @ rotation
-        self._rotate(rotation)
-        self.length = len(kept)
-        self._grow_along(growing)
+        _, vectors = self.eigh()
+        rotation = vectors[:, both_ends(self.length, largest, smallest)]
+        before, length = rotation.shape
+        self.space.combine(rotation.T, self._rows(before), self._rows(length))
+        self._room(length).copy_(self._room(before))
+        projection = rotation.T @ self._projection[:before, :before] @ rotation
         self._projection.zero_()
-        self._projection[: self.length, : self.length] = torch.diag(values[kept])
-        self._next_check = self.length + 1
+        self._projection[:length, :length] = projection
+        self._coupling = rotation.T @ self._coupling
+        self._leaks = self._leaks @ rotation if len(self._leaks) else self._leaks
+        self.length = length
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """The vectors with these coefficients in the basis, one row for each column; ends the use of the basis."""
-        self._rotate(coefficients)
-        count = coefficients.shape[1]
-        needed = -(-count // _BLOCK)
-        del self._blocks[needed:]
-        # Copied, so that who keeps the vectors does not keep the rest of a block.
-        return torch.cat(
-            [block[: count - start] for start, block in zip(range(0, count, _BLOCK), self._blocks, strict=True)]
-        )
+        """The vectors with these coefficients in the basis, one row for each column."""
+        vectors = self.space.empty(coefficients.shape[1])
+        self.space.combine(coefficients.T, self._rows(self.length), [vectors])
+        return vectors
 
-    def _row(self, index: int) -> Tensor:
+    def _room(self, index: int) -> Tensor:
+        """The row of this index; the storage grows by a block of rows where it needs to."""
+        if index == len(self._blocks) * _BLOCK:
+            self._blocks.append(self.space.empty(min(_BLOCK, self.capacity + 1 - index)))
         return self._blocks[index // _BLOCK][index % _BLOCK]
 
-    def _grow_along(self, direction: Tensor) -> None:
-        """Put the direction behind the basis."""
-        if self.length == len(self._blocks) * _BLOCK:
-            rows = min(_BLOCK, self.capacity + 1 - self.length)
-            self._blocks.append(direction.new_empty(rows, len(direction)))
-        self._row(self.length).copy_(direction)
+    def _rows(self, count: int) -> list[Tensor]:
+        """The first rows, in blocks."""
+        starts = range(0, count, _BLOCK)
+        return [block[: count - start] for start, block in zip(starts, self._blocks, strict=False)]
 
-    def _orthogonalised(self, vector: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The vector without its components along the first rows, and these components."""
-        rows = [block[: length - start] for start, block in zip(range(0, length, _BLOCK), self._blocks, strict=False)]
-        coefficients = torch.cat([block @ vector for block in rows])
-        for block, part in zip(rows, coefficients.split(_BLOCK), strict=True):
-            vector = vector.addmv(block.T, part, alpha=-1)
-        return vector, coefficients
-
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
-        values, vectors = torch.linalg.eigh(self._projection[: self.length, : self.length])
-        return values, vectors
-
-    def _rotate(self, rotation: Tensor) -> None:
-        """Replace the basis by combinations of it, in slices of the long dimension to need no second basis."""
-        size = self._operator.size
-        kept, length = rotation.shape[1], rotation.shape[0]
-        rotation = rotation.T.to(self._blocks[0])
-        for start in range(0, size, max(1, size // 16)):
-            columns = slice(start, start + max(1, size // 16))
-            pieces = torch.cat([block[:, columns] for block in self._blocks])[:length]
-            for first, rotated in zip(range(0, kept, _BLOCK), (rotation @ pieces).split(_BLOCK), strict=True):
-                self._blocks[first // _BLOCK][: len(rotated), columns] = rotated
-
-    def _orthonormalised(self, vector: Tensor) -> Tensor:
-        for _ in range(2):
-            if self.length:
-                vector, _ = self._orthogonalised(vector, self.length)
-            vector = vector / torch.linalg.vector_norm(vector)
-        return vector
+    def _orthogonalise(self, vector: Tensor, count: int) -> Tensor:
+        """Take the components along the first rows out of a vector, in place; returns them."""
+        rows = self._rows(count)
+        parts = [self.space.inner(block, vector) for block in rows]
+        for block, part in zip(rows, parts, strict=True):
+            self.space.subtract(vector, part, block)
+        return torch.cat(parts) if parts else vector.new_zeros(0)
 
 
 def both_ends(length: int, largest: int, smallest: int) -> Tensor:
     """Positions in an ascending list: the last ones from the top down, then the first ones from the bottom up."""
-    top = torch.arange(length - 1, length - 1 - largest, -1)
-    return torch.cat([top, torch.arange(smallest)])
+    top = torch.arange(length - 1, length - 1 - largest, -1, device="cpu")
+    return torch.cat([top, torch.arange(smallest, device="cpu")])
 
 
-def random_vector(operator: LinearOperator, generator: torch.Generator) -> Tensor:
-    """A vector of independent standard normal numbers for the operator, the same on every device."""
-    return torch.randn(operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
+def _value_errors(values: Tensor, bounds: Tensor) -> Tensor:
+    """The residual, or where that is less its square over the distance to the next eigenvalue (T. Kato, G. Temple).
+
+    Of that eigenvalue no more is known than that it lies within the residual of the next Ritz value.
+    """
+    nearest = torch.full_like(values, math.inf)
+    nearest[:-1] = values.diff() - bounds[1:]
+    nearest[1:] = torch.minimum(nearest[1:], values.diff() - bounds[:-1])
+    return torch.where(nearest > bounds, bounds.square() / nearest, bounds)

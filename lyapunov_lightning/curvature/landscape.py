@@ -12,6 +12,7 @@ nearer to each other than the noise.
 """
 
 import math
+from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,24 @@ LossAlong = Callable[[Sequence[float]], Tensor]
 """The loss at some distances along a line, as a float64 vector."""
 
 _GROWTH = 2.0
-"""By which factor a step grows until the loss rises, or shrinks until it falls."""
+"""By which factor a step grows until the loss rises."""
 
 _MOST_EVALUATIONS = 100
 """At the end of which a search gives up; with the factor above it has then covered all that float64 can hold apart."""
+
+_NEAR_MODEL = 0.1
+"""By how much of what the slope brings the loss may be off slope and curvature for a first step to be short enough."""
+
+_NEAR = 0.1
+"""By how much of its own variation the loss may be off what its neighbours let expect for a search not to look between.
+Of 831 random lines whose first dip has a tenth of the fall before it, 0.3 passes 11 by, 0.1 and 0.05 none; of the
+shallower dips 0.1 passes a third more than 0.05, which takes a sixth more evaluations."""
+
+_NARROWEST = 1e-2
+"""A stretch of the line, in relation to the distance, that is not looked into further."""
+
+_SHORTEST = 1e-12
+"""In relation to where the search begins, a distance below which it does not look."""
 
 _DISTINCT = 4.0
 """How many standard deviations of the noise apart two losses are taken to differ: a search makes many comparisons."""
@@ -93,10 +108,11 @@ class Window:
 
 @dataclass(frozen=True)
 class LineSearch:
-    """The first minimum along a line.
+    """The first minimum that was seen along a line, see `first_minimum`.
 
     Attributes:
-        bracketed: Whether a minimum lies inside the range, with higher losses at both sides of it.
+        bracketed: Whether a minimum lies inside the range: the losses that were evaluated fall on the way to it and
+            rise behind it.
         step: Its distance if it does, else the distance of the least loss that was seen.
         improvement: How far the loss there is below that at distance 0.
         num_evaluations: Evaluations of the loss.
@@ -115,7 +131,7 @@ class LineScan:
 
     Attributes:
         windows: The loss over each of the windows.
-        search: The first minimum.
+        search: The first minimum that was seen.
 
     """
 
@@ -180,7 +196,13 @@ def scan_line(
     )
     natural = slope / abs(curvature) if curvature else slope
     search = first_minimum(
-        loss_along, start.value, natural, max_step=max_bracket * natural, noise=_DISTINCT * start.noise
+        loss_along,
+        start.value,
+        natural,
+        max_step=max_bracket * natural,
+        slope=slope,
+        curvature=curvature,
+        noise=_DISTINCT * start.noise,
     )
     return LineScan(windows, search)
 
@@ -237,19 +259,36 @@ def noisy_loss(loss_along: LossAlong, spacing: float, *, precision: float) -> No
 
 
 def first_minimum(
-    loss_along: LossAlong, start_loss: float, guess: float, *, max_step: float, tol: float = 1e-5, noise: float = 0.0
+    loss_along: LossAlong,
+    start_loss: float,
+    guess: float,
+    *,
+    max_step: float,
+    slope: float | None = None,
+    curvature: float = 0.0,
+    tol: float = 1e-5,
+    noise: float = 0.0,
 ) -> LineSearch:
-    """The first minimum of the loss in the positive direction, by a greedy search.
+    """The first minimum of the loss in the positive direction, as far as the losses that are looked at tell.
 
-    From the guess the step doubles while the loss falls, until it rises; if it is higher there than at the start, the
-    step is halved until it is not. Between the two neighbours of the lowest point the minimum is then refined by
-    parabolas and golden sections. A loss that is not finite counts as one that is too far.
+    From a step over which the loss is what slope and curvature promise, or else a parabola, the search walks on by
+    doubling. Wherever the loss is not as the points before let expect, it looks between, until it is; so the points lie
+    as near to each other as the line bends. Between the two neighbours of the lowest point before the first rise the
+    minimum is then refined by parabolas and golden sections. A loss that is not finite counts as one that is too far.
+
+    So none of the losses that were evaluated on the way to the minimum is higher than one before it. A dip that lies
+    between two points and shows in neither is passed by: of 1,000 random lines, sums of sines of frequencies and
+    amplitudes over two decades and a parabola, 66 had a shallower dip before the minimum that was found, but none of
+    them one behind which the loss rises by a tenth of what it had fallen (with the slope; 6 without it).
 
     Args:
         loss_along: The loss at distances along the line.
         start_loss: The loss at distance 0.
         guess: Where to begin.
         max_step: How far to go.
+        slope: The modulus of the slope at distance 0, from where the loss falls. With it the first step is checked
+            without further evaluations.
+        curvature: The second derivative there; of no use without the slope.
         tol: Relative accuracy of the step, as far as the noise allows.
         noise: Losses that differ by less than this are taken for equal.
 
@@ -267,11 +306,13 @@ def first_minimum(
     """
     search = _Search(loss_along, start_loss, noise)
     if not (0 < guess < math.inf and 0 < max_step < math.inf):
-        return search.result(bracketed=False)
-    bracket = search.bracket(min(guess, max_step), max_step)
-    if bracket is not None:
-        search.refine(*bracket, tol)
-    return search.result(bracketed=bracket is not None)
+        return search.result(None)
+    if slope:
+        search.begin_on_model(min(guess, max_step), slope, curvature)
+    else:
+        search.begin_on_parabola(min(guess, max_step))
+    search.walk(max_step)
+    return search.result(search.refined(tol))
 
 
 _Point = tuple[float, float]
@@ -279,47 +320,138 @@ _Point = tuple[float, float]
 
 
 class _Search:
+    """The points of a line search, and where it goes next.
+
+    `_seen` are all points in the order of their distances, `_path` those among them between which the loss is known as
+    well as it is going to be, and `_ahead` those further on, the nearest one last.
+    """
+
     def __init__(self, loss_along: LossAlong, start_loss: float, noise: float) -> None:
         self._loss_along = loss_along
-        self._start: _Point = (0.0, start_loss)
         self._noise = noise
-        self._best = self._start
-        self._count = 0
+        self._start: _Point = (0.0, start_loss)
+        self._seen = [self._start]
+        self._path = [self._start]
+        self._ahead: list[_Point] = []
 
-    def result(self, *, bracketed: bool) -> LineSearch:
-        step, loss = self._best
-        return LineSearch(bracketed, step, self._start[1] - loss, self._count)
+    @property
+    def _count(self) -> int:
+        return len(self._seen) - 1
 
-    def bracket(self, step: float, max_step: float) -> tuple[_Point, _Point, _Point] | None:
-        """Three points of which the middle one is the lowest, by more than the noise; None if there are none."""
-        point = self._at(step)
-        while self._is_above(point, self._start):
-            outer, point = point, self._at(point[0] / _GROWTH)
-            if self._is_above(self._start, point):
-                return self._start, point, outer
-            if self._count == _MOST_EVALUATIONS:
+    @property
+    def _is_exhausted(self) -> bool:
+        return self._count >= _MOST_EVALUATIONS
+
+    def result(self, minimum: _Point | None) -> LineSearch:
+        step, loss = min(self._seen, key=lambda point: point[1]) if minimum is None else minimum
+        return LineSearch(minimum is not None, step, self._start[1] - loss, self._count)
+
+    def begin_on_model(self, step: float, slope: float, curvature: float) -> None:
+        """Go as far as the loss is what its derivatives promise, by a fraction of what the slope brings."""
+        step = min(step, slope / abs(curvature)) if curvature else step
+        shortest = _SHORTEST * step
+        points: list[_Point] = []
+        while len(points) < 2:
+            if step < shortest:  # the start does not belong to the line
+                self._path, self._ahead = list(self._seen), []
+                return
+            point = self._at(step)
+            promised = self._start[1] - slope * step + curvature / 2 * step**2
+            allowed = _NEAR_MODEL * slope * step
+            error = abs(point[1] - promised)
+            if error <= allowed + self._noise:
+                points.append(point)
+                step /= 2  # one point that is where it should be may be chance
+                continue
+            self._ahead += [*points, point]
+            points = []
+            # The error of a model of second order grows with the third power of the step, and the slope's part with it.
+            shorter = 0.9 * math.sqrt(allowed / error) if error < math.inf else 0.0
+            step *= min(max(shorter, 0.1), 0.5)
+        # Behind the start the model takes the place of the points that a parabola needs.
+        self._path = [(-step, self._start[1] + slope * step + curvature / 2 * step**2), self._start, *points[::-1]]
+
+    def begin_on_parabola(self, step: float) -> None:
+        """Go as far as the loss is a parabola, and where that rises at once, only to its vertex."""
+        shortest = _SHORTEST * step
+        while step >= shortest:
+            quarter, half, whole = (self._at(part * step) for part in (0.25, 0.5, 1.0))
+            if not self._is_near(quarter[1], [self._start, half, whole], quarter[0]):
+                self._ahead += [whole, half, quarter]
+                step /= 8
+            elif self._is_above(quarter, self._start):
+                vertex = _vertex(self._start, quarter, half)
+                if not 0 < vertex < quarter[0]:
+                    return
+                self._ahead += [whole, half, quarter]
+                step = vertex
+            else:
+                self._path += [quarter, half, whole]
+                return
+        self._path, self._ahead = list(self._seen), []
+
+    def walk(self, max_step: float) -> None:
+        """Go on to the first loss that is higher than a loss before."""
+        while len(self._path) > 2 and not self._is_exhausted:
+            last = self._path[-1]
+            if _first_rise(self._path, self._noise) is not None or last[0] >= max_step:
+                return
+            while self._ahead and self._ahead[-1][0] <= last[0]:
+                self._ahead.pop()
+            near = self._ahead and self._ahead[-1][0] <= 1.3 * _GROWTH * last[0]
+            self._reach(self._ahead.pop() if near else self._at(min(_GROWTH * last[0], max_step)))
+
+    def refined(self, tol: float) -> _Point | None:
+        """The minimum before the first rise of all that was seen; None if there is none."""
+        minimum: _Point | None = None
+        while True:
+            rise = _first_rise(self._seen, self._noise)
+            if rise is None or (minimum is not None and rise[1][0] >= minimum[0]):
+                return minimum
+            if rise[1] == self._start:
+                nearest = self._seen[1]
+                is_lost = not self._is_above(nearest, self._start) or nearest[0] <= _SHORTEST * self._seen[-1][0]
+                if is_lost or self._is_exhausted:
+                    return None
+                self._at(nearest[0] / _GROWTH)
+            elif not self._is_above(self._start, rise[1]):
                 return None
-        left, middle = self._start, point
-        while middle[0] < max_step and point[0] < max_step and self._count < _MOST_EVALUATIONS:
-            point = self._at(min(point[0] * _GROWTH, max_step))
-            if self._is_above(point, middle):
-                return (left, middle, point) if self._is_above(self._start, middle) else None
-            if point[1] < middle[1]:
-                left, middle = middle, point
-        return None
+            else:
+                minimum = self._refine(*rise, tol)
+                if self._is_exhausted:
+                    return minimum
 
-    def refine(self, left: _Point, middle: _Point, right: _Point, tol: float) -> None:
+    def _reach(self, goal: _Point) -> None:
+        """Take a point into the path, with those between that it takes to know the loss up to it."""
+        while True:
+            before, last = self._path[-2:]
+            if self._is_near(goal[1], self._path[-3:], goal[0]):
+                self._path.append(goal)
+                return
+            if self._is_exhausted or goal[0] - last[0] < _NARROWEST * last[0]:
+                self._path.append(goal)
+                return
+            middle = self._at((last[0] + goal[0]) / 2)
+            if self._is_near(middle[1], [before, last, goal], middle[0]):
+                self._path.append(middle)
+                if not self._is_above(middle, last):
+                    self._path.append(goal)
+                return
+            self._ahead.append(goal)
+            goal = middle
+
+    def _refine(self, left: _Point, middle: _Point, right: _Point, tol: float) -> _Point:
         """Brent's method: the vertex of the parabola through the best three points, or else a golden section."""
         low, high = left[0], right[0]
         best, second, third = middle, *sorted((left, right), key=lambda point: point[1])
         move = before = high - low
-        while self._count < _MOST_EVALUATIONS:
+        while not self._is_exhausted:
             x, least = best[0], tol * best[0] / 2
             centre = (low + high) / 2
             if abs(x - centre) <= 2 * least - (high - low) / 2:
-                return
+                break
             if second[0] != third[0] and max(second[1], third[1]) - best[1] <= self._noise:
-                return
+                break
             vertex = _vertex(best, second, third)
             if low < vertex < high and abs(vertex - x) < abs(before) / 2:
                 before, move = move, vertex - x
@@ -338,16 +470,44 @@ class _Search:
                     second, third = point, second
                 elif point[1] <= third[1] or third[0] in (x, second[0]):
                     third = point
+        return best
 
     def _at(self, distance: float) -> _Point:
-        self._count += 1
         loss = float(self._loss_along([distance])[0])
         point = distance, loss if math.isfinite(loss) else math.inf
-        self._best = min(self._best, point, key=lambda point: point[1])
+        insort(self._seen, point)
         return point
 
     def _is_above(self, point: _Point, other: _Point) -> bool:
         return point[1] > other[1] + self._noise
+
+    def _is_near(self, loss: float, points: Sequence[_Point], distance: float) -> bool:
+        """Whether a loss is the one that points promise, but for a share of what the loss varies among them."""
+        losses = [loss, *(point[1] for point in points)]
+        extent = max(losses) - min(losses)
+        return extent < math.inf and abs(loss - _interpolated(points, distance)) <= _NEAR * extent + self._noise
+
+
+def _first_rise(points: Sequence[_Point], noise: float) -> tuple[_Point, _Point, _Point] | None:
+    """The lowest point before the first one that is higher, between its neighbours; None if no point is higher.
+
+    The lowest one is the first point itself where that has nothing before it.
+    """
+    lowest = 0
+    for index, point in enumerate(points):
+        if point[1] > points[lowest][1] + noise:
+            return points[max(lowest - 1, 0)], points[lowest], point
+        if point[1] < points[lowest][1]:
+            lowest = index
+    return None
+
+
+def _interpolated(points: Sequence[_Point], distance: float) -> float:
+    """The value of the polynomial through some points."""
+    return sum(
+        loss * math.prod((distance - other) / (where - other) for other, _ in points if other != where)
+        for where, loss in points
+    )
 
 
 def _vertex(first: _Point, second: _Point, third: _Point) -> float:

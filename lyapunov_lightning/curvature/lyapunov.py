@@ -17,6 +17,12 @@ momentum    ``p' = m p - Hq``, ``q' = q + α p'``         ``-(λ² + λ(1 - m)) 
 Here ``Hq`` is the finite difference ``g(θ + q) - g(θ)``: the curvature smoothed over ``Δq``. The paper takes the limit
 of small steps, in which ``e^λ = 1 + λ``; at the exponents that its own control sets (``λ = 1``) the two columns differ
 by the factor ``e - 1 = 1.718``.
+
+What grows fastest is what ``|μ|`` is largest for, not the eigenvalue: under the ascent map an eigenvalue below ``-2/β``
+outgrows all small positive ones, and comes with a negative ``μ``. So every value says from which end of the spectrum it
+is. And a direction turns only as fast as the growth of its neighbours differs: each iteration reduces what is left of
+them by the ratio of their multipliers, which after few steps on a flat spectrum leaves nearly all of it. So every value
+comes with its residual.
 """
 
 import math
@@ -28,8 +34,10 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.vectors import VectorSpace
 
 LyapunovMap = Literal["ascent", "sgd"]
+End = Literal["largest", "smallest"]
 
 H0_CONVENTION = math.e - 1
 """``λ_max / h0``, where Algorithm 1 has settled: it steers ``1 + βλ_max = e`` and calls ``1/β`` the curvature."""
@@ -58,7 +66,7 @@ class LyapunovEstimate:
     exponent: float
     eigenvalue: float
     paper_eigenvalue: float
-    end: Literal["largest", "smallest"]
+    end: End
     residual: float
     curvature: float
     num_gradients: int
@@ -123,9 +131,6 @@ class LyapunovIteration:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
         q = self._perturbation_like(gradient_here)
         curvature_q = gradient(q) - gradient_here
-        direction = q / self._delta_q
-        hv = curvature_q / self._delta_q
-        rayleigh = float(direction @ hv)
         velocity: Tensor | None = None
         if self._map == "ascent":
             moved = q + self.beta * curvature_q
@@ -134,23 +139,17 @@ class LyapunovIteration:
             moved = q + lr * velocity
         else:
             moved = q - lr * curvature_q
-        length = float(torch.linalg.vector_norm(moved))
-        if not math.isfinite(length):
-            raise NonFiniteCurvatureError(
-                f"The gradient at or near the present parameters (distance {self._delta_q:g}) is not finite."
-            )
-        growth = length / self._delta_q
-        if float(moved @ q) < 0:
-            growth = -growth
+        rayleigh, rest, length, turned = self._measured(q, curvature_q, moved)
+        growth = math.copysign(length / self._delta_q, turned)
         exponent = math.log(abs(growth)) if growth else -math.inf
         if self._map == "ascent":
-            eigenvalue, end = (growth - 1) / self.beta, "largest" if growth >= 0 else "smallest"
+            eigenvalue, end = (growth - 1) / self.beta, _end(self._map, growth)
             self.beta = controlled(self.beta, exponent)
             paper = 1 / self.beta
         else:
             eigenvalue = (1 + momentum - growth - (momentum / growth if momentum and growth else 0.0)) / lr
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
-            end = "largest" if growth < 0 else "smallest"
+            end = _end(self._map, growth)
         if growth:
             self._perturbation = moved / abs(growth)
             self._velocity = None if velocity is None else velocity / abs(growth)
@@ -158,11 +157,29 @@ class LyapunovIteration:
             exponent=exponent,
             eigenvalue=eigenvalue,
             paper_eigenvalue=paper,
-            end=end,  # type: ignore[arg-type]
-            residual=float(torch.linalg.vector_norm(hv - eigenvalue * direction)),
+            end=end,
+            residual=math.hypot(rest, eigenvalue - rayleigh),
             curvature=rayleigh,
             num_gradients=1,
         )
+
+    def _measured(self, q: Tensor, curvature_q: Tensor, moved: Tensor) -> tuple[float, float, float, float]:
+        """What one iteration tells, in one transfer from the device.
+
+        Returns:
+            The Rayleigh quotient ``vᵀHv``, the norm of the rest ``Hv - (vᵀHv) v``, the length of the perturbation after
+            the iteration, and its component along the one before, of which only the sign counts.
+
+        """
+        space = _space_like(q)
+        direction, hv = q / self._delta_q, curvature_q / self._delta_q
+        rayleigh = space.inner(direction, hv)
+        rest = space.norm(hv - rayleigh * direction)
+        found = [rayleigh, rest, space.norm(moved), space.inner(moved, direction)]
+        values: list[float] = torch.stack([value.to(rest.dtype) for value in found]).tolist()
+        if not math.isfinite(values[2]):
+            raise _not_finite(self._delta_q)
+        return values[0], values[1], values[2], values[3]
 
     def restart(self, direction: Tensor) -> None:
         """Go on with a perturbation along another direction, of shape ``(n,)``, and at rest."""
@@ -183,7 +200,7 @@ class LyapunovIteration:
     def _perturbation_like(self, gradient: Tensor) -> Tensor:
         if self._perturbation is None or self._perturbation.shape != gradient.shape:
             generator = torch.Generator().manual_seed(self._seed)
-            random = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+            random = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device="cpu")
             self._perturbation = random * (self._delta_q / torch.linalg.vector_norm(random))
             self._velocity = None
         self._perturbation = self._perturbation.to(gradient)
@@ -202,6 +219,9 @@ class LyapunovSpectrumEstimate:
         eigenvalues: Shape ``(k,)``: the Hessian eigenvalues that belong to the exponents, by exact inversion.
         paper_eigenvalues: Shape ``(k,)``: the same in the paper's limit of small steps, ``λ/β`` for the ascent map and
             ``-λ/α`` for the training map.
+        residuals: Shape ``(k,)``: ``‖Hv − eigenvalue·v‖`` for the direction ``v`` of each perturbation before the
+            iteration. An eigenvalue of the Hessian lies within it; whether it is the one of that rank is not said.
+        ends: For each of them, which end of the spectrum it is from, see `LyapunovEstimate`.
         num_gradients: Gradients that were spent.
 
     """
@@ -210,7 +230,13 @@ class LyapunovSpectrumEstimate:
     mean_exponents: Tensor
     eigenvalues: Tensor
     paper_eigenvalues: Tensor
+    residuals: Tensor
+    ends: tuple[End, ...]
     num_gradients: int
+
+    def converged(self, tol: float) -> Tensor:
+        """Shape ``(k,)``, bool: whether each residual is within this share of its eigenvalue."""
+        return self.residuals <= tol * self.eigenvalues.abs()
 
 
 class LyapunovSpectrum:
@@ -218,8 +244,14 @@ class LyapunovSpectrum:
 
     After every step the perturbations are orthogonalised in their order and brought back to the length ``Δq``; the
     growth of each, once the parts along its predecessors are taken out, gives an exponent (G. Benettin et al., 1980;
-    the paper's appendix C). The ascent map finds the k largest eigenvalues of the Hessian, the training map of plain
-    SGD the k smallest.
+    the paper's appendix C).
+
+    It finds the k eigenvalues of largest growth: ``|1 + βλ|`` under the ascent map, ``|1 - αλ|`` under the training map
+    of plain SGD. These are the k largest and the k smallest as long as no multiplier is negative enough; the others are
+    marked by their `ends`. The convergence is that of power iteration, so the residuals have to be looked at.
+
+    It takes the memory of ``2k + 4`` vectors of the model's size during an iteration, the gradients' own not counted,
+    and of k between them.
 
     Args:
         num_perturbations: How many, k.
@@ -251,7 +283,7 @@ class LyapunovSpectrum:
         self._delta_q = delta_q
         self._seed = seed
         self._perturbations: Tensor | None = None
-        self._sum = torch.zeros(num_perturbations, dtype=torch.float64)
+        self._sum = torch.zeros(num_perturbations, dtype=torch.float64, device="cpu")
         self._num_steps = 0
         self.beta = 1.0
 
@@ -274,27 +306,39 @@ class LyapunovSpectrum:
         if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
         directions = self._directions(gradient_here)
+        space = _space_like(gradient_here)
         step = self.beta if self._map == "ascent" else -lr
-        moved = torch.stack([q + step * (gradient(q) - gradient_here) for q in directions * self._delta_q])
-        if not bool(torch.isfinite(moved).all()):
-            raise NonFiniteCurvatureError(
-                f"The gradient at or near the present parameters (distance {self._delta_q:g}) is not finite."
-            )
-        orthonormal, triangle = torch.linalg.qr(moved.T)
-        growth = triangle.diagonal().to("cpu", torch.float64) / self._delta_q
-        exponents = growth.abs().log()
-        # The QR factors are unique up to signs; the sign of the growth is that of the turn of the perturbation itself.
-        turned = (orthonormal.T * directions).sum(dim=1).to("cpu", torch.float64) * growth
-        multipliers = growth.abs() * turned.sign()
+        moved = space.empty(self._count)
+        found: list[Tensor] = []
+        for index, direction in enumerate(directions):
+            product = gradient(direction * self._delta_q).sub(gradient_here).div_(self._delta_q)
+            rayleigh = space.inner(direction, product)
+            torch.add(direction, product, alpha=step, out=moved[index])
+            rest = space.norm(product.sub_(rayleigh * direction))
+            found += [rayleigh, rest, *_orthonormalised(space, moved, index, direction)]
+        table = torch.stack([value.to(found[1].dtype) for value in found]).to("cpu", torch.float64).view(-1, 4)
+        if not bool(torch.isfinite(table).all()):
+            raise _not_finite(self._delta_q)
+        rayleighs, rests, growth, turned = table.T
+        exponents = growth.log()
+        multipliers = growth.copysign(turned)
         eigenvalues = (multipliers - 1) / step
-        self._perturbations = orthonormal.T
+        self._perturbations = moved
+        if not bool(growth.all()):  # what vanishes altogether has no direction any more
+            self._begin(space, growth == 0)
         self._sum += exponents
         self._num_steps += 1
         paper = exponents / step
         if self._map == "ascent":
             self.beta = controlled(self.beta, float(exponents[0]))
         return LyapunovSpectrumEstimate(
-            exponents, self._sum / self._num_steps, eigenvalues, paper, num_gradients=self._count
+            exponents=exponents,
+            mean_exponents=self._sum / self._num_steps,
+            eigenvalues=eigenvalues,
+            paper_eigenvalues=paper,
+            residuals=torch.hypot(rests, eigenvalues - rayleighs),
+            ends=tuple(_end(self._map, multiplier) for multiplier in multipliers.tolist()),
+            num_gradients=self._count,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,11 +365,59 @@ class LyapunovSpectrum:
                 f"`num_perturbations` should be at most the number of parameters {len(gradient)}, got {self._count}."
             )
         if self._perturbations is None or self._perturbations.shape[1] != len(gradient):
-            generator = torch.Generator().manual_seed(self._seed)
-            random = torch.randn(len(gradient), self._count, generator=generator, dtype=gradient.dtype)
-            self._perturbations = torch.linalg.qr(random).Q.T
+            space = _space_like(gradient)
+            self._perturbations = space.empty(self._count)
+            self._begin(space, torch.ones(self._count, dtype=torch.bool, device="cpu"))
         self._perturbations = self._perturbations.to(gradient)
         return self._perturbations
+
+    def _begin(self, space: VectorSpace, chosen: Tensor) -> None:
+        """Let some perturbations begin anew in random directions; `chosen` is a bool for each of them."""
+        assert self._perturbations is not None
+        generator = torch.Generator().manual_seed(self._seed)
+        for index, row in enumerate(self._perturbations):
+            if chosen[index]:
+                row.copy_(space.random(generator))
+            _orthonormalised(space, self._perturbations, index, row)
+
+
+def _orthonormalised(space: VectorSpace, rows: Tensor, index: int, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a row a unit vector that is orthogonal to the rows ahead of it, in place and by Gram and Schmidt, twice.
+
+    Args:
+        space: The space of the rows.
+        rows: Shape ``(k, n)``, of which those ahead are orthonormal already.
+        index: Which row.
+        before: A vector of shape ``(n,)``.
+
+    Returns:
+        The length of the row beside those ahead, 0 only for a row that vanishes; and the component of the unit vector
+        along `before`, of which the sign tells whether it has turned round.
+
+    """
+    row, ahead = rows[index], rows[:index]
+    lengths = []
+    for _ in range(2):
+        if index:
+            space.subtract(row, space.inner(ahead, row), ahead)
+        lengths.append(space.norm(row))
+        row.div_(lengths[-1].clamp_min(torch.finfo(row.dtype).tiny))
+    return lengths[0] * lengths[1], space.inner(row, before)
+
+
+def _space_like(vector: Tensor) -> VectorSpace:
+    return VectorSpace(len(vector), vector.dtype, vector.device)
+
+
+def _end(map: LyapunovMap, multiplier: float) -> End:
+    """The end of the spectrum that a multiplier is from: gradient ascent turns the lower one, descent the upper one."""
+    return "largest" if (multiplier >= 0) == (map == "ascent") else "smallest"
+
+
+def _not_finite(delta_q: float) -> NonFiniteCurvatureError:
+    return NonFiniteCurvatureError(
+        f"The gradient at or near the present parameters (distance {delta_q:g}) is not finite."
+    )
 
 
 def controlled(beta: float, exponent: float) -> float:

@@ -11,19 +11,19 @@ In the order in which ``method="auto"`` prefers them:
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from contextlib import ExitStack
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lyapunov_lightning.curvature.derivative_errors import of_a_second_derivative
+from lyapunov_lightning.curvature.fixed_batches import Evaluation
+from lyapunov_lightning.curvature.kept_graphs import GradientGraph, KeptGraphs
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
-from lyapunov_lightning.curvature.torch_compat import (
-    TwiceDifferentiableOperations,
-    check_twice_differentiable,
-    differentiated,
-    graph_bytes,
-)
+from lyapunov_lightning.curvature.sources import Sources
+from lyapunov_lightning.curvature.torch_compat import TwiceDifferentiableOperations, differentiated, dtypes_behind
 from lyapunov_lightning.curvature.vectors import FlatLayout
 
 Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
@@ -34,19 +34,17 @@ class Product(Protocol):
 
     name: str
 
-    def product(self, index: int, vector: Tensor) -> Tensor:
-        """The product for one batch, of shape ``(size,)``."""
+    def refresh(self) -> None:
+        """Drop what is out of date; to be called before the gradients of all batches."""
+
+    def prepared(self, vector: Tensor) -> Any:
+        """What the products of all batches with a vector have in common; to be made right before them."""
+
+    def products(self, index: int, directions: Sequence[Any]) -> list[Tensor]:
+        """The products of one batch's Hessian with prepared vectors, each of shape ``(size,)``."""
 
     def gradient(self, index: int) -> Tensor:
         """The gradient for one batch at the present parameters, of shape ``(size,)``."""
-
-
-class _Graph(NamedTuple):
-    """The gradient of a batch with its graph, and what that graph needs alive; not the loss, which may hold more."""
-
-    gradient: list[Tensor | None]
-    leaves: Sequence[Tensor]
-    owner: object
 
 
 class DoubleBackward:
@@ -58,6 +56,9 @@ class DoubleBackward:
         layout: How they form a vector.
         max_graph_bytes: The most memory that kept graphs may hold.
 
+    Attributes:
+        graphs: The graphs that are kept.
+
     """
 
     name = "double_backward"
@@ -66,69 +67,75 @@ class DoubleBackward:
         self._loss = loss
         self._parameters = parameters
         self._layout = layout
-        self._max_graph_bytes = max_graph_bytes
-        self._graphs: dict[int, _Graph] = {}
-        self._too_large: set[int] = set()
-        self._versions: list[int] = []
-        self.graph_bytes = 0
+        self.graphs = KeptGraphs(parameters, max_graph_bytes)
+        self._trusted: object = None
 
-    def product(self, index: int, vector: Tensor) -> Tensor:
+    def prepared(self, vector: Tensor) -> list[Tensor]:
+        """The vector in pieces, one for each parameter; drops graphs that are out of date."""
+        self.refresh()
+        return self._layout.split(vector)
+
+    def product(self, index: int, direction: list[Tensor]) -> Tensor:
         """The product for one batch."""
-        kept = self._kept(index)
+        return self.products(index, [direction])[0]
+
+    def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The products for one batch, by one graph."""
+        kept = self.graphs[index]
         if kept is not None:
-            return self._second_derivative(kept, vector, retain_graph=True)
-        with TwiceDifferentiableOperations(), self._loss.evaluated(index) as evaluation:
-            check_twice_differentiable(evaluation.loss)
-            gradient = self._loss.gradient_of(evaluation, create_graph=True)
-            graph = _Graph(gradient, evaluation.leaves, evaluation.owner)
+            return self._all_multiplied(kept, directions, retain_graph=True)
+        with ExitStack() as stack:
+            stack.enter_context(TwiceDifferentiableOperations())
+            batch = self._loss.batches.tensors(index)
+            sources = None
+            if self.graphs.has_room(index) and not self._loss.batches.is_copied:
+                sources = stack.enter_context(Sources([*self._parameters, *batch]))
+            evaluation = stack.enter_context(self._loss.batches.evaluated(index))
+            graph = self._graph(evaluation)
             if evaluation.is_recomputed:
-                return self._second_derivative(graph, vector, retain_graph=False)
-        del evaluation
-        return self._second_derivative(graph, vector, retain_graph=self._keep(index, graph))
+                return self._all_multiplied(graph, directions, retain_graph=False)
+            if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._parameters)):
+                sources = None  # a copy that does not say so
+            with torch._C.DisableTorchFunction():  # what follows is no part of the loss
+                is_kept = self.graphs.keep(index, graph, batch, sources)
+            del evaluation
+        return self._all_multiplied(graph, directions, retain_graph=is_kept)
 
     def gradient(self, index: int) -> Tensor:
         """The gradient for one batch, which a kept graph has already."""
-        kept = self._kept(index)
+        kept = self.graphs[index]
         if kept is not None:
             return self._layout.flatten(kept.gradient)
         return self._loss.batch_gradient(index)
 
-    def drop_graphs(self) -> None:
-        """Free the memory of the kept graphs; they are built again when they are needed."""
-        self._graphs.clear()
-        self._too_large.clear()
-        self.graph_bytes = 0
+    def refresh(self) -> None:
+        """Drop graphs that are out of date; looked at once in a solver, in which nobody can change anything."""
+        solver = self._loss.batches.solver
+        if solver is None or solver is not self._trusted:
+            self.graphs.refresh()
+            self._trusted = solver
 
-    def _kept(self, index: int) -> _Graph | None:
-        """The kept graph of a batch, unless the parameters were changed since."""
-        versions = [parameter._version for parameter in self._parameters]
-        if versions != self._versions:
-            self.drop_graphs()
-            self._versions = versions
-        return self._graphs.get(index)
+    def _graph(self, evaluation: Evaluation) -> GradientGraph:
+        """What is kept of an evaluation."""
+        gradient = self._loss.gradient_of(evaluation, create_graph=True)
+        return GradientGraph(gradient, evaluation.leaves, evaluation.owner)
 
-    def _keep(self, index: int, graph: _Graph) -> bool:
-        """Keep a graph for further products if there is room for it."""
-        if index in self._too_large:
-            return False
-        entries = [entry for entry in graph.gradient if entry is not None]
-        num_bytes = graph_bytes(entries, besides=self._parameters)
-        if self.graph_bytes + num_bytes > self._max_graph_bytes:
-            self._too_large.add(index)
-            return False
-        self._graphs[index] = graph
-        self.graph_bytes += num_bytes
-        return True
+    def _all_multiplied(
+        self, graph: GradientGraph, directions: Sequence[list[Tensor]], retain_graph: bool
+    ) -> list[Tensor]:
+        last = len(directions) - 1
+        return [self._multiplied(graph, d, retain_graph or place < last) for place, d in enumerate(directions)]
 
-    def _second_derivative(self, graph: _Graph, vector: Tensor, retain_graph: bool) -> Tensor:
-        directions = self._layout.split(vector)
-        pairs = zip(graph.gradient, directions, strict=True)
-        active = [(entry, direction) for entry, direction in pairs if entry is not None and entry.requires_grad]
+    def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
+        """The product that is to be had of a graph."""
+        pairs = zip(graph.gradient, direction, strict=True)
+        active = [(entry, piece) for entry, piece in pairs if entry is not None and entry.requires_grad]
         if not active:  # a loss that is linear in the parameters
             return self._layout.zeros()
         outputs, cotangents = zip(*active, strict=True)
         trainable = [leaf for leaf in graph.leaves if leaf.requires_grad]
-        entries = iter(differentiated(outputs, cotangents, trainable, retain_graph=retain_graph))
+        with of_a_second_derivative():
+            entries = iter(differentiated(outputs, cotangents, trainable, retain_graph=retain_graph))
         return self._layout.flatten([next(entries) if leaf.requires_grad else None for leaf in graph.leaves])
 
 
@@ -149,24 +156,57 @@ class ForwardOverReverse:
         self._parameters = parameters
         self._layout = layout
 
-    def product(self, index: int, vector: Tensor) -> Tensor:
-        """The product for one batch."""
-        with forward_ad.dual_level(), TwiceDifferentiableOperations():
+    def prepared(self, vector: Tensor) -> list[Tensor]:
+        """The vector in pieces, one for each parameter."""
+        return self._layout.split(vector)
+
+    def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The products for one batch, each by an evaluation of its own."""
+        return [self._product(index, direction) for direction in directions]
+
+    def _product(self, index: int, direction: list[Tensor]) -> Tensor:
+        with forward_ad.dual_level():
             duals = [
-                forward_ad.make_dual(parameter.detach(), direction).requires_grad_()
+                forward_ad.make_dual(parameter.detach(), piece).requires_grad_()
                 if parameter.requires_grad
                 else parameter.detach()
-                for parameter, direction in zip(self._parameters, self._layout.split(vector), strict=True)
+                for parameter, piece in zip(self._parameters, direction, strict=True)
             ]
-            with self._loss.evaluated(index, duals) as evaluation:
-                check_twice_differentiable(evaluation.loss)
-                gradient = self._loss.gradient_of(evaluation)
-            tangents = [None if entry is None else forward_ad.unpack_dual(entry).tangent for entry in gradient]
-            return self._layout.flatten(tangents)
+            with TwiceDifferentiableOperations(duals), self._loss.batches.evaluated(index, duals) as evaluation:
+                # Formulas of derivatives take another way where they are differentiated again in reverse, and some of
+                # those that they take otherwise, such as that of a determinant, lose the tangents.
+                gradient = self._loss.gradient_of(evaluation, create_graph=True)
+            pairs = [None if entry is None else forward_ad.unpack_dual(entry) for entry in gradient]
+            product = self._layout.flatten([None if pair is None else pair.tangent for pair in pairs])
+            primal = self._layout.flatten([None if pair is None else pair.primal for pair in pairs])
+            self._check_slope(evaluation.loss, primal, self._layout.flatten(direction))
+            return product
 
     def gradient(self, index: int) -> Tensor:
         """The gradient for one batch."""
         return self._loss.batch_gradient(index)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def _check_slope(self, loss: Tensor, gradient: Tensor, direction: Tensor) -> None:
+        """Make sure that the forward derivative of the loss is its gradient times the direction.
+
+        Raises:
+            RuntimeError: If a function in the loss has a wrong forward derivative, or none and does not say so.
+
+        """
+        value, tangent = forward_ad.unpack_dual(loss)
+        slope = gradient.new_zeros(()) if tangent is None else tangent
+        error = (slope - gradient @ direction).abs()
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes_behind(loss))
+        length = torch.linalg.vector_norm(direction)
+        usual = torch.linalg.vector_norm(gradient) * length / len(gradient) ** 0.5
+        if bool(error > rounding**0.4 * usual + 1e3 * rounding * (1 + value.abs()) * length):
+            raise RuntimeError(
+                f"The loss has a forward derivative of {float(slope):g} where its gradient says"
+                f" {float(gradient @ direction):g}: a function in it has a wrong one in forward mode AD."
+            )
 
 
 class FiniteDifference:
@@ -184,18 +224,28 @@ class FiniteDifference:
     def __init__(self, loss: MeanLoss, layout: FlatLayout, step: float) -> None:
         self._loss = loss
         self._layout = layout
+        self._space = layout.space()
         self.step = step
 
-    def product(self, index: int, vector: Tensor) -> Tensor:
-        """The product for one batch."""
-        norm = torch.linalg.vector_norm(vector)
-        if norm == 0:
-            return self._layout.zeros()
-        displacement = vector * (self.step / norm)
+    def prepared(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """The displacement to one side, and what the difference is to be multiplied by; both stay on the device."""
+        self._layout.split(vector)  # which refuses other shapes
+        norm = self._space.norm(vector)
+        displacement = vector * (self.step / torch.where(norm > 0, norm, 1))
+        return displacement, norm / (2 * self.step)
+
+    def products(self, index: int, directions: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The products for one batch, each by two gradients."""
+        return [self._product(index, *direction) for direction in directions]
+
+    def _product(self, index: int, displacement: Tensor, factor: Tensor) -> Tensor:
         ahead = self._loss.batch_gradient(index, displacement)
         behind = self._loss.batch_gradient(index, -displacement)
-        return (ahead - behind).mul_(norm / (2 * self.step))
+        return ahead.sub_(behind).mul_(factor)
 
     def gradient(self, index: int) -> Tensor:
         """The gradient for one batch."""
         return self._loss.batch_gradient(index)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""

@@ -1,7 +1,12 @@
-"""The state of every random generator that a loss may draw from, kept and put back.
+"""The states of the global random generators that a loss may draw from, kept and put back.
 
 All products of one operator must see the same dropout mask and the same augmentation, or they belong to different
 matrices; and a measurement must leave the generators as it found them, or it changes the run that it measures.
+
+The global generators are Python's, NumPy's, and PyTorch's of the CPU and of every accelerator that the process uses:
+CUDA and ROCm, XPU, MPS, and whatever registers itself with PyTorch as a device. Generators that a loss holds itself,
+objects of `torch.Generator` or `numpy.random.Generator`, go on from one evaluation to the next; so do those of packages
+beside PyTorch, XLA among them. `HessianOperator.check` shows what comes of that.
 """
 
 import random
@@ -17,13 +22,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of Python's, NumPy's and PyTorch's global generators (CPU and every initialised accelerator)."""
+    """The states of the global generators.
+
+    Attributes:
+        python: That of `random`.
+        numpy: That of `numpy.random`.
+        cpu: That of `torch`.
+        accelerators: By kind of device those of its devices; of the kinds that are in use.
+
+    """
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
     cpu: Tensor
-    cuda: tuple[Tensor, ...]
-    mps: Tensor | None
+    accelerators: dict[str, tuple[Tensor, ...]]
 
     @classmethod
     def capture(cls) -> "RandomState":
@@ -32,8 +44,7 @@ class RandomState:
             python=random.getstate(),
             numpy=np.random.get_state(legacy=False),
             cpu=torch.get_rng_state(),
-            cuda=tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
-            mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+            accelerators={kind: tuple(map(module.get_rng_state, _devices(module))) for kind, module in _accelerators()},
         )
 
     def restore(self) -> None:
@@ -41,10 +52,26 @@ class RandomState:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
-        if self.mps is not None:
-            torch.mps.set_rng_state(self.mps)
+        for kind, states in self.accelerators.items():
+            module = getattr(torch, kind)
+            for device, state in zip(_devices(module), states, strict=True):
+                module.set_rng_state(state, device)
+
+
+def _accelerators() -> Iterator[tuple[str, Any]]:
+    """The kinds of accelerators that are in use, with the modules of PyTorch that are named after them."""
+    kinds = dict.fromkeys(("cuda", "xpu", "mps", torch._C._get_privateuse1_backend_name()))
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        kinds[accelerator.type] = None
+    for kind in kinds:
+        module: Any = getattr(torch, kind, None)
+        if hasattr(module, "get_rng_state") and (not hasattr(module, "is_initialized") or module.is_initialized()):
+            yield kind, module
+
+
+def _devices(module: Any) -> range:
+    return range(module.device_count())
 
 
 @contextmanager

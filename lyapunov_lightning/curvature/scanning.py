@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.hessian import HessianOperator
-from lyapunov_lightning.curvature.krylov import random_vector
 from lyapunov_lightning.curvature.landscape import LineScan, NoisyLoss, noisy_loss, scan_line
-from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 
 Units = Literal["gradient", "norm"]
 
@@ -91,10 +90,11 @@ def random_directions(operator: LinearOperator, count: int, seed: int = 0) -> It
 
     """
     generator = torch.Generator().manual_seed(seed)
+    space = space_of(operator)
     for _ in range(count):
-        vector = random_vector(operator, generator)
-        vector /= torch.linalg.vector_norm(vector)
-        curvature = float(vector @ operator.matvec(vector))
+        vector = space.random(generator)
+        vector /= space.norm(vector)
+        curvature = float(space.inner(vector, operator.matvec(vector)))
         if not math.isfinite(curvature):
             raise NonFiniteCurvatureError("The curvature along a random direction is not finite.")
         yield Direction(curvature, vector)

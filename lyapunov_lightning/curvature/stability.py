@@ -1,49 +1,102 @@
 r"""Where an optimizer's present learning rate turns unstable.
 
-On a quadratic with curvature ``h`` a training step multiplies the error by a number that depends on ``ηh`` and the
-optimizer's momentum; the iteration diverges once its modulus exceeds 1. The largest stable ``h``:
+On a quadratic a training step is a linear map of the parameters and of the optimizer's momentum. As the curvature
+grows, an eigenvalue of that map leaves the unit circle at -1: the parameters then swing from one side to the other, and
+the gradient ``g, -g, g, ...`` that this brings comes out of the momentum as ``r·g``. With the learning rate ``η`` the
+largest stable curvature is ``2 / (r η)``:
 
-=======================================  =================================
-optimizer                                stability limit
-=======================================  =================================
-SGD                                      ``2 / η``
-SGD, momentum ``m``, dampening ``d``     ``(2 + 2m) / ((1 - d) η)``
-SGD, Nesterov momentum ``m``             ``(2 + 2m) / ((1 + 2m) η)``
-Adam, AdamW                              ``(2 + 2β1) / ((1 - β1) η)``
-RMSprop, momentum ``m``                  ``(2 + 2m) / η``
-=======================================  =================================
+=======================================  ==============================  =================================
+optimizer                                response ``r``                  stability limit
+=======================================  ==============================  =================================
+SGD, Adagrad                             ``1``                           ``2 / η``
+SGD, momentum ``m``, dampening ``d``     ``(1 - d) / (1 + m)``           ``(2 + 2m) / ((1 - d) η)``
+SGD, Nesterov momentum ``m``             ``(1 + 2m) / (1 + m)``          ``(2 + 2m) / ((1 + 2m) η)``
+Adam, RAdam, Adamax                      ``(1 - β1) / (1 + β1)``         ``(2 + 2β1) / ((1 - β1) η)``
+AdamW                                    the same                        ``(1 + β1)(2 - ηw) / ((1 - β1) η)``
+RMSprop, momentum ``m``                  ``1 / (1 + m)``                 ``(2 + 2m) / η``
+NAdam, momentum ``μ``, then ``μ'``       ``1 - μ + μ'(1 - β1)/(1 + β1)``  ``2 / (r η)``
+=======================================  ==============================  =================================
 
 For an adaptive optimizer it is to be compared with the largest eigenvalue of the preconditioned Hessian ``P^{-1}H``,
 where ``P`` divides the gradient in its update (J. Cohen et al., "Adaptive gradient methods at the edge of stability",
-2022); likewise ``P`` is the ratio of learning rates where parameter groups differ in theirs. Weight decay that is part
-of SGD's gradient adds to the curvature and lowers the limit on that of the loss by as much.
+2022), here as it stands and as if it were fixed. Further:
+
+- *Decoupled weight decay* ``w`` (AdamW) shortens the parameters by ``1 - ηw`` before the step, which takes the place of
+  one of the two 1 in the limit of 2: ``(2 - ηw) / (r η)``.
+- *Weight decay in the gradient* (all others) adds ``w`` to the curvature before the gradient is divided by ``P``.
+- *Groups* that differ in learning rate, momentum or weight decay have one limit together: with
+  ``S = diag(r η / (2 - ηw)) P^{-1}`` (``w`` decoupled) and ``D`` the decay in the gradient, the map is stable up to
+  ``λ_max(S^{1/2} (H + D) S^{1/2}) = 1``. That nothing else leaves the circle before follows from the symmetry of ``H``:
+  on the circle the polynomial of every one of these optimizers is real at ±1 only.
+- `maximize` follows the gradient upwards: ``-H`` takes the place of ``H``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.linear import LinearOperator, SymmetricOperator, space_of
 from lyapunov_lightning.curvature.vectors import FlatLayout
+
+_Group = Mapping[str, Any]
+_State = Mapping[str, Any]
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
 class Stability:
-    """The stability of an optimizer's next step.
+    """The stability of an optimizer's next steps: up to where the largest eigenvalue of a matrix may grow.
+
+    The matrix is ``sign · diag(scale) H diag(scale) + diag(shift)``.
 
     Attributes:
         lr: The learning rate, the highest one of the parameter groups.
-        limit: The eigenvalue at which it turns unstable.
-        scale: ``P^{-1/2}`` as a flat vector of shape ``(n,)``, if the limit is one on ``P^{-1}H``; None if it is one on
-            the Hessian itself.
+        limit: The eigenvalue at which the optimizer turns unstable, always positive; infinite where nothing moves.
+        scale: ``P^{-1/2}`` as a flat vector of shape ``(n,)``, if the limit is one on ``P^{-1}H``, with what makes
+            groups of different settings alike; None for ones.
+        shift: What weight decay adds to the diagonal, of shape ``(n,)``; None for zeros. Where it is the same number
+            for all parameters and `scale` is None, it is taken from the limit instead.
+        sign: -1 for an optimizer that maximizes the loss, else 1.
 
     """
 
     lr: float
     limit: float
     scale: Tensor | None
+    shift: Tensor | None = None
+    sign: float = 1.0
+
+    @property
+    def is_on_hessian(self) -> bool:
+        """Whether the limit is one on the largest eigenvalue of the Hessian itself."""
+        return self.scale is None and self.shift is None and self.sign == 1
+
+    def matrix(self, hessian: LinearOperator) -> LinearOperator:
+        """The matrix whose largest eigenvalue is to be compared with the limit."""
+        return hessian if self.is_on_hessian else _StepOperator(hessian, self)
+
+
+class _StepOperator(SymmetricOperator):
+    """``sign · diag(scale) H diag(scale) + diag(shift)``."""
+
+    def __init__(self, hessian: LinearOperator, stability: Stability) -> None:
+        super().__init__(space_of(hessian))
+        self._hessian = hessian
+        self._stability = stability
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        scale, shift, sign = self._stability.scale, self._stability.shift, self._stability.sign
+        product = self._hessian.matvec(vector if scale is None else vector * scale)
+        if scale is not None:
+            product = product * scale
+        if shift is not None:
+            return torch.addcmul(sign * product, shift, vector)
+        return product if sign == 1 else -product
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
@@ -51,42 +104,64 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(float(group.get("lr", "nan")) for group in optimizer.param_groups)
 
 
-def stability_of(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Stability | None:
+def stability_of(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], layout: FlatLayout | None = None
+) -> Stability | None:
     """The stability limit of an optimizer as it is configured now.
+
+    The corrections of Adam's second moment count, that of its first moment does not: it fades within a few times
+    ``1 / (1 - β1)`` steps. A parameter that the optimizer does not have, or has not stepped yet as one that gets no
+    gradient, does not move. Settings and counters that are tensors on an accelerator are read in one transfer.
 
     Args:
         optimizer: The optimizer.
         parameters: The parameters of the Hessian, in the order of its coordinates.
+        layout: How they form a vector, such as `HessianOperator.layout`; made from the parameters if None.
 
     Returns:
         The limit, or None where it is not known: for other optimizers than those of this module's table and subclasses
-        of them, for groups that differ in momentum, for a learning rate of zero, and for an adaptive optimizer before
-        its first step.
+        of them; for a learning rate of zero; for an adaptive optimizer before its first step; for a momentum above 1
+        and a decoupled weight decay of ``ηw ≥ 2``, which diverge whatever the curvature; and where some groups maximize
+        the loss that others minimize, which is a game, and no matrix is symmetric that decides on it.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature.stability import stability_of
+        >>> x = torch.zeros(3, requires_grad=True)
+        >>> stability_of(torch.optim.SGD([x], lr=0.1, momentum=0.9), [x]).limit
+        38.0
 
     """
     rule = _RULES.get(type(optimizer))
-    lr = learning_rate(optimizer)
-    if rule is None or not lr > 0 or any(group.get("maximize") for group in optimizer.param_groups):
+    if rule is None:
         return None
-    factors = {rule.factor(group) for group in optimizer.param_groups}
-    if len(factors) != 1:
+    layout = FlatLayout(parameters) if layout is None else layout
+    groups, states = _in_numbers(optimizer, parameters)
+    lr = max(group["lr"] for group in groups)
+    if not lr > 0 or any(rule.diverges(group) for group in groups):
         return None
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    scales: list[Tensor] = []
-    for parameter in parameters:
-        group = groups.get(id(parameter))
-        if group is None:  # not trained by this optimizer
-            scales.append(torch.zeros_like(parameter))
-            continue
-        divisor = rule.divisor(optimizer.state.get(parameter, {}), group)
-        if divisor is None:
-            return None
-        scales.append((torch.as_tensor(float(group["lr"]) / lr, device=parameter.device) / divisor).sqrt())
-    limit = factors.pop() / lr - rule.added_curvature(optimizer.param_groups)
-    if all(scale.ndim == 0 for scale in scales) and len({float(scale) for scale in scales}) == 1:
-        return Stability(lr, limit, None)
-    full = [scale.expand(parameter.shape) for scale, parameter in zip(scales, parameters, strict=True)]
-    return Stability(lr, limit, FlatLayout(parameters).flatten(full))
+    place = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    owners = [groups[place[id(p)]] if id(p) in place else None for p in parameters]
+    trained = [(owner, state) for owner, state in zip(owners, states, strict=True) if owner is not None]
+    if trained and not any(rule.has_started(state) for _, state in trained):
+        return None
+    moves = [_move(rule, owner, state) for owner, state in zip(owners, states, strict=True)]
+    highest = max((move.pace for move in moves if move is not None), default=0.0)
+    if not highest:
+        return Stability(lr, math.inf, None)
+    signs = {move.sign for move in moves if move is not None}
+    if len(signs) > 1:
+        return None
+    limit, sign = 1 / highest, signs.pop()
+    ratios = [0.0 if move is None else move.pace / highest for move in moves]
+    decays = [0.0 if move is None else move.decay for move in moves]
+    if not rule.is_adaptive and len(set(ratios)) == len(set(decays)) == 1 and decays[0] < limit:
+        return Stability(lr, limit - decays[0], None, None, sign)
+    squares = _squares(rule, owners, states, ratios, parameters, layout)
+    scale = None if not rule.is_adaptive and set(ratios) == {1.0} else layout.flatten(squares).sqrt_()
+    shifts = [None if square is None or not w else square * w for square, w in zip(squares, decays, strict=True)]
+    return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign)
 
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
@@ -94,53 +169,241 @@ def is_known(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) in _RULES
 
 
-class _Sgd:
-    def factor(self, group: dict[str, Any]) -> float:
-        momentum = float(group["momentum"])
+@dataclass(frozen=True)
+class _Move:
+    """How an optimizer moves a parameter, but for the division of its gradient.
+
+    Attributes:
+        pace: One over the largest stable curvature.
+        decay: The weight decay that is part of the gradient.
+        sign: -1 if the parameter moves along the gradient, 1 if against it.
+
+    """
+
+    pace: float
+    decay: float
+    sign: float
+
+
+def _move(rule: "_Rule", group: _Group | None, state: _State) -> _Move | None:
+    """How a parameter moves; None if it does not."""
+    pace = rule.pace(group, state) if group is not None and rule.has_started(state) else 0.0
+    if group is None or not pace:
+        return None
+    # What turns the sign of the gradient in the step, as a dampening above 1 does, turns that of the decay in it too.
+    turn = -1.0 if pace < 0 else 1.0
+    return _Move(abs(pace), turn * rule.decay(group), -turn if group.get("maximize") else turn)
+
+
+class _Rule:
+    """SGD's, and what the other optimizers have of it."""
+
+    is_adaptive = False
+
+    def has_started(self, state: _State) -> bool:
+        """Whether the optimizer's state tells how it divides the gradient."""
+        return True
+
+    def pace(self, group: _Group, state: _State) -> float:
+        """One over the largest stable curvature, before any division of the gradient; negative if it goes uphill."""
+        shrinkage = group["lr"] * group["weight_decay"] if self.is_decoupled(group) else 0.0
+        return float(group["lr"] * self.response(group, state) / (2 - shrinkage))
+
+    def decay(self, group: _Group) -> float:
+        """The weight decay that is part of the gradient."""
+        return 0.0 if self.is_decoupled(group) else float(group["weight_decay"])
+
+    def diverges(self, group: _Group) -> bool:
+        """Whether the step diverges without any curvature."""
+        return group.get("momentum", 0) > 1 or (self.is_decoupled(group) and group["lr"] * group["weight_decay"] >= 2)
+
+    def is_decoupled(self, group: _Group) -> bool:
+        """Whether weight decay acts on the parameters, not on the gradient."""
+        return bool(group.get("decoupled_weight_decay"))
+
+    def response(self, group: _Group, state: _State) -> float:
+        """What the momentum makes of an alternating gradient."""
+        momentum: float = group["momentum"]
         if group["nesterov"]:
-            return (2 + 2 * momentum) / (1 + 2 * momentum)
-        return (2 + 2 * momentum) / (1 - float(group["dampening"])) if momentum else 2.0
+            return (1 + 2 * momentum) / (1 + momentum)
+        return (1 - group["dampening"]) / (1 + momentum) if momentum else 1.0
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        return torch.ones(())
-
-    def added_curvature(self, groups: Sequence[dict[str, Any]]) -> float:
-        return max(float(group["weight_decay"]) for group in groups)
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        """What each parameter's gradient is divided by in the update, for those of one group."""
+        raise NotImplementedError
 
 
-class _Adam:
-    def factor(self, group: dict[str, Any]) -> float:
-        beta1 = float(group["betas"][0])
-        return (2 + 2 * beta1) / (1 - beta1)
+class _Adam(_Rule):
+    """The divisor is that of the next step but for that step's own gradient, which is not known yet."""
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        """The divisor of the next step but for that step's own gradient, which is not known yet."""
-        if "exp_avg_sq" not in state:
-            return None
-        second_moment: Tensor = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        correction: float = 1 - group["betas"][1] ** float(state["step"])
-        return (second_moment / correction).sqrt().add(group["eps"])
+    is_adaptive = True
 
-    def added_curvature(self, groups: Sequence[dict[str, Any]]) -> float:
-        return 0.0
+    def has_started(self, state: _State) -> bool:
+        return "exp_avg_sq" in state
+
+    def response(self, group: _Group, state: _State) -> float:
+        beta1: float = group["betas"][0]
+        return (1 - beta1) / (1 + beta1)
+
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        corrections = [1 - group["betas"][1] ** state["step"] for state in states]
+        return _rooted(torch._foreach_div([state[name].to(dtype) for state in states], corrections), group["eps"])
 
 
-class _RmsProp(_Adam):
-    def factor(self, group: dict[str, Any]) -> float:
-        return 2 + 2 * float(group["momentum"])
+class _AdamW(_Adam):
+    def is_decoupled(self, group: _Group) -> bool:
+        return True
 
-    def divisor(self, state: dict[str, Any], group: dict[str, Any]) -> Tensor | None:
-        if "square_avg" not in state:
-            return None
-        second_moment: Tensor = state["square_avg"]
+
+class _NAdam(_Adam):
+    """Its momentum grows with the steps, and what has gathered of it is applied one step ahead, as Nesterov's."""
+
+    def response(self, group: _Group, state: _State) -> float:
+        beta1: float = group["betas"][0]
+        decay: float = group["momentum_decay"]
+        step: float = state["step"]
+        now, ahead = (beta1 * (1 - 0.5 * math.pow(0.96, count * decay)) for count in (step + 1, step + 2))
+        return 1 - now + ahead * (1 - beta1) / (1 + beta1)
+
+
+class _RAdam(_Adam):
+    """Divides by nothing as long as its second moment is not worth anything, and by ever less later on."""
+
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        beta2: float = group["betas"][1]
+        longest = 2 / (1 - beta2) - 1
+        divisors = []
+        for state in states:
+            step = state["step"] + 1
+            length = longest - 2 * step * beta2**step / (1 - beta2**step)
+            moment = state["exp_avg_sq"].to(dtype)
+            if length > 5:
+                rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+                corrected = (1 - beta2 ** state["step"]) * rectified
+                divisors.append(moment.sqrt().add_(group["eps"]).div_(corrected**0.5))
+            else:
+                divisors.append(torch.ones_like(moment))
+        return divisors
+
+
+class _Adamax(_Adam):
+    def has_started(self, state: _State) -> bool:
+        return "exp_inf" in state
+
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        return [state["exp_inf"].to(dtype) for state in states]
+
+
+class _RmsProp(_Rule):
+    is_adaptive = True
+
+    def has_started(self, state: _State) -> bool:
+        return "square_avg" in state
+
+    def response(self, group: _Group, state: _State) -> float:
+        return 1 / (1 + float(group["momentum"]))
+
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        moments: _Tensors = [state["square_avg"].to(dtype) for state in states]
         if group["centered"]:
-            second_moment = second_moment - state["grad_avg"].square()
-        return second_moment.sqrt().add(group["eps"])
+            means = [state["grad_avg"].to(dtype) for state in states]
+            moments = torch._foreach_sub(moments, torch._foreach_mul(means, means))
+            moments = torch._foreach_clamp_min(moments, 0.0)  # rounding
+        return _rooted(moments, group["eps"])
 
 
-_RULES: dict[type[torch.optim.Optimizer], Any] = {
-    torch.optim.SGD: _Sgd(),
+class _Adagrad(_Rule):
+    is_adaptive = True
+
+    def has_started(self, state: _State) -> bool:
+        return "sum" in state and state["step"] > 0
+
+    def pace(self, group: _Group, state: _State) -> float:
+        age: float = state["step"] * group["lr_decay"]
+        return super().pace(group, state) / (1 + age)
+
+    def response(self, group: _Group, state: _State) -> float:
+        return 1.0
+
+    def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        return _rooted([state["sum"].to(dtype) for state in states], group["eps"])
+
+
+_RULES: dict[type[torch.optim.Optimizer], _Rule] = {
+    torch.optim.SGD: _Rule(),
     torch.optim.Adam: _Adam(),
-    torch.optim.AdamW: _Adam(),
+    torch.optim.AdamW: _AdamW(),
+    torch.optim.NAdam: _NAdam(),
+    torch.optim.RAdam: _RAdam(),
+    torch.optim.Adamax: _Adamax(),
     torch.optim.RMSprop: _RmsProp(),
+    torch.optim.Adagrad: _Adagrad(),
 }
+
+
+def _in_numbers(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The settings of the groups and the parameters' states, with Python numbers for what may be tensors of one number.
+
+    Learning rates, decays and betas may be tensors, and the counters of steps are; on an accelerator every one that is
+    read for itself waits for all work that is queued there.
+    """
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    states = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
+    settings = chain.from_iterable(
+        value if isinstance(value, tuple) else (value,) for group in groups for value in group.values()
+    )
+    counters = (state["step"] for state in states if "step" in state)
+    tensors = {id(value): value for value in chain(settings, counters) if isinstance(value, Tensor)}
+    numbers = dict(zip(tensors, _numbers(tensors.values()), strict=True))
+
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if isinstance(value, tuple) else numbers.get(id(value), value)
+
+    for state in states:
+        if "step" in state:
+            state["step"] = plain(state["step"])
+    return [{name: plain(value) for name, value in group.items()} for group in groups], states
+
+
+def _numbers(tensors: Iterable[Tensor]) -> list[float]:
+    """Tensors of one number each as Python numbers, in one transfer from each device that holds some."""
+    tensors = list(tensors)
+    found = [0.0] * len(tensors)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        together = torch.cat([tensors[place].detach().reshape(1) for place in places]).tolist()
+        for place, number in zip(places, together, strict=True):
+            found[place] = number
+    return found
+
+
+def _squares(
+    rule: _Rule,
+    owners: Sequence[_Group | None],
+    states: Sequence[_State],
+    ratios: Sequence[float],
+    parameters: Sequence[Tensor],
+    layout: FlatLayout,
+) -> list[Tensor | None]:
+    """The square of the scale for each parameter; None for one that does not move."""
+    squares: list[Tensor | None] = [None] * len(parameters)
+    for group in {id(owner): owner for owner in owners if owner is not None}.values():
+        places = [index for index, owner in enumerate(owners) if owner is group and ratios[index]]
+        if not places:
+            continue
+        if rule.is_adaptive:
+            divisors = rule.divisors(group, [states[place] for place in places], layout.dtype)
+            kept = [ratios[place] for place in places]
+            found: _Tensors = torch._foreach_mul(torch._foreach_reciprocal(divisors), kept)
+        else:
+            found = [torch.full_like(parameters[p], ratios[p], dtype=layout.dtype, requires_grad=False) for p in places]
+        for place, square in zip(places, found, strict=True):
+            squares[place] = square
+    return squares
+
+
+def _rooted(moments: _Tensors, eps: float) -> _Tensors:
+    return torch._foreach_add(torch._foreach_sqrt(moments), eps)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lyapunov_lightning.curvature.mean_loss import Evaluation, num_samples
+from lyapunov_lightning.curvature.fixed_batches import Evaluation, num_samples
 
 
 class SubstitutedLoss:

@@ -7,10 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,14 +50,41 @@ def twice_differentiable_kernels(plain_rnn: bool = False) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_graph() -> Iterator[None]:
+    """Record no graph, and compute otherwise as if one was recorded: attention has a fast path of its own else."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class TwiceDifferentiableOperations(TorchFunctionMode):
-    """Computes from their parts what PyTorch cannot differentiate twice, or not rightly, or slowly."""
+    """Computes from their parts what PyTorch cannot differentiate twice, or not rightly, or slowly.
+
+    Args:
+        duals: The dual tensors of a derivative in forward mode. PyTorch carries tangents through ``torch.no_grad`` as
+            well; here what is computed there is a constant in forward mode too, unless it is a mere copy of these.
+
+    """
+
+    def __init__(self, duals: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._duals = set(map(id, duals))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         function: Callable[..., Any] = _UNFUSED.get(func, func)
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self._duals and not torch.is_grad_enabled():
+            is_copy = func is Tensor.copy_ and len(args) > 1 and id(args[1]) in self._duals
+            with forward_ad._set_fwd_grad_enabled(is_copy):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -70,13 +99,47 @@ def _mse_loss(inputs: Tensor, target: Tensor, reduction: str = "mean", **legacy:
     return {"none": squares, "mean": squares.mean(), "sum": squares.sum()}[reduction]
 
 
+def _hardsigmoid(inputs: Tensor, inplace: bool = False) -> Tensor:
+    result = functional.relu6(inputs + 3) / 6
+    return inputs.copy_(result) if inplace else result
+
+
+def _triangular_solve(
+    b: Tensor,
+    A: Tensor,  # noqa: N803
+    upper: bool = True,
+    transpose: bool = False,
+    unitriangular: bool = False,
+) -> Any:
+    matrix = A.mT if transpose else A
+    solution = torch.linalg.solve_triangular(matrix, b, upper=upper != transpose, unitriangular=unitriangular)
+    return torch.return_types.triangular_solve((solution, A.clone()))
+
+
+def _cholesky_inverse(L: Tensor, upper: bool = False) -> Tensor:  # noqa: N803
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.cholesky_solve(identity, L, upper=upper)
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    loss: Tensor = functional.linear_cross_entropy(*args, **kwargs)
+    return loss
+
+
 _UNFUSED: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: _weight_norm,  # its second derivative takes the norm for a constant
     functional.mse_loss: _mse_loss,  # its gradient has no forward derivative
+    torch.cholesky_inverse: _cholesky_inverse,  # its forward derivative is wrong
+    Tensor.cholesky_inverse: _cholesky_inverse,
+    torch.triangular_solve: _triangular_solve,  # the forward derivative of its gradient is wrong
+    Tensor.triangular_solve: _triangular_solve,
+    functional.hardsigmoid: _hardsigmoid,  # it has one derivative
     torch.conv1d: convolution,  # its gradient is differentiated by convolutions with kernels as large as the image
     torch.conv2d: convolution,
     torch.conv3d: convolution,
 }
+if hasattr(functional, "linear_cross_entropy"):  # in chunks its gradient is taken for a constant
+    _UNFUSED[functional.linear_cross_entropy] = _linear_cross_entropy
 
 
 class SavedTensorHooks:
@@ -109,15 +172,15 @@ def watched_checkpointing() -> Iterator[SavedTensorHooks]:
         return enter(self)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(hooks, "__enter__", noticed))
-        stack.enter_context(_replaced(checkpoint.CheckpointFunction, "apply", _checkpointed_without_reentry))
+        stack.enter_context(replaced(hooks, "__enter__", noticed))
+        stack.enter_context(replaced(checkpoint.CheckpointFunction, "apply", _checkpointed_without_reentry))
         for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"):  # of selective checkpointing
-            stack.enter_context(_replaced(getattr(checkpoint, name), "__torch_dispatch__", _dispatched))
+            stack.enter_context(replaced(getattr(checkpoint, name), "__torch_dispatch__", _dispatched))
         yield seen
 
 
 @contextmanager
-def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: type, name: str, value: Any) -> Iterator[None]:
     """Replace a class's attribute meanwhile, an inherited one too."""
     before = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
@@ -153,9 +216,13 @@ def differentiated(
     """``torch.autograd.grad``, but for hooks on the inputs and under the substitution of parameters.
 
     The public function counts as an operation that a mode may override, and what it calls no longer sees the mode: a
-    checkpointed layer that is evaluated again would find the parameters in place of their substitutes.
+    checkpointed layer that is evaluated again would find the parameters in place of their substitutes. Autocast is for
+    the evaluation alone: the backward pass of each operation has the dtype that was chosen for the operation itself.
     """
-    with _without_hooks(inputs):
+    with _without_hooks(inputs), ExitStack() as stack:
+        for kind in {"cpu", *(tensor.device.type for tensor in outputs)}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         engine: Any = torch.autograd.Variable._execution_engine
         return engine.run_backward(  # type: ignore[no-any-return]
             tuple(outputs),
@@ -171,7 +238,8 @@ def differentiated(
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep hooks on the parameters' gradients, the user's own, from seeing and changing those of a measurement."""
-    registered = [parameter._backward_hooks for parameter in parameters if parameter.is_leaf]
+    with torch._C.DisableTorchFunction():  # a mode would see each look at a parameter
+        registered = [parameter._backward_hooks for parameter in parameters if parameter.is_leaf]
     kept = [(hooks, dict(hooks)) for hooks in registered if hooks]
     try:
         for hooks, _ in kept:
@@ -182,22 +250,49 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
             hooks.update(before)
 
 
-def check_twice_differentiable(loss: Tensor) -> None:
-    """Refuse a loss with functions in its graph that are marked as differentiable once.
+def check_twice_differentiable(loss: Tensor) -> bool:
+    """Refuse a loss with functions in its graph whose backward pass autograd cannot see.
 
-    PyTorch itself only raises where the way from the gradient to the parameters leads through such a function.
+    PyTorch itself raises for those that are marked as differentiable once, and only where the way from the gradient to
+    the parameters leads through such a function. What others hide, by computing in NumPy or in a kernel of their own,
+    it takes for a constant; that is noticed while the gradient is taken.
+
+    Returns:
+        Whether there are functions that were not PyTorch's own. The derivative of the loss with respect to itself, a
+        one, has to require a gradient for what they hide to be noticed.
 
     Raises:
-        RuntimeError: If there is one.
+        RuntimeError: If there is one that is marked.
 
     """
+    has_functions = False
     for node in nodes([loss]):
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE:
-            raise RuntimeError(f"{node.name()} is marked with @once_differentiable: it cannot be differentiated twice.")
+        function = getattr(node, "_forward_cls", None)
+        if function is not None:
+            if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
+                raise RuntimeError(
+                    f"{node.name()} is marked with @once_differentiable: it cannot be differentiated twice."
+                )
+            has_functions = True
+            node.register_hook(partial(_check_visible, node.name()))
+    return has_functions
+
+
+def _check_visible(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+    """Refuse a backward pass, in which a graph is recorded, that has cut the graph."""
+    if torch.is_grad_enabled() and any(entry is not None and entry.requires_grad for entry in grad_outputs):
+        for entry in grad_inputs:
+            if entry is not None and not entry.requires_grad and bool(entry.any()):
+                raise RuntimeError(f"{name} hides its backward pass from autograd: it cannot be differentiated twice.")
 
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
+
+
+def dtypes_behind(tensor: Tensor) -> set[torch.dtype]:
+    """The floating-point dtypes in the graph behind a tensor, its own among them: the narrowest limits its accuracy."""
+    found = {metadata.dtype for node in nodes([tensor]) for metadata in node._input_metadata}
+    return {dtype for dtype in found if dtype.is_floating_point} | {tensor.dtype}
 
 
 def nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
@@ -212,43 +307,8 @@ def nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
             pending.extend(following for following, _ in node.next_functions)
 
 
-def graph_bytes(tensors: Sequence[Tensor], besides: Sequence[Tensor] = ()) -> int:
-    """The memory that the graph behind some tensors holds, and the tensors themselves.
-
-    Hooks on saved tensors would count it more easily, but with them no transform of ``torch.func`` works.
-
-    Args:
-        tensors: The tensors.
-        besides: Tensors whose memory is not counted, since it is there anyway.
-
-    """
-    not_counted = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    views: dict[int, dict[tuple[int, int], int]] = {}
-    whole: dict[int, int] = {}
-    for tensor in (*tensors, *_saved_tensors(tensors)):
-        if tensor.layout is not torch.strided or tensor._is_zerotensor():  # the zeros of forward derivatives
-            continue
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in not_counted:
-            whole[key] = storage.nbytes()
-            views.setdefault(key, {})[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
-    return sum(min(whole[key], sum(parts.values())) for key, parts in views.items())
-
-
-def _saved_tensors(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """What the nodes of a graph keep for the backward pass."""
-    names: dict[type, list[str]] = {}
-    for node in nodes(tensors):
-        kind = type(node)
-        if kind not in names:
-            names[kind] = [name for name in dir(kind) if name.startswith("_saved_")]
-        try:
-            saved = [getattr(node, name) for name in names[kind]]
-            saved.extend(getattr(node, "saved_tensors", ()))
-        except RuntimeError:  # freed by a backward pass of the loss's own, or written to since
-            continue
-        for value in saved:
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(tensor, Tensor):
-                    yield tensor
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor behind what the transforms of ``torch.func`` show in its place."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

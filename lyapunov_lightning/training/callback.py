@@ -12,11 +12,12 @@ from lyapunov_lightning.curvature.products import Method
 from lyapunov_lightning.training.batches import StartPosition
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import Data, HessianConfig, Schedule, ScheduleState
+from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
 from lyapunov_lightning.training.recording import Charts, Recorder, show_charts
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.series import SeriesFile
-from lyapunov_lightning.training.sharing import EigenRequest, SharedMeasurements, StartVectors, Step
+from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ class CurvatureCallback(Callback):
         self.config = replace(hessian, data=hessian.data or data, method=method or hessian.method)
         self.request = request
         self.data_position = StartPosition()
-        self._start = StartVectors()
+        self._start = SearchStart()
         self.schedule = schedule if schedule is not None else default
         self.schedule_state = ScheduleState(self.schedule)
         self._results = Results(self.result_class)
@@ -107,9 +108,9 @@ class CurvatureCallback(Callback):
         return self._shared
 
     @property
-    def vectors(self) -> Tensor | None:
+    def search_start(self) -> Tensor | None:
         """Where the search for the eigenpairs starts."""
-        return self._start.vectors
+        return self._start.vector
 
     def measure(self, hessian: HessianOperator, step: Step) -> Result | None:
         """Measure before a step.
@@ -165,7 +166,8 @@ class CurvatureCallback(Callback):
         step = self.shared.step(trainer, pl_module, batch, batch_idx)
         if self not in step.due:
             return
-        with self._recorder.measurement(trainer) as record:  # a failure ends the measurement, not the run
+        # A failure ends the measurement, on all ranks, and not the run.
+        with self._recorder.measurement(trainer) as record, failing_together(trainer):
             hessian = self.shared.hessian(step, self.config)
             if hessian is None:
                 self.on_missing_data(step)

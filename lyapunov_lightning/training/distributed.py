@@ -1,14 +1,14 @@
 """What the ranks of a distributed run do together."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lyapunov_lightning.curvature.errors import PeerFailureError
+from lyapunov_lightning.curvature.ranks import Ranks
 
 
 def sum_over_ranks(trainer: Any) -> Callable[[Tensor], None] | None:
@@ -18,12 +18,13 @@ def sum_over_ranks(trainer: Any) -> Callable[[Tensor], None] | None:
 
 def any_rank(trainer: Any, flag: bool) -> bool:
     """Whether a condition holds on one of the ranks at least; all of them have to ask together."""
-    return _count(trainer, flag) > 0
+    return bool(_ranks(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)
 
 
-@contextmanager
-def failing_together(trainer: Any) -> Iterator[None]:
-    """Let what fails on one rank fail on all of them: with different outcomes their ways would part.
+def failing_together(trainer: Any) -> AbstractContextManager[None]:
+    """Let what fails on one rank in a block fail on all of them: with different outcomes their ways would part.
+
+    Solvers, products and further such blocks may be within it: the first failure of a rank ends them all.
 
     Args:
         trainer: The trainer; all of its ranks have to enter together.
@@ -32,23 +33,12 @@ def failing_together(trainer: Any) -> Iterator[None]:
         PeerFailureError: If the block failed on another rank; what failed on this one is raised as it is.
 
     """
-    try:
-        yield
-    except Exception:
-        _count(trainer, True)
-        raise
-    failures = _count(trainer, False)
-    if failures:
-        raise PeerFailureError(failures)
+    return _ranks(trainer).together()
 
 
-def _count(trainer: Any, flag: bool) -> int:
-    """On how many ranks a condition holds."""
-    if trainer.world_size == 1:
-        return int(flag)
-    flags = torch.tensor([float(flag)], device=trainer.strategy.root_device)
-    _all_reduce(flags)
-    return int(flags)
+def _ranks(trainer: Any) -> Ranks:
+    reduce = sum_over_ranks(trainer)
+    return Ranks() if reduce is None else Ranks(reduce, trainer.strategy.root_device)
 
 
 def _all_reduce(buffer: Tensor) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, SymmetricOperator, space_of
 from lyapunov_lightning.training.lightning_names import Trainer, either, in_library_of
 
 _SHOWN_AFTER_SECONDS = 2.0
 """How long a measurement may take before it shows a progress bar."""
 
 
-class WatchedOperator:
+class WatchedOperator(SymmetricOperator):
     """An operator that reports each of its products.
 
     Args:
@@ -27,11 +27,9 @@ class WatchedOperator:
     """
 
     def __init__(self, operator: LinearOperator, report: Callable[[], None]) -> None:
+        super().__init__(space_of(operator))
         self._operator = operator
         self._report = report
-        self.size = operator.size
-        self.dtype = operator.dtype
-        self.device = operator.device
 
     def matvec(self, vector: torch.Tensor) -> torch.Tensor:
         """The operator's product."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.mean_loss import Evaluation
+from lyapunov_lightning.curvature.fixed_batches import Evaluation
 from lyapunov_lightning.training.copying import Copier
 from lyapunov_lightning.training.lightning_names import either, in_library_of
 from lyapunov_lightning.training.namespaces import redirected, replaced_namespaces
@@ -65,6 +65,8 @@ class TrainingObjective:
         names: The parameters that it is a function of; all trainable ones if None.
 
     """
+
+    is_copied = True
 
     def __init__(
         self,

@@ -30,10 +30,11 @@ class EigenRequest:
     Attributes:
         largest: How many of the upper end.
         smallest: How many of the lower end.
-        tol: Relative tolerance of the residuals.
+        tol: Relative tolerance of the residuals, or of the errors of the eigenvalues.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
         acts: Whether the training depends on them. They are then computed apart from those of other requests, so that a
             callback that reads beside one that acts does not change the training by the last digits.
+        values_only: Whether the tolerance is that of the eigenvalues, for which `lanczos` takes fewer products.
 
     """
 
@@ -42,26 +43,27 @@ class EigenRequest:
     tol: float
     max_basis_vectors: int | None = None
     acts: bool = False
+    values_only: bool = False
 
 
-class StartVectors:
-    """The vectors of the last measurement, from which the next one starts.
+class SearchStart:
+    """Where the next search for eigenpairs starts.
 
     Attributes:
-        vectors: Shape ``(k, n)``; None before the first measurement.
+        vector: Shape ``(n,)``, such as `Eigenpairs.start`; None before the first measurement.
 
     """
 
     def __init__(self) -> None:
-        self.vectors: Tensor | None = None
+        self.vector: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors, on the CPU."""
-        return {"vectors": None if self.vectors is None else self.vectors.cpu()}
+        """The vector, on the CPU."""
+        return {"vector": None if self.vector is None else self.vector.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.vectors = state["vectors"]
+        self.vector = state["vector"]
 
 
 class Participant(Protocol):
@@ -72,7 +74,7 @@ class Participant(Protocol):
     data_position: StartPosition
 
     @property
-    def vectors(self) -> Tensor | None:
+    def search_start(self) -> Tensor | None:
         """Where the search for the eigenpairs starts."""
 
     def advance(self, trainer: Any, batch_idx: int) -> bool:
@@ -172,7 +174,7 @@ class SharedMeasurements:
             if operator is None:
                 return None
             sharing = [callback for callback in step.due if callback.config == config]
-            wanted = [(c.request, c.vectors) for c in sharing if c.request is not None and not c.request.acts]
+            wanted = [(c.request, c.search_start) for c in sharing if c.request is not None and not c.request.acts]
             shared = self._shared[config] = _Shared(operator, sharing, wanted)
         return shared.operator
 
@@ -225,7 +227,7 @@ class SharedMeasurements:
                 f"The model has {shared.operator.size} trainable parameters, fewer than the"
                 f" {request.largest} + {request.smallest} eigenvalues asked for."
             )
-        wanted = [(request, callback.vectors)] if request.acts else shared.wanted
+        wanted = [(request, callback.search_start)] if request.acts else shared.wanted
         if shared.failure is not None and not request.acts:
             raise MeasurementError(f"The measurement that is shared with another callback failed: {shared.failure}")
         pairs = None if request.acts else shared.pairs
@@ -233,7 +235,8 @@ class SharedMeasurements:
             arguments = _joined(wanted, shared.operator.size)
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
-                    pairs = lanczos(operator, **arguments, seed=callback.config.seed)
+                    # Another seed each time: what one search overlooked, the next one is to see.
+                    pairs = lanczos(operator, **arguments, seed=callback.config.seed + step.index)
             except Exception as error:
                 if not request.acts:
                     shared.failure = str(error)
@@ -254,19 +257,20 @@ class SharedMeasurements:
 def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], size: int) -> dict[str, Any]:
     """The arguments for `lanczos` that serve all requests."""
     fitting = [(request, vectors) for request, vectors in wanted if request.largest + request.smallest <= size]
-    _, vectors = max(fitting, key=lambda item: item[0].largest + item[0].smallest)
+    _, start = max(fitting, key=lambda item: item[0].largest + item[0].smallest)
     largest = max(request.largest for request, _ in fitting)
     smallest = max(request.smallest for request, _ in fitting)
     if largest + smallest > size:
         largest, smallest = size, 0  # all of them, which serves everyone
     bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
-    if vectors is not None and vectors.shape[1] != size:
-        vectors = None  # parameters were frozen or unfrozen since
+    if start is not None and len(start) != size:
+        start = None  # parameters were frozen or unfrozen since
+    values_only = all(request.values_only for request, _ in fitting)
     return {
         "largest": largest,
         "smallest": smallest,
-        "tol": min(request.tol for request, _ in fitting),
-        "start": vectors,
+        "value_tol" if values_only else "tol": min(request.tol for request, _ in fitting),
+        "start": start,
         "max_basis_vectors": max(max(bounds), largest + smallest + 2) if bounds else None,
     }
 
@@ -283,12 +287,15 @@ def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:
             bottom = torch.arange(len(pairs.values) - 1, len(pairs.values) - 1 - request.smallest, -1)
         chosen = torch.cat([torch.arange(request.largest), bottom])
         vectors = pairs.vectors[chosen.to(pairs.vectors.device)]
-    values, residuals = pairs.values[chosen], pairs.residuals[chosen]
+    values, residuals, errors = (each[chosen] for each in (pairs.values, pairs.residuals, pairs.value_errors))
+    accuracy = errors if request.values_only else residuals
     return Eigenpairs(
         values=values,
         vectors=vectors,
         residuals=residuals,
-        converged=pairs.converged[chosen] | (residuals <= request.tol * values.abs()),
+        value_errors=errors,
+        converged=pairs.converged[chosen] | (accuracy <= request.tol * values.abs()),
         num_matvecs=pairs.num_matvecs,
         num_largest=request.largest,
+        start=pairs.start,
     )

@@ -268,7 +268,7 @@ def test_frozen_directions_hold_no_measurement_of_others(tmp_path: Path) -> None
         held = Held(callback)
         trainer = fit(tmp_path, None, *order, held, enable_checkpointing=True)
         assert held.operators == [0] * trainer.global_step
-        assert callback.vectors is None
+        assert callback.search_start is None
 
 
 @pytest.mark.parametrize("every_n_steps", [None, 4])

@@ -92,7 +92,7 @@ def test_loss_that_is_not_finite_is_warned_of_and_nothing_else_logged(tmp_path: 
 def test_loss_that_overflows_nearby_is_scanned(tmp_path: Path) -> None:
     class Steep(Saddle):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return torch.where(self.x[0].abs() < 0.9, 4 * self.x.square().sum(), math.inf)
+            return torch.where(self.x[0].abs() < 0.9, (torch.tensor([4.0, 1, 1]) * self.x.square()).sum(), math.inf)
 
     scanner = every_step(smallest=0, units="norm")
     logger = fit(tmp_path, scanner, module=Steep(), max_steps=1, max_epochs=-1).logger

@@ -166,6 +166,85 @@ def test_writing_to_a_tensor_counts_its_version():
     assert x._version > before, needed_by("curvature/products") + "kept graphs are dropped when parameters change"
 
 
+def test_nodes_are_numbered_in_the_order_in_which_they_are_made():
+    message = needed_by("curvature/sources") + "what was there before a loss is told from what the loss has made"
+    x = torch.ones(2, requires_grad=True)
+    before = x.exp()
+    start = torch._C._autograd._get_sequence_nr()
+    after, custom = x.exp(), Cube.apply(x)
+    assert before.grad_fn._sequence_nr() < start <= after.grad_fn._sequence_nr() < custom.grad_fn._sequence_nr(), (
+        message
+    )
+
+
+def test_calls_of_layers_go_through_one_method(monkeypatch):
+    called, call = [], nn.Module._call_impl
+    monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *args: called.append(self) or call(self, *args))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model(torch.ones(1, 2))
+    assert called == [model, *model], needed_by("curvature/sources") + "layers are watched for train and eval mode"
+
+
+def test_transforms_wrap_tensors_that_can_be_unwrapped():
+    x, seen = torch.ones(3), []
+
+    def function(y: Tensor) -> Tensor:
+        while torch._C._functorch.is_functorch_wrapped_tensor(y):
+            y = torch._C._functorch.get_unwrapped(y)
+        seen.append(y)
+        return y.sum()
+
+    torch.func.vmap(torch.func.grad(lambda y: (function(y), y.sum())[1]))(x[:, None])
+    assert seen[0].data_ptr() == x.data_ptr(), needed_by("curvature/sources") + "what a loss is computed from"
+
+
+def test_hooks_of_custom_functions_see_both_sides_of_their_backward_pass():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = Double.apply(x)
+    y.grad_fn.register_hook(lambda inputs, outputs: seen.append((inputs[0], outputs[0])))
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert [float(side[0]) for side in seen[0]] == [2.0, 1.0], COMPAT + "backward passes that cut the graph are refused"
+
+
+def test_writes_that_are_not_counted():
+    message = needed_by("curvature/fingerprints") + "contents are read, since versions do not tell of all writes"
+    x, statistics = torch.ones(2), torch.zeros(2)
+    x.data.mul_(2)
+    x.numpy()[0] = 5
+    nn.functional.batch_norm(torch.randn(4, 2), statistics, torch.ones(2), training=True)
+    assert x._version == 0, message
+    assert statistics.any(), message
+    with torch.inference_mode():
+        inferred = torch.ones(2)
+    assert inferred.is_inference(), message
+
+
+def test_attention_has_a_fast_path_that_can_be_switched_off():
+    message = COMPAT + "values are those of the loss that is differentiated"
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(not before)
+    assert torch.backends.mha.get_fastpath_enabled() is not before, message
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_accelerators_have_modules_of_their_name():
+    message = needed_by("curvature/randomness") + "the states of their generators are kept"
+    for kind in ("cuda", "xpu", "mps"):
+        module = getattr(torch, kind)
+        for name in ("get_rng_state", "set_rng_state", "device_count"):
+            assert callable(getattr(module, name)), message
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone", message
+
+
 # What a mode sees.
 
 

@@ -1,13 +1,14 @@
-"""Estimates over the whole spectrum, against the dense one."""
+"""The spectral density by stochastic Lanczos quadrature, against the dense spectrum."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature import Estimate, lanczos, spectral_density, stochastic_moments
-from tests.curvature.helpers import DenseOperator
+from lyapunov_lightning.curvature import NonFiniteCurvatureError, SpectralDensity, lanczos, spectral_density
+from tests.curvature.helpers import DenseOperator, symmetric_matrix
 
 
 @pytest.fixture(scope="module")
@@ -15,31 +16,7 @@ def matrix() -> Tensor:
     """Three outliers and a bulk of both signs, as Hessians of networks have them."""
     generator = torch.Generator().manual_seed(0)
     bulk = 0.2 * torch.rand(397, generator=generator, dtype=torch.float64).log().neg() - 0.1
-    values = torch.cat([torch.tensor([50.0, 30.0, 10.0], dtype=torch.float64), bulk])
-    q = torch.linalg.qr(torch.randn(400, 400, generator=generator, dtype=torch.float64)).Q
-    return q @ torch.diag(values) @ q.T
-
-
-@pytest.mark.parametrize("known", [0, 5])
-def test_intervals_cover_trace_and_norm_in_90_of_100_seeds(matrix: Tensor, known: int) -> None:
-    pairs = lanczos(DenseOperator(matrix), largest=known) if known else None
-    covered = {"trace": 0, "norm": 0}
-    for seed in range(100):
-        moments = stochastic_moments(DenseOperator(matrix), num_probes=20, known=pairs, seed=seed)
-        for name, estimate, value in (
-            ("trace", moments.trace, float(matrix.trace())),
-            ("norm", moments.frobenius_norm, float(matrix.norm())),
-        ):
-            low, high = estimate.interval
-            covered[name] += low <= value <= high
-        assert moments.num_matvecs == 20
-    assert min(covered.values()) >= 90, covered
-
-
-def test_known_eigenpairs_reduce_the_error_by_much(matrix: Tensor) -> None:
-    pairs = lanczos(DenseOperator(matrix), largest=3)
-    blind = stochastic_moments(DenseOperator(matrix)).trace.standard_error
-    assert stochastic_moments(DenseOperator(matrix), known=pairs).trace.standard_error < 0.1 * blind
+    return symmetric_matrix(torch.cat([torch.tensor([50.0, 30.0, 10.0], dtype=torch.float64), bulk]))
 
 
 @pytest.mark.parametrize("known", [0, 5])
@@ -55,6 +32,7 @@ def test_density_integrates_to_one_and_has_the_dense_moments(matrix: Tensor, kno
     if known:
         share = float((-values).clamp_min(0).sum() / values.abs().sum())
         assert density.negative_mass() == pytest.approx(share, rel=0.15)
+    assert density.num_matvecs == 20 * 30
 
 
 def test_as_many_steps_as_dimensions_give_the_spectral_measure_itself() -> None:
@@ -62,6 +40,16 @@ def test_as_many_steps_as_dimensions_give_the_spectral_measure_itself() -> None:
     density = spectral_density(DenseOperator(torch.diag(values)), num_probes=2, num_steps=10)
     assert density.nodes.sort(dim=1).values[0].tolist() == pytest.approx([-2, 1, 3])
     assert density.weights.sum(dim=1).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("spectrum", [[2.0] * 20, [0.0] * 20, [3.0] * 10 + [-1.0] * 10], ids=["one", "zero", "two"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fewer_distinct_eigenvalues_than_steps_get_all_the_weight(spectrum: list[float], dtype: torch.dtype) -> None:
+    matrix = torch.diag(torch.tensor(spectrum, dtype=dtype))
+    density = spectral_density(DenseOperator(matrix), num_probes=3, num_steps=15)
+    near = (density.nodes[..., None] - torch.tensor(sorted(set(spectrum)))).abs().min(dim=-1).values < 1e-4
+    assert float(density.weights[~near].sum()) <= 1e-4
+    assert density.weights.sum(dim=1).tolist() == pytest.approx([1] * 3)
 
 
 def test_all_eigenpairs_known_leave_nothing_to_chance() -> None:
@@ -73,17 +61,47 @@ def test_all_eigenpairs_known_leave_nothing_to_chance() -> None:
     assert density.negative_mass() == pytest.approx(2 / 7)
 
 
-@pytest.mark.parametrize("count", [2, 5, 18, 30])
-def test_intervals_are_those_of_students_t(count: int) -> None:
-    from scipy.stats import t
+def test_eigenpairs_that_have_not_converged_do_not_enter(matrix: Tensor) -> None:
+    pairs = lanczos(DenseOperator(matrix), largest=3)
+    wrong = replace(pairs, values=pairs.values * 2, converged=torch.tensor([True, False, False]))
+    wrong.values[0] /= 2
+    density = spectral_density(DenseOperator(matrix), num_probes=4, known=wrong)
+    assert density.nodes.shape == (4, 1 + 40)
+    assert float(density.nodes.max()) == pytest.approx(50)
+    assert float(density.nodes[:, 1:].max()) == pytest.approx(30)
 
-    low, high = Estimate(1.0, 0.5, count).interval
-    assert (high - low) / 2 == pytest.approx(0.5 * float(t.ppf(0.975, count - 1)), rel=5e-3)
+
+@pytest.mark.parametrize("width", [None, 1e-9, 1e-3, 0.03, 0.05, 0.2, 5.0])
+@pytest.mark.parametrize("num_points", [50, 1000])
+def test_the_curve_integrates_to_one_whatever_its_width(width: float | None, num_points: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    nodes = 3 * torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    density = SpectralDensity(nodes, torch.full_like(nodes, 1 / 20), 0)
+    grid, curve = density.curve(num_points, width)
+    assert float(torch.trapezoid(curve, grid)) == pytest.approx(1, abs=1e-6)
+    assert float(torch.trapezoid(curve * grid, grid)) == pytest.approx(float(nodes.mean()), abs=float(grid.diff()[0]))
+    assert bool((curve >= 0).all())
+
+
+def test_a_wide_curve_is_the_sum_of_gaussians() -> None:
+    density = SpectralDensity(torch.tensor([[0.0, 2.0]]).double(), torch.tensor([[0.25, 0.75]]).double(), 0)
+    grid, curve = density.curve(2000, 0.5)
+    gaussians = [share * torch.exp(-2 * (grid - node) ** 2) for share, node in ((0.25, 0.0), (0.75, 2.0))]
+    torch.testing.assert_close(curve, sum(gaussians) / (0.5 * math.sqrt(2 * math.pi)), atol=1e-5, rtol=0)
 
 
 def test_bad_arguments_are_named(matrix: Tensor) -> None:
     with pytest.raises(ValueError, match="`num_probes` should be an int of at least 2, got 1"):
-        stochastic_moments(DenseOperator(matrix), num_probes=1)
+        spectral_density(DenseOperator(matrix), num_probes=1)
     with pytest.raises(ValueError, match="`num_steps` should be a positive int, got 0"):
         spectral_density(DenseOperator(matrix), num_steps=0)
-    assert math.isnan(Estimate(1.0, math.nan, 1).interval[0])
+    density = SpectralDensity(torch.zeros(2, 2).double(), torch.ones(2, 2).double() / 2, 0)
+    with pytest.raises(ValueError, match="`num_points` should be an int of at least 4, got 3"):
+        density.curve(3)
+    with pytest.raises(ValueError, match=r"`width` should be a positive float, got 0\.0"):
+        density.curve(width=0.0)
+
+
+def test_a_product_that_is_not_finite_is_an_error(matrix: Tensor) -> None:
+    with pytest.raises(NonFiniteCurvatureError, match="not finite"):
+        spectral_density(DenseOperator(matrix * math.nan))

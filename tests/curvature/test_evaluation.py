@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lyapunov_lightning.curvature import HessianOperator, MeasurementError
-from lyapunov_lightning.curvature.mean_loss import Evaluation
+from lyapunov_lightning.curvature.fixed_batches import Evaluation
 from tests.curvature.helpers import (
     METHODS,
     TOLERANCE,

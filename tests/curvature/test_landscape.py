@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor, nn
 
 from lyapunov_lightning.curvature import Eigenpairs, HessianOperator, lanczos
@@ -180,6 +182,120 @@ def test_the_search_stops_at_the_first_minimum() -> None:
     found = first_minimum(wells, 1.0, 0.2, max_step=1000.0)
     assert found.step == pytest.approx(math.pi / 2 + math.asin(0.1), rel=1e-4)
     assert max(wells.seen) < 2 * math.pi
+
+
+@dataclass(frozen=True)
+class RandomLine:
+    """A sum of sines and a parabola, which falls at distance 0."""
+
+    amplitudes: np.ndarray
+    frequencies: np.ndarray
+    phases: np.ndarray
+    parabola: float
+    tilt: float
+
+    @classmethod
+    def draw(cls, seed: int) -> "RandomLine":
+        rng = np.random.default_rng(seed)
+        count = rng.integers(1, 7)
+        frequencies = 10 ** rng.uniform(-1, 1, count)
+        amplitudes = 10 ** rng.uniform(-1.5, 0.5, count) / frequencies ** rng.choice([0, 1, 2])
+        parabola = 10 ** rng.uniform(-3, 0.5) * rng.choice([0, 1, 1])
+        line = cls(
+            amplitudes, frequencies, rng.uniform(0, 2 * np.pi, count), parabola, rng.normal() * rng.choice([0, 1])
+        )
+        return line if line.slope(0.0) < 0 else cls(-amplitudes, frequencies, line.phases, parabola, -line.tilt)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        where = t.numpy().reshape(-1, 1)
+        waves = self.amplitudes * np.sin(self.frequencies * where + self.phases)
+        return torch.from_numpy(waves.sum(axis=1) + self.parabola / 2 * where[:, 0] ** 2 + self.tilt * where[:, 0])
+
+    def slope(self, t: Any) -> Any:
+        waves = self.amplitudes * self.frequencies * np.cos(self.frequencies * np.reshape(t, (-1, 1)) + self.phases)
+        return waves.sum(axis=1) + self.parabola * np.reshape(t, -1) + self.tilt
+
+    @property
+    def curvature(self) -> float:
+        return float(self.parabola - (self.amplitudes * self.frequencies**2 * np.sin(self.phases)).sum())
+
+    def turns(self, reach: float) -> tuple[float, float]:
+        """Where the loss first turns up and where down again, by the slope on a dense grid; else `reach`."""
+        found, start = [], 0.0
+        for _ in range(4000):
+            grid = start + np.arange(4001) / (100 * self.frequencies.max())
+            rising = self.slope(grid) >= 0
+            for index in np.flatnonzero(rising[1:] != rising[:-1])[: 2 - len(found)]:
+                found.append(brentq(lambda t: float(self.slope(t)[0]), grid[index], grid[index + 1], xtol=1e-12))
+            start = float(grid[-1])
+            if len(found) == 2 or start > reach:
+                break
+        first, second = [*found, reach, reach][:2]
+        return min(first, reach), min(second, reach)
+
+
+def falls_all_the_way(line: RandomLine, seen: Sequence[float], minimum: float) -> bool:
+    before = line(torch.tensor(sorted([0.0, *(t for t in seen if t <= minimum)]), dtype=torch.float64))
+    return bool((before.diff() <= 0).all())
+
+
+def test_no_random_line_has_an_earlier_minimum_that_shows() -> None:
+    """What is claimed of the first minimum, in all of 300 lines."""
+    counts: list[int] = []
+    shallow = deep = 0
+    for seed in range(300):
+        line = RandomLine.draw(seed)
+        slope, curvature = -float(line.slope(0.0)[0]), line.curvature
+        natural = slope / abs(curvature)
+        start = float(line(torch.zeros(1, dtype=torch.float64))[0])
+        counted = Counted(line)
+        scan = scan_line(counted, NoisyLoss(start, 0.0, 1), slope, curvature, scales=())
+        counts.append(scan.search.num_evaluations)
+        first, behind = line.turns(1000 * natural)
+        is_first = scan.search.bracketed and scan.search.step == pytest.approx(first, rel=1e-3)
+        if scan.search.bracketed:
+            assert falls_all_the_way(line, counted.seen, scan.search.step), seed
+        if first < 1000 * natural:
+            bottom, top = line(torch.tensor([first, behind], dtype=torch.float64)).tolist()
+            if top - bottom >= 0.1 * (start - bottom):
+                deep += 1
+                assert is_first, seed
+            else:
+                shallow += not is_first
+    assert deep > 200
+    assert shallow <= 30
+    assert sum(counts) <= 16 * len(counts)
+
+
+@pytest.mark.parametrize("guess", [1e-3, 1.0, 30.0])
+def test_without_the_slope_the_losses_before_the_minimum_fall_as_well(guess: float) -> None:
+    for seed in range(100):
+        line = RandomLine.draw(seed)
+        start = float(line(torch.zeros(1, dtype=torch.float64))[0])
+        counted = Counted(line)
+        found = first_minimum(counted, start, guess, max_step=1000.0)
+        assert not found.bracketed or falls_all_the_way(line, counted.seen, found.step)
+        assert found.improvement >= 0
+
+
+@pytest.mark.parametrize(
+    ("line", "slope", "curvature", "most"),
+    [
+        (lambda t: -t + t**2 / 2, 1.0, 1.0, 5),
+        (lambda t: (-t).exp() + 0.01 * t, 0.99, 1.0, 20),
+        (lambda t: -t + t**2 / 2 + t**4 / 4, 1.0, 1.0, 12),
+        (lambda t: (t - 2).cosh(), math.sinh(2), math.cosh(2), 13),
+        (lambda t: -t - t**2 / 2 + 31 / 30**3 / 4 * t**4, 1.0, -1.0, 17),
+        (lambda t: -t - t**2 / 2, 1.0, -1.0, 12),
+        (lambda t: (1 + (t - 10) ** 2).log(), 20 / 101, -198 / 101**2, 17),
+    ],
+    ids=["quadratic", "decay", "quartic", "cosh", "double-well", "concave", "logarithm"],
+)
+def test_a_plain_line_takes_few_evaluations(
+    line: Callable[[Tensor], Tensor], slope: float, curvature: float, most: int
+) -> None:
+    start = NoisyLoss(float(line(torch.zeros((), dtype=torch.float64))), 0.0, 1)
+    assert scan_line(Counted(line), start, slope, curvature, scales=()).search.num_evaluations <= most
 
 
 @pytest.mark.parametrize(("limit", "inside"), [(460.0, True), (1000.0, True), (459.0, False)])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lyapunov_lightning.curvature import (
     LyapunovEstimate,
@@ -18,6 +19,7 @@ from lyapunov_lightning.curvature import (
     NonFiniteCurvatureError,
 )
 from tests.curvature.helpers import random_vectors, rng_state, symmetric_matrix
+from tests.curvature.memory import PeakMemory
 from tests.problems import mlp
 
 MAPS: dict[str, dict[str, Any]] = {
@@ -390,6 +392,100 @@ def test_several_perturbations_survive_a_stretch_without_curvature() -> None:
     follow_spectrum(spectrum, torch.zeros(5, 5, dtype=torch.float64), 1000)
     estimate = follow_spectrum(spectrum, symmetric_matrix([3.0, 2.0, 0.5, 0.0, -1.0]), 2000)
     assert estimate.eigenvalues.tolist() == pytest.approx([3.0, 2.0], rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["ascent", "sgd"])
+@pytest.mark.parametrize("steps", [1, 3, 300])
+def test_residuals_are_those_of_the_perturbations_at_every_stage(kind: Any, steps: int) -> None:
+    hessian = symmetric_matrix(spectrum_between(-2.0, 3.0))
+    spectrum = LyapunovSpectrum(4, map=kind)
+    options = {} if kind == "ascent" else {"lr": 0.3}
+    zero = torch.zeros(9, dtype=torch.float64)
+    seen: list[Tensor] = []
+    for _ in range(steps):
+        estimate = spectrum.step(lambda q: seen.append(q) or hessian @ q, zero, **options)
+    directions = torch.stack(seen[-4:]) / 5e-2
+    torch.testing.assert_close(directions @ directions.T, torch.eye(4, dtype=torch.float64))
+    expected = torch.linalg.vector_norm(directions @ hessian - estimate.eigenvalues[:, None] * directions, dim=1)
+    torch.testing.assert_close(estimate.residuals, expected, rtol=1e-6, atol=1e-12)
+    assert estimate.num_gradients == len(seen) / steps == 4
+    assert torch.equal(estimate.converged(0.1), expected <= 0.1 * estimate.eigenvalues.abs())
+
+
+def test_few_steps_on_a_flat_spectrum_have_not_converged_and_say_so() -> None:
+    hessian = symmetric_matrix(torch.linspace(1.0, 1.3, 60).tolist())
+    estimate = follow_spectrum(LyapunovSpectrum(3), hessian, 5)
+    assert not bool(estimate.converged(1e-2).any())
+    assert bool((estimate.residuals > 0.02).all())
+    settled = follow_spectrum(LyapunovSpectrum(3), symmetric_matrix([5.0, 4.0, 3.0, 1.0]), 300)
+    assert bool(settled.converged(1e-6).all())
+
+
+def test_largest_growth_is_not_the_largest_eigenvalue_and_the_end_says_so() -> None:
+    hessian = symmetric_matrix([1.0, 0.5, 0.0, -4.0, -5.0])
+    spectrum = LyapunovSpectrum(3)
+    spectrum.beta = 1.0
+    estimate = follow_spectrum(spectrum, hessian, 400)
+    assert estimate.eigenvalues.tolist() == pytest.approx([-5.0, -4.0, 1.0], rel=1e-6)
+    assert estimate.ends == ("smallest", "smallest", "largest")
+    turned = follow_spectrum(LyapunovSpectrum(3, map="sgd"), symmetric_matrix([8.0, 7.0, 2.0, 1.0, -2.0]), 600, lr=0.5)
+    assert turned.eigenvalues.tolist() == pytest.approx([8.0, 7.0, -2.0], rel=1e-8)
+    assert turned.ends == ("largest", "largest", "smallest")
+
+
+@pytest.mark.parametrize("kind", ["ascent", "sgd"])
+def test_a_direction_that_vanishes_begins_anew(kind: Any) -> None:
+    """Plain SGD at a learning rate of 1/λ lands in the minimum of every direction in one step."""
+    hessian = torch.eye(6, dtype=torch.float64) * (2.0 if kind == "sgd" else -1.0)
+    spectrum = LyapunovSpectrum(3, map=kind)
+    options = {"lr": 0.5} if kind == "sgd" else {}
+    estimate = follow_spectrum(spectrum, hessian, 1, **options)
+    assert bool((estimate.exponents < -30).all())
+    seen: list[Tensor] = []
+    spectrum.beta = 1.0
+    spectrum.step(lambda q: seen.append(q) or 0 * q, torch.zeros(6, dtype=torch.float64), **options)
+    rows = torch.stack(seen) / 5e-2
+    torch.testing.assert_close(rows @ rows.T, torch.eye(3, dtype=torch.float64))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts reads of tensors' values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_one_iteration_reads_its_numbers_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hessian = symmetric_matrix(spectrum_between(-2.0, 3.0))
+    iteration = iteration_of(name)
+    follow(iteration, hessian, 2, **MAPS[name])
+    reads = 0
+    to_list = Tensor.tolist
+
+    def counted(tensor: Tensor) -> Any:
+        nonlocal reads
+        reads += 1
+        return to_list(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    with Transfers() as transfers:
+        follow(iteration, hessian, 1, **MAPS[name])
+    assert (reads, transfers.count) == (1, 0)
+
+
+def test_several_perturbations_take_the_memory_of_twice_as_many_vectors_and_few_more() -> None:
+    size, count = 100_000, 8
+    spectrum = LyapunovSpectrum(count)
+    curvatures = torch.linspace(-1.0, 2.0, size)
+    here = torch.zeros(size)
+    spectrum.step(lambda q: curvatures * q, here)
+    with PeakMemory() as memory:
+        spectrum.step(lambda q: curvatures * q, here)
+    assert 2 * count <= memory.num_bytes / here.nbytes <= 2 * count + 4.1
 
 
 # Arguments.

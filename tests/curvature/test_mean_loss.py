@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature import HessianOperator, MeasurementError
-from lyapunov_lightning.curvature.mean_loss import num_samples
+from lyapunov_lightning.curvature.fixed_batches import num_samples
 from tests.curvature.helpers import (
     METHODS,
     TOLERANCE,

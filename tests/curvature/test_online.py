@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning.curvature import HessianOperator, NonFiniteCurvatureError, OnlineEigenpair, OnlineEstimate
 from tests.curvature.helpers import DenseOperator, rng_state, symmetric_matrix
+from tests.curvature.memory import PeakMemory
 from tests.problems import PROBLEMS
 
 STEPS = 300
@@ -81,7 +82,7 @@ def test_300_products_find_a_lower_end_that_is_small_beside_the_upper_one() -> N
     top=st.floats(-2, 3).map(lambda exponent: 10**exponent),
     scale=st.floats(-4, 4).map(lambda exponent: 10**exponent),
     seed=st.integers(0, 10_000),
-    cycle=st.integers(2, 8),
+    cycle=st.integers(4, 8),
 )
 def test_300_products_find_the_smallest_eigenvalue_of_any_matrix(
     size: int, top: float, scale: float, seed: int, cycle: int
@@ -142,7 +143,7 @@ def moving(steps: int, size: int = 40, speed: float = 0.02) -> Iterator[Tensor]:
         yield (vectors * values) @ vectors.T
 
 
-@pytest.mark.parametrize("cycle", [2, 4, 6])
+@pytest.mark.parametrize("cycle", [4, 6])
 def test_it_follows_a_matrix_that_turns(cycle: int) -> None:
     running = OnlineEigenpair(cycle)
     errors = []
@@ -174,7 +175,7 @@ def test_value_and_residual_belong_to_the_matrix_that_they_were_measured_on() ->
 # What it costs and keeps.
 
 
-@pytest.mark.parametrize("cycle", [2, 3, 4, 7])
+@pytest.mark.parametrize("cycle", [4, 5, 7])
 def test_a_step_is_one_product_and_the_vectors_are_few(cycle: int) -> None:
     operator = DenseOperator(symmetric_matrix(torch.linspace(-1.0, 5.0, 50)))
     running = OnlineEigenpair(cycle)
@@ -182,7 +183,7 @@ def test_a_step_is_one_product_and_the_vectors_are_few(cycle: int) -> None:
         running.step(operator)
         assert operator.num_matvecs == step
         state = running.state_dict()
-        assert len(state["basis"]) + (state["direction"] is not None) <= cycle + 1
+        assert len(state["rows"]) <= cycle + 1
 
 
 @pytest.mark.parametrize("pause", [1, 2, 3, 4, 5, 30])
@@ -249,7 +250,22 @@ def test_it_begins_anew_where_the_size_changes() -> None:
         assert estimate.value == pytest.approx(-size, rel=1e-6)
 
 
-@pytest.mark.parametrize("cycle", [1, 0, -1, 2.0, True, None])
+@pytest.mark.parametrize("cycle", [3, 2, 0, -1, 4.0, True, None])
 def test_bad_cycle_is_named(cycle: Any) -> None:
-    with pytest.raises(ValueError, match=f"^`cycle` should be an int of at least 2, got {cycle}.$"):
+    with pytest.raises(ValueError, match=f"^`cycle` should be an int of at least 4, got {cycle}.$"):
         OnlineEigenpair(cycle)
+
+
+@pytest.mark.parametrize("cycle", [4, 8])
+def test_a_step_works_with_one_vector_more_than_it_holds(cycle: int) -> None:
+    diagonal = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    class Diagonal(DenseOperator):
+        def matvec(self, vector: Tensor) -> Tensor:
+            return self._matrix * vector
+
+    running = OnlineEigenpair(cycle)
+    with PeakMemory() as memory:
+        for _ in range(3 * cycle):
+            running.step(Diagonal(diagonal))
+    assert memory.num_bytes / diagonal.nbytes <= cycle + 2 + 0.1

@@ -1,13 +1,15 @@
 """Products by every way against dense Hessians, in every precision; graphs that are kept, and what is left of them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError
-from lyapunov_lightning.curvature import products as products_module
+from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError, kept_graphs
 from tests.curvature.helpers import (
     EXACT,
     METHODS,
@@ -246,7 +248,7 @@ def test_graphs_are_kept_within_their_bound() -> None:
 def test_a_graph_that_does_not_fit_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the parameters change, when there may be room for another one."""
     measured: list[int] = []
-    monkeypatch.setattr(products_module, "graph_bytes", lambda *_, **__: measured.append(1) or 100)
+    monkeypatch.setattr(kept_graphs, "graph_bytes", lambda *_, **__: measured.append(1) or 100)
     problem = mlp(sizes=(4, 4))
     operator = problem.operator(max_graph_bytes=150)
     for _ in range(3):
@@ -301,3 +303,107 @@ def test_nothing_outlives_a_fallback() -> None:
         assert operator.graph_bytes == 0
         assert len(loss.storages) >= 4
         assert loss.num_alive == 0
+
+
+# Blocks of vectors.
+
+
+@every_method
+@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm"])
+def test_blocks_are_multiplied_column_by_column(name: str, how: str) -> None:
+    problem = PROBLEMS[name]()
+    operator = problem.operator(**METHODS[how])
+    block = random_vectors(4, operator.size).T
+    before = block.clone()
+    for _ in range(2):  # without and with kept graphs
+        product = operator.matmat(block)
+        assert product.shape == block.shape
+        assert relative_error(product, reference(name) @ block) <= TOLERANCE[how]
+    assert operator.num_matvecs == 8
+    assert torch.equal(block, before)
+    assert torch.equal(operator @ block, product)
+    assert operator.matmat(block[:, :0]).shape == (operator.size, 0)
+
+
+def test_a_block_takes_one_evaluation_of_each_batch_and_one_collective() -> None:
+    problem = mlp()
+    for room in (2**29, 0):
+        loss, sums = Watched(problem), []
+        operator = HessianOperator(
+            loss, problem.parameters, problem.batches, max_graph_bytes=room, reduce=lambda b, sums=sums: sums.append(b)
+        )
+        operator.matmat(random_vectors(5, operator.size).T)
+        assert loss.calls == len(problem.batches)
+        assert len(sums) == 1
+
+
+def test_a_block_that_falls_back_does_so_as_a_whole() -> None:
+    problem = mlp()
+    operator = HessianOperator(Watched(problem, tanh=OnceDifferentiableTanh.apply), problem.parameters, problem.batches)
+    block = random_vectors(3, operator.size).T
+    with pytest.warns(CurvatureWarning) as caught:
+        product = operator.matmat(block)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert relative_error(product, reference("mlp") @ block) <= TOLERANCE["finite_difference"]
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(51,), (50, 2), (2, 51), (51, 2, 1)])
+def test_blocks_of_a_wrong_shape_are_refused(how: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"`block` should have shape \(51, k\)"):
+        mlp().operator(**METHODS[how]).matmat(torch.ones(shape))
+
+
+# What a product waits for, and in which precision it is.
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from the device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["kept", "rebuilt", "finite_difference"])
+def test_products_in_a_solver_wait_for_nothing(how: str) -> None:
+    problem = mlp(sizes=(4, 3, 2))
+    operator = problem.operator(**METHODS[how])
+    direction = vector(operator.size)
+    with operator.space.together():
+        for _ in range(2):
+            operator.matvec(direction)
+        with Reads() as reads:
+            operator.matvec(direction)
+    assert reads.number == 0
+
+
+@every_method
+def test_an_autocast_region_around_a_product_is_that_of_the_loss_alone(how: str) -> None:
+    """The loss is rounded, as the region asks for; what is done with its derivatives is not."""
+    weight = (0.1 * vector(64)).view(8, 8).float().requires_grad_()
+    inputs = vector(80, seed=1).view(10, 8).float()
+    direction = vector(64, seed=2).float()
+
+    def plain(batch: Tensor) -> Tensor:
+        return (batch @ weight).float().exp().mean()
+
+    def rounded_itself(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain(batch)
+
+    expected = HessianOperator(rounded_itself, [weight], [inputs], **METHODS[how])
+    operator = HessianOperator(plain, [weight], [inputs], **METHODS[how])
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            product, gradient, value = operator.matvec(direction), operator.gradient(), operator.value()
+        assert product.dtype == gradient.dtype == torch.float32
+        assert torch.equal(product, expected.matvec(direction))
+        assert torch.equal(gradient, expected.gradient())
+        assert value == expected.value()
+    exact = HessianOperator(plain, [weight], [inputs], method="double_backward").matvec(direction)
+    if how != "finite_difference":
+        assert relative_error(product, exact.double()) <= 0.02

@@ -1,6 +1,7 @@
 """The global generators: kept, put back and replayed."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,3 +91,35 @@ def test_blocks_nest() -> None:
             assert draws() == first
         assert rng_state() == inner
     assert rng_state() == before
+
+
+def accelerator(num_devices: int, **attributes: bool) -> SimpleNamespace:
+    """As PyTorch knows it, with a number for the state of each device's generator."""
+    states = [torch.tensor(index) for index in range(num_devices)]
+    return SimpleNamespace(
+        states=states,
+        device_count=lambda: num_devices,
+        get_rng_state=lambda device: states[device].clone(),
+        set_rng_state=lambda state, device: states[device].copy_(state),
+        **{name: lambda value=value: value for name, value in attributes.items()},
+    )
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "privateuseone"])
+def test_generators_of_every_accelerator_are_put_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = accelerator(2, is_initialized=True) if kind != "mps" else accelerator(1)
+    monkeypatch.setattr(torch, kind, module, raising=False)
+    start = RandomState.capture()
+    for state in module.states:
+        state.add_(5)
+    with preserved_randomness(start):
+        assert [int(state) for state in module.states] == list(range(len(module.states)))
+        for state in module.states:
+            state.add_(7)
+    assert [int(state) for state in module.states] == [5 + index for index in range(len(module.states))]
+
+
+def test_accelerators_that_are_not_in_use_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = accelerator(1, is_initialized=False)
+    monkeypatch.setattr(torch, "xpu", module)
+    assert "xpu" not in RandomState.capture().accelerators

@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from lyapunov_lightning.curvature.stability import is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature import HessianOperator
+from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.vectors import FlatLayout
+from tests.curvature.helpers import DenseOperator
 
 LR = 0.05
 STEPS = 600
@@ -195,13 +200,13 @@ class OwnSgd(torch.optim.SGD):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: torch.optim.NAdam(p, lr=LR),
+        lambda p: torch.optim.Adadelta(p, lr=LR),
         lambda p: torch.optim.Rprop(p, lr=LR),
-        lambda p: torch.optim.Adagrad(p, lr=LR),
+        lambda p: torch.optim.ASGD(p, lr=LR),
         lambda p: torch.optim.LBFGS(p, lr=LR),
         lambda p: OwnSgd(p, lr=LR),
     ],
-    ids=["nadam", "rprop", "adagrad", "lbfgs", "subclass"],
+    ids=["adadelta", "rprop", "asgd", "lbfgs", "subclass"],
 )
 def test_other_optimizers_are_not_known(make: Make) -> None:
     x = point()
@@ -214,19 +219,298 @@ def test_other_optimizers_are_not_known(make: Make) -> None:
     "make",
     [
         lambda p: torch.optim.SGD(p, lr=0.0),
-        lambda p: torch.optim.SGD(p, lr=LR, maximize=True),
-        lambda p: torch.optim.SGD([{"params": [x], "momentum": i / 2} for i, x in enumerate(p)], lr=LR),
+        lambda p: torch.optim.SGD([{"params": [x], "maximize": i > 0} for i, x in enumerate(p)], lr=LR),
+        lambda p: torch.optim.SGD(p, lr=LR, momentum=1.5),
         lambda p: torch.optim.Adam(p, lr=LR),
-        lambda p: torch.optim.AdamW([{"params": [x], "betas": (i / 2, 0.9)} for i, x in enumerate(p)], lr=LR),
         lambda p: torch.optim.RMSprop(p, lr=LR),
+        lambda p: torch.optim.Adagrad(p, lr=LR),
+        lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=2 / LR),
     ],
-    ids=["no-rate", "ascent", "momenta", "adam-before-a-step", "several-betas", "rmsprop-before-a-step"],
+    ids=["no-rate", "game", "growing-momentum", "adam", "rmsprop", "adagrad", "decay-too-strong"],
 )
 def test_limit_that_is_not_known_now_is_none(make: Make) -> None:
     pair = [point(), point()]
     optimizer = make(pair)
     assert is_known(optimizer)
     assert stability_of(optimizer, pair) is None
+
+
+# Anything that can be set, against the spectral radius of the map that the real optimizer's step is.
+
+
+def quadratic(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+MOMENTA = ("momentum_buffer", "exp_avg")
+"""What of the state is part of the map; the rest is held."""
+
+
+def step_matrix(optimizer: torch.optim.Optimizer, parameters: list[Tensor], hessian: Tensor) -> Tensor:
+    """The map of parameters and momenta that a step of the optimizer is, column by column."""
+    held = [{name: torch.as_tensor(value).clone() for name, value in optimizer.state[p].items()} for p in parameters]
+    names = [name for name in MOMENTA if any(name in state for state in held)]
+    size = len(hessian)
+    columns = []
+    for column in 1e-6 * torch.eye((1 + len(names)) * size, dtype=torch.float64):
+        parts = column.split(size)
+        position = 0
+        for p, state in zip(parameters, held, strict=True):
+            piece = slice(position, position + p.numel())
+            position += p.numel()
+            with torch.no_grad():
+                p.copy_(parts[0][piece])
+            p.grad = (hessian @ parts[0])[piece].clone()
+            for name, value in state.items():
+                optimizer.state[p][name].copy_(value)
+            for name, part in zip(names, parts[1:], strict=True):
+                if name in state:
+                    optimizer.state[p][name].copy_(part[piece])
+        optimizer.step()
+        after = [torch.cat([p.detach() for p in parameters])]
+        for name in names:
+            momenta = [optimizer.state[p][name] if name in optimizer.state[p] else 0 * p for p in parameters]
+            after.append(torch.cat(momenta).detach())
+        columns.append(torch.cat(after) / 1e-6)
+    for p, state in zip(parameters, held, strict=True):
+        for name, value in state.items():
+            optimizer.state[p][name].copy_(value)
+    return torch.stack(columns, dim=1)
+
+
+def edge(optimizer: torch.optim.Optimizer, parameters: list[Tensor], hessian: Tensor) -> float:
+    """The factor on the Hessian at which the spectral radius of the step passes 1."""
+
+    def is_stable(factor: float) -> bool:
+        map = step_matrix(optimizer, parameters, factor * hessian)
+        return float(torch.linalg.eigvals(map).abs().max()) <= 1 + 1e-11
+
+    low, high = 1e-8, 1e8
+    assume(is_stable(low) and not is_stable(high))
+    for _ in range(24):  # to 1e-5
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if is_stable(middle) else (low, middle)
+    return low
+
+
+def largest(stability: Stability, hessian: Tensor) -> float:
+    operator = stability.matrix(DenseOperator(hessian))
+    columns = [operator.matvec(unit) for unit in torch.eye(len(hessian), dtype=torch.float64)]
+    return float(torch.linalg.eigvalsh(torch.stack(columns, dim=1))[-1])
+
+
+def with_states(optimizer: torch.optim.Optimizer, parameters: list[Tensor], seed: int) -> None:
+    """The state of an optimizer that has gone many steps, with random second moments that then stay."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    for group in optimizer.param_groups:  # without a step of the momentum that would be lost to a dampening of 1
+        group["lr"], lr = 0.0, group["lr"]
+        group["real"] = lr
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("real")
+    for p in parameters:
+        state = optimizer.state[p]
+        for name, value in state.items():
+            if name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"):
+                value.copy_(10 ** (4 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 3))
+                if name == "exp_inf":
+                    value.clamp_min_(0.5)  # the divisor is never below `eps`
+                if name == "max_exp_avg_sq":
+                    state["exp_avg_sq"].copy_(value / 2)
+            elif name == "grad_avg":
+                value.copy_(state["square_avg"].sqrt() * torch.rand(p.shape, generator=generator, dtype=p.dtype))
+            elif name == "step":
+                state[name] = torch.tensor(1e5 if isinstance(optimizer, OLD) else LONG_AGO, dtype=torch.float64)
+            elif name == "mu_product":
+                value.zero_()
+
+
+OLD = (torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad)
+"""Whose rate depends on their age."""
+
+RATES = st.floats(1e-3, 2.0)
+DECAYS = st.sampled_from([0.0, 0.0, 0.01, 0.5, 3.0])
+MOMENTUM = st.sampled_from([0.0, 0.3, 0.9, 0.99])
+
+
+@st.composite
+def sgd_settings(draw: Any, maximize: bool) -> dict[str, Any]:
+    momentum = draw(MOMENTUM)
+    nesterov = momentum > 0 and draw(st.booleans())
+    dampening = 0.0 if nesterov else draw(st.sampled_from([0.0, 0.0, 0.5, 0.95, 1.0, -0.5]))
+    return {"momentum": momentum, "nesterov": nesterov, "dampening": dampening}
+
+
+@st.composite
+def adam_settings(draw: Any, maximize: bool) -> dict[str, Any]:
+    return {"betas": (draw(st.sampled_from([0.0, 0.5, 0.9, 0.95])), NEVER), "eps": draw(st.sampled_from([1e-8, 0.1]))}
+
+
+@st.composite
+def rmsprop_settings(draw: Any, maximize: bool) -> dict[str, Any]:
+    eps = draw(st.sampled_from([1e-8, 0.1]))
+    return {"alpha": NEVER, "momentum": draw(MOMENTUM), "centered": draw(st.booleans()), "eps": eps}
+
+
+@st.composite
+def nadam_settings(draw: Any, maximize: bool) -> dict[str, Any]:
+    return {**draw(adam_settings(maximize)), "momentum_decay": draw(st.sampled_from([4e-3, 1e-5, 1.0]))}
+
+
+@st.composite
+def adagrad_settings(draw: Any, maximize: bool) -> dict[str, Any]:
+    return {"lr_decay": draw(st.sampled_from([0.0, 1e-5]))}
+
+
+KINDS: dict[str, tuple[Any, Any, list[dict[str, Any]]]] = {
+    "sgd": (torch.optim.SGD, sgd_settings, [{}]),
+    "adam": (torch.optim.Adam, adam_settings, [{}, {"amsgrad": True}, {"foreach": False}]),
+    "adamw": (torch.optim.AdamW, adam_settings, [{}, {"amsgrad": True}]),
+    "rmsprop": (torch.optim.RMSprop, rmsprop_settings, [{}]),
+    "nadam": (torch.optim.NAdam, nadam_settings, [{}, {"decoupled_weight_decay": True}]),
+    "adamax": (torch.optim.Adamax, adam_settings, [{}]),
+    "adagrad": (torch.optim.Adagrad, adagrad_settings, [{}]),
+}
+if "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults:
+    KINDS["adam"][2].append({"decoupled_weight_decay": True})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(data=st.data())
+def test_limit_is_where_the_spectral_radius_of_the_step_passes_one(kind: str, data: Any) -> None:
+    make, options, variants = KINDS[kind]
+    maximize = data.draw(st.booleans(), "maximize")
+    parameters = [point(2), point(1), point(2)]
+    same = data.draw(st.booleans(), "same")
+    groups: list[dict[str, Any]] = []
+    for members in [parameters] if same else [parameters[:1], parameters[1:]]:
+        lr, decay = data.draw(RATES), data.draw(DECAYS)
+        groups.append({"params": members, "lr": lr, "weight_decay": decay, **data.draw(options(maximize))})
+    if kind == "rmsprop":
+        groups[-1]["centered"] = groups[0]["centered"]
+    optimizer = make(groups, maximize=maximize, **data.draw(st.sampled_from(variants), "variant"))
+    with_states(optimizer, parameters, data.draw(st.integers(0, 100), "seed"))
+    found = stability_of(optimizer, parameters, FlatLayout(parameters))
+    if found is None:
+        assert any(group["lr"] * group["weight_decay"] >= 2 for group in groups)
+        return
+    hessian = quadratic(5, data.draw(st.integers(0, 100), "hessian")) * (-1 if maximize else 1)
+    if found.limit == float("inf"):
+        assert torch.linalg.eigvals(step_matrix(optimizer, parameters, 1e9 * hessian)).abs().max() <= 1 + 1e-9
+        return
+    factor = edge(optimizer, parameters, hessian)
+    assert largest(found, factor * hessian) == pytest.approx(found.limit, rel=1e-4)
+    assert found.limit > 0
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 50])
+def test_limit_of_radam_is_that_of_its_age(steps: int) -> None:
+    x = point(2)
+    optimizer = torch.optim.RAdam([x], lr=LR, betas=(0.0, 0.9), eps=0.5)
+    for _ in range(steps):
+        x.grad = torch.zeros_like(x)
+        optimizer.step()
+    found = stability_of(optimizer, [x])
+    assert found is not None
+    hessian = quadratic(2, 0)
+    # With second moments of zero the divisor is `eps` over the root of a correction that is that of the step to come.
+    correction = (1 - 0.9**steps) / (1 - 0.9 ** (steps + 1)) if steps > 5 else 1
+    factor = edge(optimizer, [x], hessian)
+    assert largest(found, factor * hessian) == pytest.approx(found.limit * correction**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.1, 50.0])
+def test_decay_of_sgd_that_is_stronger_than_the_rate_allows_is_unstable_by_itself(decay: float) -> None:
+    x = point(2)
+    found = stability_of(torch.optim.SGD([x], lr=LR, weight_decay=decay), [x])
+    assert found is not None
+    assert (largest(found, torch.zeros(2, 2, dtype=torch.float64)) > found.limit) == (decay > 2 / LR)
+    assert found.is_on_hessian == (decay < 2 / LR)
+
+
+def test_momentum_that_is_dampened_away_never_moves() -> None:
+    pair = [point(), point()]
+    found = stability_of(torch.optim.SGD(pair, lr=LR, momentum=0.9, dampening=1), pair)
+    assert found == Stability(LR, float("inf"), None)
+    groups = [{"params": pair[:1], "dampening": 1}, {"params": pair[1:]}]
+    found = stability_of(torch.optim.SGD(groups, lr=LR, momentum=0.9), pair)
+    assert found is not None
+    assert found.limit == pytest.approx(3.8 / LR)
+    torch.testing.assert_close(found.scale, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_parameter_that_never_had_a_gradient_does_not_move() -> None:
+    pair = [point(1), point(2)]
+    optimizer = torch.optim.Adam(pair, lr=LR)
+    pair[1].grad = torch.ones_like(pair[1])
+    optimizer.step()
+    found = stability_of(optimizer, pair)
+    assert found is not None
+    assert found.scale is not None
+    assert found.scale.tolist() == pytest.approx([0, 1, 1])
+
+
+def test_learning_rates_betas_and_decays_may_be_tensors() -> None:
+    def stepped(**options: Any) -> Stability | None:
+        x = point(3)
+        optimizer = torch.optim.Adam([x], **options)
+        x.grad = torch.arange(1.0, 4.0, dtype=torch.float64)
+        optimizer.step()
+        return stability_of(optimizer, [x])
+
+    numbers = stepped(lr=0.5, betas=(0.75, 0.875), weight_decay=0.25)
+    tensors = stepped(
+        lr=torch.tensor(0.5), betas=(torch.tensor(0.75), torch.tensor(0.875)), weight_decay=0.25, foreach=False
+    )
+    assert numbers is not None
+    assert tensors is not None
+    assert (numbers.lr, numbers.limit) == (tensors.lr, tensors.limit)
+    for one, other in ((numbers.scale, tensors.scale), (numbers.shift, tensors.shift)):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_no_tensor_is_read_once_for_each_parameter(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = [point() for _ in range(50)]
+    groups = [{"params": parameters[:20], "lr": 0.1}, {"params": parameters[20:], "lr": torch.tensor(0.2)}]
+    optimizer = kind(groups, foreach=False)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    reads = 0
+
+    def counted(read: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return read(*args)
+
+        return wrapped
+
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(Tensor, name, counted(getattr(Tensor, name)))
+    found = stability_of(optimizer, parameters)
+    monkeypatch.undo()
+    assert found is not None
+    assert reads <= 2
+
+
+def test_operator_of_a_hessian_counts_as_one_in_its_space() -> None:
+    x = point(3)
+    curvatures = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [curvatures])
+    groups = [{"params": [x], "weight_decay": 0.5}]
+    found = stability_of(torch.optim.SGD(groups, lr=LR, maximize=True), hessian.parameters, hessian.layout)
+    assert found is not None
+    operator = found.matrix(hessian)
+    assert operator.size == 3
+    assert operator.matvec(torch.ones_like(curvatures)).tolist() == [-4, -2, -1]
+    assert found.limit == pytest.approx(2 / LR - 0.5)
 
 
 def test_learning_rate_is_the_highest_of_the_groups() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lyapunov_lightning.curvature.mean_loss import Objective
+from lyapunov_lightning.curvature.fixed_batches import Objective
 from lyapunov_lightning.curvature.substitution import SubstitutedLoss
 from tests.problems import PROBLEMS
 

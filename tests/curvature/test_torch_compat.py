@@ -6,6 +6,7 @@ The tests named ``test_pytorch_...`` speak of PyTorch alone: where one fails, it
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +15,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError
+from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError, kept_graphs
+from lyapunov_lightning.curvature.kept_graphs import graph_bytes
+from lyapunov_lightning.curvature.sources import Sources
 from lyapunov_lightning.curvature.torch_compat import (
     TwiceDifferentiableOperations,
     differentiated,
-    graph_bytes,
     twice_differentiable_kernels,
 )
 from tests.curvature.helpers import (
@@ -46,6 +50,20 @@ from tests.problems import PROBLEMS, Batch, Problem, lstm, mlp, transformer
 def ones_as_tangents(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     with forward_ad.dual_level():
         yield [forward_ad.make_dual(p.detach(), torch.ones_like(p)).requires_grad_() for p in parameters]
+
+
+class Hidden(torch.autograd.Function):
+    """The cube, with a backward pass that leaves PyTorch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy())
 
 
 # Kernels and operations.
@@ -216,6 +234,125 @@ def test_pytorch_shows_gradients_to_hooks_on_the_parameters() -> None:
     assert torch.equal(gradient, torch.ones(3, dtype=torch.float64))
 
 
+def forward_derivative(function: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool = True) -> Any:
+    """The slope of a function along ones, by its forward derivative and by its gradient, and the gradient's derivative.
+
+    The last one by forward mode, and by double backward.
+    """
+    with ones_as_tangents([x]) as (dual,):
+        value = function(dual)
+        slope = forward_ad.unpack_dual(value).tangent
+        gradient = forward_ad.unpack_dual(torch.autograd.grad(value, dual, create_graph=create_graph)[0])
+        slopes = 0.0 if slope is None else float(slope.detach()), float(gradient.primal.detach().sum())
+    leaf = x.detach().clone().requires_grad_()
+    return slopes, gradient.tangent, twice(function(leaf), [leaf])[0]
+
+
+@pytest.mark.parametrize("function", [torch.linalg.det, lambda a: torch.linalg.solve(a, a.T).sum()])
+def test_pytorch_loses_tangents_in_gradients_that_are_not_to_be_differentiated_again(function: Any) -> None:
+    matrix = vector(9).view(3, 3) + 3 * torch.eye(3, dtype=torch.float64)
+    _, lost, expected = forward_derivative(function, matrix, create_graph=False)
+    assert relative_error(lost, expected) > 0.1
+    _, kept, _ = forward_derivative(function, matrix)
+    assert relative_error(kept, expected) <= 1e-12
+
+
+def test_pytorch_has_a_wrong_forward_derivative_of_inverses_by_cholesky_factors() -> None:
+    (forward, backward), *_ = forward_derivative(
+        lambda a: torch.cholesky_inverse(torch.linalg.cholesky(a @ a.T)).sin().sum(),
+        vector(9).view(3, 3) + 3 * torch.eye(3, dtype=torch.float64),
+    )
+    assert abs(forward - backward) > 0.01 * abs(backward)
+
+
+def test_pytorch_has_a_wrong_forward_derivative_of_the_gradient_of_triangular_solutions() -> None:
+    matrix = vector(9).view(3, 3) + 3 * torch.eye(3, dtype=torch.float64)
+    (forward, backward), product, expected = forward_derivative(
+        lambda a: torch.triangular_solve(matrix, a.tril(), upper=False)[0].sin().sum(), matrix
+    )
+    assert forward == pytest.approx(backward)
+    assert relative_error(product, expected) > 0.1
+
+
+def test_pytorch_loses_the_forward_derivative_of_products_of_what_is_scattered() -> None:
+    index = torch.tensor([0, 1, 1])
+    (forward, backward), *_ = forward_derivative(
+        lambda x: torch.ones(2, dtype=torch.float64).scatter_reduce(0, index, x, "prod").sin().sum(), vector(3)
+    )
+    assert abs(forward - backward) > 0.1 * abs(backward)
+
+
+def test_a_function_with_a_wrong_forward_derivative_is_refused() -> None:
+    x = vector(3).requires_grad_()
+
+    def loss(batch: Tensor) -> Tensor:
+        return torch.ones(2, dtype=torch.float64).scatter_reduce(0, torch.tensor([0, 1, 1]), x * batch, "prod").sum()
+
+    operator = HessianOperator(loss, [x], [torch.ones(3, dtype=torch.float64)], method="forward_over_reverse")
+    with pytest.raises(MeasurementError, match="forward derivative"):
+        operator.matvec(vector(3))
+
+
+def test_pytorch_carries_tangents_into_what_is_not_to_be_differentiated() -> None:
+    with ones_as_tangents([torch.ones(3)]) as (dual,), torch.no_grad():
+        assert forward_ad.unpack_dual(dual.exp()).tangent is not None
+        with TwiceDifferentiableOperations([dual]):
+            constant, copied = dual.exp(), torch.zeros(3).copy_(dual)
+        assert forward_ad.unpack_dual(constant).tangent is None
+        assert forward_ad.unpack_dual(copied).tangent is not None
+
+
+def test_pytorch_has_no_second_derivative_of_hard_sigmoids() -> None:
+    x = vector(3).requires_grad_()
+    with pytest.raises(RuntimeError, match="hardsigmoid_backward is not implemented"):
+        twice(functional.hardsigmoid(x).square().sum(), [x])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_hard_sigmoids_are_computed_from_their_parts(inplace: bool) -> None:
+    x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    with TwiceDifferentiableOperations():
+        given = x.clone()
+        result = nn.Hardsigmoid(inplace=inplace)(given)
+    assert torch.allclose(result, functional.hardsigmoid(x), rtol=1e-15)
+    assert (result is given) == inplace
+
+
+@pytest.mark.skipif(not hasattr(functional, "linear_cross_entropy"), reason="this PyTorch has none")
+def test_pytorch_takes_the_gradient_of_a_loss_in_chunks_for_a_constant() -> None:
+    weight, inputs = vector(6).view(3, 2).requires_grad_(), vector(8, seed=1).view(4, 2)
+    labels, options = torch.tensor([0, 1, 2, 1]), nn.LinearCrossEntropyOptions()
+    loss = functional.linear_cross_entropy(inputs, weight, labels, options=options)
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    assert (
+        not gradient.requires_grad or not torch.autograd.grad(gradient.sum(), weight, materialize_grads=True)[0].any()
+    )
+
+
+def test_pytorch_takes_hidden_backward_passes_for_constants() -> None:
+    x = vector(3).requires_grad_()
+    (second,) = twice(Hidden.apply(x.sin()).sum() + x.square().sum(), [x])
+    exact = torch.autograd.functional.hessian(lambda y: (y.sin() ** 3).sum() + y.square().sum(), x.detach()).sum(1)
+    assert relative_error(second, exact) > 0.1
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+@pytest.mark.parametrize("how", EXACT)
+def test_hidden_backward_passes_are_refused_wherever_they_are(how: str, at_the_end: bool) -> None:
+    x = vector(3).requires_grad_()
+
+    def loss(batch: Tensor) -> Tensor:
+        cube = Hidden.apply(x.sin() * batch)
+        return cube.sum() if at_the_end else cube.cos().sum()
+
+    batches = [torch.ones(3, dtype=torch.float64)]
+    with pytest.raises(MeasurementError, match=r"hides its backward pass|forward mode AD"):
+        HessianOperator(loss, [x], batches, **METHODS[how]).matvec(vector(3))
+    operator = HessianOperator(loss, [x], batches)
+    with pytest.warns(CurvatureWarning, match="hides its backward pass"):
+        operator.matvec(vector(3))
+
+
 # Compiled code.
 
 
@@ -338,18 +475,10 @@ def cubed() -> Problem:
 
 def num_bytes(tensors: Sequence[Tensor], besides: Sequence[Tensor]) -> int:
     """The memory behind some tensors, each byte once."""
-    spans: dict[int, set[int]] = {}
-    for tensor in tensors:
-        first = tensor.storage_offset()
-        index = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
-        entries = index.as_strided(tensor.shape, tensor.stride(), first).reshape(-1).unique().tolist()
-        size = tensor.element_size()
-        spans.setdefault(tensor.untyped_storage().data_ptr(), set()).update(
-            size * entry + place for entry in entries for place in range(size)
-        )
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     for tensor in besides:
-        spans.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(map(len, spans.values()))
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("name", [*PROBLEMS, "cubed"])
@@ -373,12 +502,58 @@ def test_the_memory_of_a_graph_is_what_hooks_would_count(name: str) -> None:
     assert graph_bytes(gradient(), besides=problem.parameters) == expected > 0
 
 
-def test_views_count_as_what_they_show() -> None:
-    """Such as a batch that was cut out of a data set in memory."""
+def test_memory_that_was_there_before_does_not_count_whatever_view_of_it_is_kept() -> None:
+    """Such as batches that are cut out of a data set in memory."""
     data, weight = torch.zeros(1000, 3), torch.zeros(3, requires_grad=True)
-    output = data[:4] @ weight + (data[4:6] @ weight).sum() + data[0] @ weight
-    assert graph_bytes([output]) == 4 * (7 * 3 + 4)  # and the output itself
-    assert graph_bytes([output], besides=[data]) == 4 * 4
+    output = data[:4] @ weight + (data[4:6] @ weight).sum() + data[0].expand(4, 3) @ weight
+    assert graph_bytes([output], besides=[data[7:9], weight]) == 4 * 4  # the output itself
+
+
+def test_views_of_what_a_loss_has_made_hold_all_of_it_and_count_once() -> None:
+    weight = torch.zeros(100, requires_grad=True)
+    both = weight.exp()  # keeps its output
+    output = (both[:3] * both[3:6]).sum() + (both[:6].expand(5, 6) ** 2).sum()
+    assert graph_bytes([output], besides=[weight]) == 4 * (100 + 1)
+
+
+class Allocated(TorchDispatchMode):
+    """The memory that was taken while it was entered, and has not been freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in before:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_memory_of_kept_graphs_is_what_they_have_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batches that are views of one data set, with gaps between their numbers."""
+    monkeypatch.setattr(kept_graphs, "Fingerprint", lambda tensors: SimpleNamespace(tensors=list(tensors)))
+    monkeypatch.setattr(Sources, "fingerprints", [])
+    problem = PROBLEMS[name]()
+    inputs, labels = problem.batches[0]
+    data = inputs.repeat_interleave(2, dim=0)
+    batches = [(data[::2][start : start + 2], labels[start : start + 2]) for start in (0, 2)]
+    operator = HessianOperator(problem.loss, problem.parameters, batches)
+    with Allocated() as allocated:
+        product = operator.matvec(vector(operator.size))
+    kept = allocated.bytes - product.untyped_storage().nbytes()
+    # A few scalars are hidden in the nodes, and without its fingerprints a BatchNorm's statistics are taken for new.
+    assert abs(operator.graph_bytes - kept) <= 128 < operator.graph_bytes
 
 
 def test_what_a_backward_pass_of_the_loss_has_freed_does_not_count() -> None:

@@ -90,6 +90,9 @@ def failing_parts(rank: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, failing_once(spectrum_tracker, "save_vectors", only=rank == 0):
         tracker = SpectrumTracker(1, 1, hessian=HessianConfig("batch"), save_dir=folder, save_vectors=True)
         found["files"] = observed(tracker, unequal_shards(rank), use_distributed_sampler=False)
+    with failing_once(sharing, "_restricted", only=rank == 1):
+        tracker = SpectrumTracker(1, 1, hessian=HessianConfig("batch"), groups="modules", random_vectors=2)
+        found["after the search"] = observed(tracker, unequal_shards(rank), use_distributed_sampler=False)
     return found
 
 

@@ -96,7 +96,7 @@ def classification() -> TensorDataset:
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "fp32": ({"find_unused_parameters": True}, {"precision": "32-true", "max_steps": 14}),
+    "fp32": ({"find_unused_parameters": True}, {"precision": "32-true", "max_steps": 10}),
     "static-graph": ({"static_graph": True}, {"precision": "32-true", "max_steps": 6}),
     "bf16-accumulate-4": (
         {"find_unused_parameters": True},

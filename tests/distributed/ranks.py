@@ -74,12 +74,13 @@ def _run(folder: Path, rank: int) -> None:
     )
     for name, function in CHECKS.items():
         outcome: Any
-        started = time.process_time()
+        started = time.process_time(), time.perf_counter()
         try:
             outcome = function(rank)
         except Exception:
             outcome = Failure(traceback.format_exc())
-        print(f"rank {rank}: {time.process_time() - started:6.2f} s for {name}", flush=True)
+        busy, passed = time.process_time() - started[0], time.perf_counter() - started[1]
+        print(f"rank {rank}: {passed:6.2f} s, of which {busy:6.2f} s busy, for {name}", flush=True)
         path = saved(folder, name, rank)
         torch.save(outcome, path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)

@@ -48,7 +48,10 @@ def test_users_are_told_once_where_and_why_a_measurement_failed(outcomes, kind):
     assert re.search("at step 1 failed.*PlannedError.*planned", second[0])
 
 
-@pytest.mark.parametrize(("part", "group", "rank"), [("objective", "curvature", 1), ("files", "spectrum", 0)])
+@pytest.mark.parametrize(
+    ("part", "group", "rank"),
+    [("objective", "curvature", 1), ("files", "spectrum", 0), ("after the search", "spectrum", 1)],
+)
 def test_what_only_one_rank_does_fails_on_all(outcomes, part, group, rank):
     found = [outcome[part] for outcome in outcomes("failing_parts")]
     assert_failed_once(found, group)

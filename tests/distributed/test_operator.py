@@ -66,7 +66,7 @@ def test_a_line_is_evaluated_on_the_union_with_one_collective(outcomes, kind):
 def test_a_product_is_one_flat_collective(outcomes):
     size = sum(parameter.numel() for parameter in runs.small_network().parameters())
     for found in outcomes("collectives"):
-        assert len(found["lanczos"]) == found["products"] > 0
+        assert [length == size + 2 for _, length in found["lanczos"]].count(True) == found["products"] > 0
         for what, calls in found["of one operation"].items():
             assert [name for name, _ in calls] == ["all_reduce"], what
             assert size <= calls[0][1] <= size + 8, what

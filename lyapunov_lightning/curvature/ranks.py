@@ -1,0 +1,202 @@
+"""What the ranks of a distributed measurement do together: sum up, agree on numbers, and fail.
+
+Each rank has to take part in each collective, and all of them in one order: a rank that fails leaves the others waiting
+for it. So it says so in the collective that they enter next. While the ranks are `together`, as in a solver, that is
+known wherever it fails: every sum is preceded by a short message of a fixed length, as is the end, and whoever fails
+outside of a sum sends this message in place of the one that was to come. It is the last one of the block.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.errors import PeerFailureError
+
+_MESSAGE = 64
+"""Numbers in a message, the number of ranks that failed and of those that did not among them."""
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block in which ranks are together.
+
+    Attributes:
+        ranks: Who began it.
+        num_failed: How many ranks have left it by failing; the others have then to leave it as well.
+
+    """
+
+    ranks: "Ranks"
+    num_failed: int = 0
+
+
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("_blocks", default=())
+"""The present blocks, the innermost one last. Other objects for the same ranks, such as those of a second operator
+whose products are part of the first one's, do not know of them otherwise."""
+
+
+class Ranks:
+    """The ranks of a distributed measurement, or the one rank of any other.
+
+    Objects with an equal `reduce` are the same ranks.
+
+    Args:
+        reduce: Sums a flat buffer over all ranks, in place; None for a single rank.
+        device: Where buffers are to be; the CPU if None.
+
+    Attributes:
+        solver: Stands for the outermost block in which the ranks are `together` at present; None outside of one.
+
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], None] | None = None, device: torch.device | None = None) -> None:
+        self.solver: object = None
+        self._reduce = reduce
+        if reduce is not None:
+            device = device or torch.device("cpu")
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            with torch.inference_mode(False):
+                # From the beginning, since a rank that has no memory left has still to say so.
+                self._message = torch.zeros(_MESSAGE, dtype=dtype, device=device)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there are no others."""
+        return self._reduce is None
+
+    @contextmanager
+    def summing(self, buffer: Tensor) -> Iterator[None]:
+        """Let a block fill a buffer, and sum it over all ranks.
+
+        Args:
+            buffer: A flat buffer, the last entry of which is left to count the ranks that failed.
+
+        Raises:
+            PeerFailureError: If the block failed on another rank; what failed on this one is raised as it is.
+
+        """
+        if self._reduce is None:
+            yield
+            return
+        if self._present_blocks():
+            self._exchange([])
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error  # raised below, once the other ranks know of it
+            buffer.zero_()
+            buffer[-1] = 1
+        self._sum(buffer)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # or this frame and the traceback keep each other, and a graph, alive
+        failed = int(buffer[-1])
+        if failed:
+            raise PeerFailureError(failed)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let what fails on one rank within a block end the block on all of them.
+
+        All ranks have to enter it. Blocks may be nested: what was done in an inner one has been done by all ranks once
+        it is left, and what failed has failed on all of them. An exception that all catch within a block does not end
+        that block.
+
+        Raises:
+            PeerFailureError: If the block failed on another rank; what failed on this one is raised as it is.
+
+        """
+        before, self.solver = self.solver, self.solver or object()
+        try:
+            with self._block():
+                yield
+        finally:
+            self.solver = before
+
+    @contextmanager
+    def _block(self) -> Iterator[None]:
+        if self._reduce is None:
+            yield
+            return
+        if self._present_blocks():
+            self._exchange([])  # or it would not be known which of the blocks a message is about
+        outer, block = _blocks.get(), _Block(self)
+        _blocks.set((*outer, block))
+        try:
+            yield
+            self._exchange([])
+        except Exception:
+            if not block.num_failed:
+                self._send([1.0])
+            raise
+        finally:
+            _blocks.set(outer)
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """The mean over the ranks of numbers that are equal but for rounding, or the numbers of a single rank.
+
+        What is decided by them is decided alike on all ranks, those of unlike hardware too. To be used where the ranks
+        are `together`.
+
+        Args:
+            numbers: Shape ``(n,)``, on any device.
+
+        Returns:
+            The same ones in float64 on the CPU.
+
+        Raises:
+            PeerFailureError: If another rank has failed.
+
+        """
+        numbers = numbers.to("cpu", torch.float64)
+        if self._reduce is None:
+            return numbers
+        return torch.tensor(self._exchange(numbers.tolist()), dtype=torch.float64, device="cpu")
+
+    def _present_blocks(self) -> list[_Block]:
+        """The blocks in which these ranks are together, the innermost one last."""
+        return [block for block in _blocks.get() if block.ranks._reduce == self._reduce]
+
+    def _exchange(self, numbers: list[float]) -> list[float]:
+        """The mean of some numbers over the ranks, in as many messages as they need, and one at least."""
+        blocks = self._present_blocks()
+        room = _MESSAGE - 2
+        means: list[float] = []
+        for start in range(0, max(len(numbers), 1), room):
+            num_failed = blocks[-1].num_failed if blocks else 0
+            if not num_failed:
+                part = numbers[start : start + room]
+                failed, present, *sums = self._send([0.0, 1.0, *part])
+                num_failed = int(failed)
+            if num_failed:
+                if blocks:
+                    blocks[-1].num_failed = num_failed
+                raise PeerFailureError(num_failed)
+            means.extend(total / present for total in sums[: len(part)])
+        return means
+
+    def _send(self, numbers: list[float]) -> list[float]:
+        blocks = self._present_blocks()
+        message = (blocks[0].ranks if blocks else self)._message  # on one device, whoever has something to say
+        padded = numbers + [0.0] * (_MESSAGE - len(numbers))
+        message.copy_(torch.tensor(padded, dtype=message.dtype, device="cpu"))
+        self._sum(message)
+        received: list[float] = message.tolist()
+        return received
+
+    def _sum(self, buffer: Tensor) -> None:
+        """Sum over the ranks; where that itself fails nothing more is sent, since nobody knows who took part."""
+        assert self._reduce is not None
+        try:
+            self._reduce(buffer)
+        except Exception:
+            for block in self._present_blocks():
+                block.num_failed = 1
+            raise

@@ -1,0 +1,66 @@
+"""Solvers take the same way on all ranks: where one of them fails, and where it does not compute the same digits."""
+
+import pytest
+import torch
+
+from tests.distributed import solver_runs as runs
+from tests.distributed.ranks import TIMEOUT
+from tests.distributed.references import same
+
+NETWORKS = ["lanczos of a scaled Hessian", "online of Gauss-Newton"]
+MESSAGE = 64
+
+
+@pytest.mark.parametrize("name", [*runs.SOLVERS, *NETWORKS])
+def test_wherever_a_rank_fails_all_end_and_are_in_step_again(outcomes, name):
+    other, own = (outcome[name] for outcome in outcomes("failing_solvers"))
+    assert len(own["found"]) > 2 * runs.EDGE
+    for here, there in zip(own["found"], other["found"], strict=True):
+        assert here[0] == there[0]
+        assert (here[1], there[1]) == ("OutOfMemoryError", "PeerFailureError"), here[0]
+        assert here[2] == there[2] == [2, 2, 2]
+    assert max(own["slowest"], other["slowest"]) < TIMEOUT.total_seconds() / 10
+
+
+@pytest.mark.parametrize("name", runs.SOLVERS)
+def test_a_product_is_one_sum_with_few_short_messages_beside_it(outcomes, name):
+    first, second = (outcome[name] for outcome in outcomes("solver_collectives"))
+    assert first == second
+    assert {call for call, _ in first["calls"]} == {"all_reduce"}
+    lengths = [length for _, length in first["calls"]]
+    assert lengths.count(runs.SIZE + 1) == first["products"] > 0
+    messages = lengths.count(MESSAGE)
+    assert messages == len(lengths) - first["products"]
+    assert messages <= (3 if name.startswith(("power", "online")) else 2) * first["products"] + 3
+
+
+@pytest.mark.parametrize("dtype", runs.NOISE)
+@pytest.mark.parametrize("name", [name for name in runs.SOLVERS if name != "check"])
+def test_ranks_that_differ_in_the_last_digits_decide_alike_and_find_the_same(outcomes, name, dtype):
+    first, second = (outcome[name, dtype] for outcome in outcomes("unlike_hardware"))
+    assert first["products"] == second["products"]
+    assert same(first["found"], second["found"])
+
+
+@pytest.mark.parametrize("dtype", runs.NOISE)
+@pytest.mark.parametrize("name", [name for name in runs.SOLVERS if name.startswith(("lanczos", "power"))])
+def test_eigenpairs_of_ranks_that_differ_in_the_last_digits_are_right(outcomes, name, dtype):
+    first, second = (outcome[name, dtype] for outcome in outcomes("unlike_hardware"))
+    matrix = runs.matrix(runs.SOLVERS[name][0])
+    for outcome in (first, second):
+        vectors, values = outcome["vectors"].double(), outcome["found"]["values"]
+        residuals = torch.linalg.vector_norm(vectors @ matrix.T - values[:, None] * vectors, dim=1)
+        assert (residuals <= outcome["found"]["residuals"] * 1.01 + 20 * runs.NOISE[dtype]).all()
+    assert (first["vectors"] - second["vectors"]).norm() <= 100 * runs.NOISE[dtype]
+    if name != "power for the smallest":  # which is given few products
+        assert first["found"]["converged"].all()
+
+
+def test_an_online_eigenpair_is_right_after_a_rank_has_failed(outcomes):
+    """Its vectors are the same on all ranks, or products would be those of no matrix."""
+    matrix = runs.matrix("simple")
+    for first, second in zip(*outcomes("online_after_failures"), strict=True):
+        assert torch.equal(first["vector"], second["vector"])
+        product = matrix @ first["vector"]
+        assert float(first["vector"] @ product) == pytest.approx(first["value"], abs=1e-12)
+        assert float((product - first["value"] * first["vector"]).norm()) == pytest.approx(first["residual"], rel=1e-6)
