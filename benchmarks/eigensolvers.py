@@ -1,4 +1,4 @@
-"""20 largest and 3 smallest Hessian eigenvalues of a trained CIFAR-10 network: this package beside four others.
+"""The 20 largest and 3 smallest Hessian eigenvalues of a trained CIFAR-10 network: this package beside four others.
 
     pip install -e '.[bench]'
     python -m benchmarks.eigensolvers --root data
@@ -25,7 +25,7 @@ from examples.data import Cifar10
 from examples.models import LeNet
 from lyapunov_lightning.curvature import HessianOperator, lanczos
 
-LARGEST, SMALLEST, TOL = 20, 3, 1e-3
+TOL = 1e-3
 
 
 @dataclass
@@ -38,9 +38,11 @@ class Row:
 
 
 class Problem:
-    """The trained network with its data."""
+    """The trained network with its data, and how many eigenvalues of each end are wanted."""
 
-    def __init__(self, root: str, num_samples: int, train_steps: int) -> None:
+    def __init__(self, root: str, num_samples: int, train_steps: int, largest: int, smallest: int) -> None:
+        self.largest, self.smallest = largest, smallest
+        self.ends = (largest, "LA"), (smallest, "SA")  # as ARPACK names them
         data = Cifar10(root, download=False, augment=False)
         data.setup("fit")
         generator = torch.Generator().manual_seed(0)
@@ -76,7 +78,7 @@ def residuals_of(problem: Problem, vectors: Tensor) -> tuple[Tensor, float]:
 
 def ours(problem: Problem) -> Row:
     """Both ends from one Krylov space."""
-    pairs = lanczos(problem.operator(), largest=LARGEST, smallest=SMALLEST, tol=TOL, max_matvecs=5000)
+    pairs = lanczos(problem.operator(), largest=problem.largest, smallest=problem.smallest, tol=TOL, max_matvecs=5000)
     return Row(pairs.vectors, pairs.num_matvecs)
 
 
@@ -89,7 +91,10 @@ def scipy_eigsh(problem: Problem, **options: int) -> Row:
 
     linear = LinearOperator((hessian.size, hessian.size), matvec=product, dtype=np.float32)
     start = torch.randn(hessian.size, generator=torch.Generator().manual_seed(0)).numpy()
-    found = [eigsh(linear, k, which=end, tol=TOL, v0=start)[1] for k, end in ((LARGEST, "LA"), (SMALLEST, "SA"))]
+    found = [
+        eigsh(linear, k, which=end, tol=TOL, v0=start)[1]
+        for k, end in ((problem.largest, "LA"), (problem.smallest, "SA"))
+    ]
     return Row(torch.from_numpy(np.concatenate([v.T for v in found])), hessian.num_matvecs)
 
 
@@ -113,7 +118,10 @@ def curvlinops_eigsh(problem: Problem) -> Row:
 
     linear = LinearOperator(hessian.shape, matvec=product, dtype=np.float32)
     start = torch.randn(hessian.shape[0], generator=torch.Generator().manual_seed(0)).numpy()
-    found = [eigsh(linear, k, which=end, tol=TOL, v0=start)[1] for k, end in ((LARGEST, "LA"), (SMALLEST, "SA"))]
+    found = [
+        eigsh(linear, k, which=end, tol=TOL, v0=start)[1]
+        for k, end in ((problem.largest, "LA"), (problem.smallest, "SA"))
+    ]
     return Row(torch.from_numpy(np.concatenate([v.T for v in found])), count)
 
 
@@ -123,7 +131,7 @@ def hessian_eigenthings(problem: Problem) -> Row:
 
     hessian = other.HessianOperator(problem.network, [problem.batch], lambda network, batch: problem.loss(batch))
     found, products, seconds = [], 0, 0.0
-    for k, end in ((LARGEST, "LA"), (SMALLEST, "SA")):
+    for k, end in problem.ends:
         steps, residual = 2 * k, math.inf
         while residual > TOL and steps < 600:
             steps = math.ceil(1.15 * steps)
@@ -138,7 +146,7 @@ def hessian_eigenthings(problem: Problem) -> Row:
 
 
 def pyhessian(problem: Problem) -> Row:
-    """Power iteration with deflation; it has no lower end, so this is the 20 largest in modulus only."""
+    """Power iteration with deflation; it has no lower end, so this is the largest ones in modulus only."""
     from pyhessian import hessian as module
 
     count = 0
@@ -153,7 +161,7 @@ def pyhessian(problem: Problem) -> Row:
     package.hessian_vector_product = counted
     try:
         found = module(problem.network, nn.CrossEntropyLoss(), data=problem.batch, cuda=False)
-        _, vectors = found.eigenvalues(maxIter=500, tol=1e-6, top_n=LARGEST)
+        _, vectors = found.eigenvalues(maxIter=500, tol=1e-6, top_n=problem.largest)
     finally:
         package.hessian_vector_product = plain
         problem.network.zero_grad()
@@ -166,7 +174,7 @@ SOLVERS: dict[str, Callable[[Problem], Row]] = {
     "scipy eigsh, graph rebuilt": lambda problem: scipy_eigsh(problem, max_graph_bytes=0),
     "curvlinops + scipy eigsh": curvlinops_eigsh,
     "hessian-eigenthings": hessian_eigenthings,
-    "PyHessian (20 largest only)": pyhessian,
+    "PyHessian (largest only)": pyhessian,
 }
 
 
@@ -176,15 +184,17 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of CIFAR-10 in torchvision's layout")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--train-steps", type=int, default=600)
+    parser.add_argument("--largest", type=int, default=20)
+    parser.add_argument("--smallest", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(SOLVERS), help="solvers to run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    problem = Problem(arguments.root, arguments.samples, arguments.train_steps)
+    problem = Problem(arguments.root, arguments.samples, arguments.train_steps, arguments.largest, arguments.smallest)
     judge = problem.operator()
-    reference = lanczos(judge, largest=LARGEST, smallest=SMALLEST, tol=1e-4, max_matvecs=5000, seed=1)
+    reference = lanczos(judge, largest=problem.largest, smallest=problem.smallest, tol=1e-4, max_matvecs=5000, seed=1)
     print(f"LeNet, {judge.size} parameters, {arguments.samples} images, loss {judge.value():.3f}")
     print(f"largest {reference.largest[0]:.3f} ... {reference.largest[-1]:.3f}, smallest {reference.smallest.tolist()}")
     best: dict[str, Row] = {}
@@ -199,7 +209,7 @@ def main() -> None:
     print(f"\n{'solver':30s} {'products':>9s} {'seconds':>8s} {'ours/its':>9s} {'residual':>9s} {'error':>8s}")
     for name, row in best.items():
         values, residual = residuals_of(problem, row.vectors)
-        ends = [values[:LARGEST].sort(descending=True).values, values[LARGEST:].sort().values]
+        ends = [values[: problem.largest].sort(descending=True).values, values[problem.largest :].sort().values]
         wanted = reference.values[: len(values)]
         error = ((torch.cat(ends).double() - wanted).abs() / wanted.abs()).max()
         ratio = f"{base.seconds / row.seconds:.2f}" if base is not None else ""
