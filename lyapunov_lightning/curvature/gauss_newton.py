@@ -30,8 +30,9 @@ from lyapunov_lightning.curvature.derivative_errors import lacks_derivative, may
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.fixed_batches import Evaluation, FixedBatches, Total, num_samples
 from lyapunov_lightning.curvature.kept_graphs import GradientGraph
-from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
+from lyapunov_lightning.curvature.linear import parameters_of
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
+from lyapunov_lightning.curvature.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.products import DoubleBackward
 from lyapunov_lightning.curvature.ranks import Ranks
 from lyapunov_lightning.curvature.torch_compat import (
@@ -289,7 +290,7 @@ class _ThroughOutputs(DoubleBackward):
             )
 
 
-class _OutputOperator(SymmetricOperator):
+class _OutputOperator(MeanOperator):
     """``JᵀMJ``, weighted over batches like the Hessian."""
 
     def __init__(
@@ -306,56 +307,20 @@ class _OutputOperator(SymmetricOperator):
         self.parameters, names = parameters_of(parameters)
         layout = FlatLayout(self.parameters)
         ranks = Ranks(reduce, layout.device)
-        super().__init__(layout.space(ranks), layout, names)
+        space = layout.space(ranks)
         batches = list(batches)
         objective = tip(self.parameters)
         if weights is None and (len(batches) > 1 or reduce is not None):
             weights = objective.weights(batches)
-        self._batches = FixedBatches(objective, batches, self.space, weights, ranks)
+        super().__init__(space, layout, names, FixedBatches(objective, batches, space, weights, ranks))
         loss = MeanLoss(self._batches, self.parameters, layout)
         self._way = _ThroughOutputs(objective, loss, self.parameters, layout, max_graph_bytes)
-        self.num_matvecs = 0
         self.reset()
 
     @property
     def graph_bytes(self) -> int:
         """Memory that the kept graphs hold."""
         return self._way.graphs.bytes
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """The product.
-
-        Args:
-            vector: Shape ``(size,)``.
-
-        Returns:
-            A new vector of shape ``(size,)``.
-
-        """
-        if vector.ndim != 1:
-            raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
-        return self.matmat(vector[:, None])[:, 0]
-
-    def matmat(self, block: Tensor) -> Tensor:
-        """The products with several vectors, for which the ranks meet once.
-
-        Args:
-            block: Shape ``(size, k)``: the vectors as columns.
-
-        Returns:
-            A new tensor of shape ``(size, k)``.
-
-        """
-        if block.ndim != 2 or len(block) != self.size:
-            raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
-        self.num_matvecs += block.shape[1]
-        with torch.inference_mode(False):
-            columns = block.detach().T.to(dtype=self.dtype, device=self.device, copy=True).contiguous()
-            if not len(columns):
-                return columns.T
-            with self._batches.mean(columns.numel()) as total:
-                self._add_products(total, columns)
-            return total.sum.view(columns.shape).T
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``."""
@@ -382,9 +347,8 @@ class _OutputOperator(SymmetricOperator):
         """
         return check_operator(self, seed=seed, between=self.reset)
 
-    def _add_products(self, total: Total, columns: Tensor) -> None:
-        """Add the products of all batches with several vectors, one in each row."""
-        directions = [self._way.prepared(column) for column in columns]
+    def _add_products(self, total: Total, vectors: Tensor) -> None:
+        directions = [self._way.prepared(vector) for vector in vectors]
         index = 0
         has_retried = False
         while index < len(self._batches):

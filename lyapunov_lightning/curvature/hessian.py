@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
-from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Objective, num_samples
-from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
+from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Objective, Total, num_samples
+from lyapunov_lightning.curvature.linear import parameters_of
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
+from lyapunov_lightning.curvature.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.products import Method
 from lyapunov_lightning.curvature.ranks import Ranks
 from lyapunov_lightning.curvature.second_derivative import SecondDerivative
@@ -20,7 +21,7 @@ _STEPS = {torch.float32: 5e-2, torch.float64: 1e-6}
 """Length of the finite-difference step: in float32 the papers' Δq, below which rounding takes over."""
 
 
-class HessianOperator(SymmetricOperator):
+class HessianOperator(MeanOperator):
     r"""The Hessian of the mean loss over fixed batches, known by its products ``v -> Hv``.
 
     The operator is that of ``L(θ) = Σ_b N_b L_b(θ) / Σ_b N_b`` with ``N_b`` samples in batch ``b``: the mean over the
@@ -106,13 +107,13 @@ class HessianOperator(SymmetricOperator):
         self.parameters, names = parameters_of(parameters)
         layout = FlatLayout(self.parameters)
         ranks = Ranks(reduce, layout.device)
-        super().__init__(layout.space(ranks), layout, names)
+        space = layout.space(ranks)
         batches = list(batches)
         if not isinstance(loss, Objective):
             loss = SubstitutedLoss(loss, self.parameters)
             if weights is None and (len(batches) > 1 or reduce is not None):
                 weights = [float(num_samples(batch)) for batch in batches]
-        self._batches = FixedBatches(loss, batches, self.space, weights, ranks)
+        super().__init__(space, layout, names, FixedBatches(loss, batches, space, weights, ranks))
         self._loss = MeanLoss(self._batches, self.parameters, layout)
         narrow = any(p.dtype == torch.float32 for p in self.parameters if p.requires_grad)
         step = step if step is not None else _STEPS[torch.float32 if narrow else layout.dtype]
@@ -125,7 +126,6 @@ class HessianOperator(SymmetricOperator):
             max_graph_bytes=max_graph_bytes,
             on_fallback=on_fallback,
         )
-        self.num_matvecs = 0
 
     @property
     def method(self) -> str:
@@ -136,34 +136,6 @@ class HessianOperator(SymmetricOperator):
     def graph_bytes(self) -> int:
         """Memory that the kept gradient graphs hold."""
         return self._derivative.graph_bytes
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """The product ``Hv``.
-
-        Args:
-            vector: Shape ``(size,)``.
-
-        Returns:
-            A new vector of shape ``(size,)``.
-
-        """
-        if vector.shape != (self.size,):
-            raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
-        return self._products(vector[None])[0]
-
-    def matmat(self, block: Tensor) -> Tensor:
-        """The products with several vectors, for which each batch is evaluated once and the ranks meet once.
-
-        Args:
-            block: Shape ``(size, k)``: the vectors as columns.
-
-        Returns:
-            A new tensor of shape ``(size, k)``.
-
-        """
-        if block.ndim != 2 or len(block) != self.size:
-            raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
-        return self._products(block.T).T
 
     def gradient(self, displacement: Tensor | None = None) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``.
@@ -260,15 +232,8 @@ class HessianOperator(SymmetricOperator):
         reference = self._difference if finite_difference else None
         return check_operator(self, seed=seed, between=self._derivative.drop_graphs, reference=reference)
 
-    def _products(self, vectors: Tensor) -> Tensor:
-        """The products with the rows of a tensor, as the rows of another."""
-        self.num_matvecs += len(vectors)
-        if not len(vectors):
-            return torch.zeros_like(vectors, dtype=self.dtype, device=self.device)
-        with torch.inference_mode(False), self._batches.mean(vectors.numel()) as total:
-            vectors = vectors.detach().to(dtype=self.dtype, device=self.device, copy=vectors.is_inference())
-            self._derivative.add_products(total, vectors)
-        return total.sum.view(vectors.shape)
+    def _add_products(self, total: Total, vectors: Tensor) -> None:
+        self._derivative.add_products(total, vectors)
 
     def _difference(self, vector: Tensor) -> Tensor:
         """The product by finite differences."""

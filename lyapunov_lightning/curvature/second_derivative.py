@@ -154,5 +154,5 @@ class SecondDerivative:
             f" gradient, which blur the kinks of ReLU networks over a distance of {self._finite_difference.step:g}."
             f" PyTorch says: {reason}",
             CurvatureWarning,
-            stacklevel=5,
+            stacklevel=6,
         )

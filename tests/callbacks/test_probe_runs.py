@@ -68,12 +68,33 @@ def test_values_are_logged_at_probed_steps_only(fit: Fit) -> None:
     assert list(logger.curve("curvature/lambda_max")) == [0, 5, 10, 15, 20]
 
 
-def test_measurements_take_their_share_of_the_time(fit: Fit) -> None:
-    reference = Reference()
-    probe = CurvatureProbe(schedule=Schedule(max_overhead=0.5), tol=1e-3)
-    found = fit(SmallRegressor(), reference, probe, max_steps=100).logger.curve("curvature/lambda_max")
+class Time(Callback):
+    """A clock on which a step takes one second and a measurement two."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.is_measuring = False
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def measure(self, device: torch.device) -> float:
+        self.now += 2.0 * self.is_measuring
+        self.is_measuring = not self.is_measuring
+        return self.now
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.now += 1.0
+
+
+def test_measurements_take_their_share_of_the_time(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, clock = Reference(), Time()
+    monkeypatch.setattr("lyapunov_lightning.training.config.time", clock)
+    monkeypatch.setattr("lyapunov_lightning.training.recording._clock", clock.measure)
+    probe = CurvatureProbe(schedule=Schedule(max_overhead=0.25), tol=1e-3)
+    found = fit(SmallRegressor(), reference, probe, clock, max_steps=100).logger.curve("curvature/lambda_max")
     assert 0 in found
-    assert 1 < len(found) < 100
+    assert 0.15 <= 2 * len(found) / clock.now <= 0.25
     assert found == pytest.approx({step: reference.largest[step] for step in found}, rel=1e-4)
 
 

@@ -43,6 +43,7 @@ from tests.curvature.helpers import (
     twice,
     vector,
 )
+from tests.curvature.zoo import HiddenCube
 from tests.problems import PROBLEMS, Batch, Problem, lstm, mlp, transformer
 
 
@@ -50,20 +51,6 @@ from tests.problems import PROBLEMS, Batch, Problem, lstm, mlp, transformer
 def ones_as_tangents(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     with forward_ad.dual_level():
         yield [forward_ad.make_dual(p.detach(), torch.ones_like(p)).requires_grad_() for p in parameters]
-
-
-class Hidden(torch.autograd.Function):
-    """The cube, with a backward pass that leaves PyTorch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.from_numpy(3 * x.detach().numpy() ** 2 * gradient.detach().numpy())
 
 
 # Kernels and operations.
@@ -331,7 +318,7 @@ def test_pytorch_takes_the_gradient_of_a_loss_in_chunks_for_a_constant() -> None
 
 def test_pytorch_takes_hidden_backward_passes_for_constants() -> None:
     x = vector(3).requires_grad_()
-    (second,) = twice(Hidden.apply(x.sin()).sum() + x.square().sum(), [x])
+    (second,) = twice(HiddenCube.apply(x.sin()).sum() + x.square().sum(), [x])
     exact = torch.autograd.functional.hessian(lambda y: (y.sin() ** 3).sum() + y.square().sum(), x.detach()).sum(1)
     assert relative_error(second, exact) > 0.1
 
@@ -342,7 +329,7 @@ def test_hidden_backward_passes_are_refused_wherever_they_are(how: str, at_the_e
     x = vector(3).requires_grad_()
 
     def loss(batch: Tensor) -> Tensor:
-        cube = Hidden.apply(x.sin() * batch)
+        cube = HiddenCube.apply(x.sin() * batch)
         return cube.sum() if at_the_end else cube.cos().sum()
 
     batches = [torch.ones(3, dtype=torch.float64)]

@@ -139,7 +139,7 @@ class _Negative(torch.autograd.Function):
         return -tangent
 
 
-class _HiddenCube(torch.autograd.Function):
+class HiddenCube(torch.autograd.Function):
     """Whose backward pass is hidden from autograd, and which says nothing of it."""
 
     @staticmethod
@@ -220,7 +220,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         torch.distributions.Gamma(x[0].exp(), x[1].exp()), torch.distributions.Gamma(x[2].exp(), x[3].exp())
     ).sum(),
     "focal_loss": lambda x: ((1 - x.softmax(-1)) ** 2 * F.cross_entropy(x, _LABELS, reduction="none")[:, None]).mean(),
-    "hidden_function": lambda x: _HiddenCube.apply(x).sum(),
+    "hidden_function": lambda x: HiddenCube.apply(x).sum(),
     "linear_function": lambda x: _Negative.apply(x.square()).sum(),
     "info_nce": lambda x: F.cross_entropy(F.normalize(x) @ F.normalize(_UNIT).T / 0.1, torch.arange(4)),
     "gradient_penalty": lambda x: torch.autograd.grad((x**3).sum(), x, create_graph=True)[0].square().sum(),
@@ -393,7 +393,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "custom_function": (_Cube.apply, ((3,),)),
     "custom_function_with_forward": (_ForwardCube.apply, ((3,),)),
     "custom_function_once": (_NumpyCube.apply, ((3,),)),
-    "custom_function_hidden": (_HiddenCube.apply, ((3,),)),
+    "custom_function_hidden": (HiddenCube.apply, ((3,),)),
     "triangular_solve": (lambda a, b: torch.triangular_solve(b, _general(a), False)[0], ((3, 3), (3, 2))),
     "constant_of_no_grad": (lambda a: a.sin() * _without_grad(a.exp), ((4,),)),
     "constant_of_detach": (lambda a: a.sin() * a.exp().detach() * a.data.cos(), ((4,),)),
