@@ -55,7 +55,7 @@ def probe_of(options: dict[str, Any]) -> CurvatureProbe:
 
 
 BF16 = {"precision": "bf16-mixed"}
-ACCUMULATED = {"accumulate": 4}
+ACCUMULATED = {"accumulate": 4, "steps": 14}
 ADAM = {"module": functools.partial(BusyModule, optimizer="adam")}
 OWN_LOSS = {"module": BusyModuleWithOwnLoss}
 VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints, "steps": 150}
@@ -72,8 +72,8 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "lyapunov", "end": "both", "iterations": 2}, {}),
         ({"estimator": "power"}, {}),
         ({"estimator": "power", "end": "both", "every_n_steps": 13}, {}),
-        ({"method": "forward_over_reverse", "every_n_steps": 3}, {}),
-        ({"method": "finite_difference", "every_n_steps": 3}, {}),
+        ({"method": "forward_over_reverse", "every_n_steps": 8}, {}),
+        ({"method": "finite_difference", "every_n_steps": 8}, {}),
         ({"mode": "eval"}, {}),
         ({"mode": "eval", "estimator": "lyapunov"}, {}),
         ({"data": "fixed", "every_n_steps": 3}, {}),
@@ -85,8 +85,8 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"loss_fn": module_loss, "estimator": "lyapunov"}, {}),
         ({"end": "both"}, BF16),
         ({"estimator": "lyapunov", "end": "both"}, BF16),
-        ({"method": "finite_difference", "data": "fixed", "every_n_steps": 5}, BF16),
-        ({"method": "forward_over_reverse", "every_n_steps": 4}, BF16),
+        ({"method": "finite_difference", "data": "fixed", "every_n_steps": 8}, BF16),
+        ({"method": "forward_over_reverse", "every_n_steps": 8}, BF16),
         ({"mode": "eval", "estimator": "power", "every_n_steps": 4}, BF16),
         ({"end": "both"}, ACCUMULATED),
         ({"estimator": "lyapunov", "end": "both"}, ACCUMULATED),
@@ -105,12 +105,14 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
     ids=name_of,
 )
 def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict[str, Any]) -> None:
-    with_probe = train(probe_of({"every_n_steps": 2, **probe}), **options)
+    # At every fourth step, which the last and smaller batch of an epoch is one of, or every other of the fewer ones.
+    probe = {"every_n_steps": 2 if "accumulate" in options else 4, "tol": 0.3, **probe}
+    with_probe = train(probe_of(probe), **options)
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
-    at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // probe.get("every_n_steps", 2)
+    at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // probe["every_n_steps"]
     name = "curvature_details/residual"
-    assert with_probe.progress["step"] >= 50
+    assert len(with_probe.data_seen) >= 50
     assert len(with_probe.curve(f"{prefix}{name}")) >= at_least
 
 

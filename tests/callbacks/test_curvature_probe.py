@@ -164,7 +164,7 @@ class Unfreeze(Callback):
     """Trains the last layer alone up to a step, then everything."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.net[0].requires_grad_(trainer.global_step >= 5)
+        pl_module.net[0].requires_grad_(trainer.global_step >= 2)
 
 
 @pytest.mark.parametrize("estimator", ["lanczos", "power", "lyapunov"])
@@ -172,7 +172,7 @@ def test_parameters_may_be_unfrozen_in_mid_training(fit: Fit, estimator: str) ->
     reference = Reference()
     options = {"iterations": 200, "delta_q": 1e-4} if estimator == "lyapunov" else {}
     trainer = fit(
-        SmallRegressor(), Unfreeze(), reference, CurvatureProbe(1, estimator, tol=1e-4, **options), max_steps=8
+        SmallRegressor(), Unfreeze(), reference, CurvatureProbe(1, estimator, tol=1e-4, **options), max_steps=4
     )
     assert {len(values) for values in reference.eigenvalues.values()} == {10, 26}
     assert trainer.logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-3)
