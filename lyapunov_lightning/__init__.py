@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         SpectrumTracker,
     )
     from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-    from lyapunov_lightning.curvature.quasi_newton import LRBounds
+    from lyapunov_lightning.curvature.learning_rate import LRBounds
     from lyapunov_lightning.training.config import HessianConfig, Schedule
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ __all__ = [
 _PLACES = {
     "Descent": "callbacks.negative_curvature_tracker",
     "HessianConfig": "training.config",
-    "LRBounds": "curvature.quasi_newton",
+    "LRBounds": "curvature.learning_rate",
     "Schedule": "training.config",
 }
 

@@ -360,12 +360,15 @@ class LearningRateResult(Result):
 
     Attributes:
         learning_rate: The learning rate of the step, the highest of the parameter groups.
-        proposed: What the rule asked for.
-        back_off: The factor on that, below 1 after the loss has risen.
+        proposed: The learning rate that goes to the bottom of the parabola, in the running average; the paper's
+            ``1/h0`` where the sharpness is the rule, times ``1 - momentum``.
+        step_length: How long the steps are with the way to that bottom as unit.
+        annealing: The factor by which the end of the training makes the learning rate smaller.
+        restored: How often the parameters were brought back so far.
         converged: Whether there was something to go by.
-        slope_along_update: ``-gᵀu``, for the update at learning rate 1.
+        slope_along_update: ``-gᵀu`` where the last update ``u`` began, at learning rate 1, seen by this batch.
         curvature_along_update: ``uᵀHu``.
-        trials: How often a growing step was halved.
+        trials: How often the very first step was halved.
         lambda_max: The running average of the largest eigenvalue.
         inverse_h0: The same as the paper's ``1/h0``.
         exponent: The Lyapunov exponent of Algorithm 1; 1 once settled.
@@ -376,7 +379,9 @@ class LearningRateResult(Result):
 
     learning_rate: float
     proposed: float | None = None
-    back_off: float = 1.0
+    step_length: float | None = None
+    annealing: float = 1.0
+    restored: int = 0
     converged: bool = True
     slope_along_update: float | None = None
     curvature_along_update: float | None = None
@@ -393,8 +398,10 @@ class LearningRateResult(Result):
             "quasi_newton/learning_rate": self.learning_rate,
             "quasi_newton/curvature_along_update": self.curvature_along_update,
             "quasi_newton/slope_along_update": self.slope_along_update,
+            "quasi_newton/step_length": self.step_length,
             "quasi_newton_details/proposed": self.proposed,
-            "quasi_newton_details/back_off": self.back_off,
+            "quasi_newton_details/annealing": self.annealing,
+            "quasi_newton_details/restored": self.restored,
             "quasi_newton_details/trials": self.trials,
             "quasi_newton_details/lambda_max": self.lambda_max,
             "quasi_newton_details/inverse_h0": self.inverse_h0,

@@ -1,15 +1,13 @@
-r"""Learning rates from curvature.
+r"""Learning rates from curvature: what suits the present point.
 
-Two estimates of the learning rate that suits the present point, and the prudence that stands between an estimate and
-what is done:
-
-- `CurvatureAlongUpdate`: along the optimizer's own update ``u`` the loss falls by the slope ``-gᵀu`` and bends by
-  ``uᵀHu``, so that ``η = σ(-gᵀu) / |uᵀHu|`` is ``σ`` times the step to the bottom of the parabola. One product,
-  whatever the optimizer ("Stepping on the edge: curvature aware learning rate tuners", V. Roulet et al., 2024).
+- `StepLength`: along the optimizer's own update ``u`` the loss falls by the slope ``-gᵀu`` and bends by ``uᵀHu``, so
+  that ``(-gᵀu) / |uᵀHu|`` is the learning rate that goes to the bottom of the parabola. One product, whatever the
+  optimizer ("Stepping on the edge: curvature aware learning rate tuners", V. Roulet et al., 2024). Slope and curvature
+  are seen by the batch after the one that the update was made of.
+- `longest_descent`: the same for the very first step, tried on the loss.
 - `CheckedSharpness`: the largest eigenvalue by Algorithm 1 of the chaos-theory paper (sec. 3.1), of which the inverse
   is the learning rate. One tracked vector can hang on a wrong eigenvector for long, so every estimate is held against
   the curvature along the gradient, and begins anew from there when it lies below it.
-- `Governor`: what an estimate may do to the learning rate, within `LRBounds`; and `tried`, which asks the loss itself.
 """
 
 import math
@@ -20,8 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.arguments import check_int, check_positive
+from lyapunov_lightning.curvature.arguments import check_positive
 from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
+
+_SHORTEST_MEMORY, _EARLY_MEMORY = 3.0, 33.0
+"""Updates over which slope and curvature are averaged: at the very start, when they change fast, few; then half of all
+updates seen up to the second number, and from then on `_LATER_SHARE` of them. The longer a training, the smaller the
+slope is beside its noise, and the more of it there is to average."""
+
+_LATER_SHARE = 0.3
+
+_LONGEST = 10.0
+"""The longest length that is told apart: beyond it, or where there is no slope at all, steps are just too long."""
+
+_ERRORS = 1.0
+"""Standard errors by which a slope may be larger than it looks before steps count as too long."""
+
+_MAX_HALVINGS = 60
+"""How often the first step is halved: from a parabola's bottom to well below what a loss in float32 can tell."""
+
+_AVERAGING = 0.9
+"""Weight of the past in the average of the largest eigenvalue."""
 
 _CLEARLY = 1.05
 """By how much the curvature along the gradient must exceed a tracked eigenvalue to refute it: more than rounding, which
@@ -30,63 +47,142 @@ would let a vector that tracks the gradient begin anew for ever."""
 _SETTLED = 0.01
 """How near to 1 the Lyapunov exponent of Algorithm 1 comes before an estimate counts as settled."""
 
-_MAX_TRIALS = 4
-"""How often a growing learning rate is halved because the loss says that it is too long."""
 
+class StepLength:
+    """How long an optimizer's steps are, with the way to the bottom of the parabola along them as unit.
 
-class CurvatureAlongUpdate:
-    """The learning rate ``σ(-gᵀu) / |uᵀHu|``: of running averages of both, or of this step alone if that is less.
+    Slope and curvature along an update are seen by the *next* batch: the one that made the update sees it steeper than
+    it is, since the update goes along its noise too. It is taken at the end of the step, and the slope where the step
+    began follows from that and from the curvature. The slope costs nothing and is had at every step, the curvature is
+    measured now and then; as curvature per squared length it changes slowly.
 
-    The averages take the noise of the batches out. But no step is to go further than ``σ`` times to the bottom of its
-    own parabola, which for ``σ < 2`` is where it gains.
-
-    Args:
-        sigma: The factor ``σ``: 1 goes to the bottom of the parabola along the update, 2 to its other side.
-        averaging: Weight of the past in the running averages; 0 for none.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    Lengths are ratios of running averages. 1 goes to the bottom, 2 to the other side, where nothing is gained. In the
+    long run the slope vanishes in the noise, so how far it can be trusted is part of the answer (`at_least`).
 
     Example::
 
-        >>> from lyapunov_lightning.curvature.quasi_newton import CurvatureAlongUpdate
-        >>> rule = CurvatureAlongUpdate(sigma=1.0, averaging=0.0)
-        >>> rule.propose(slope=4.0, curvature=16.0)
-        0.25
+        >>> from lyapunov_lightning.curvature.quasi_newton import StepLength
+        >>> length = StepLength()
+        >>> length.see_curvature(4.0)  # uᵀHu / uᵀu
+        >>> length.see_slope(-2.0, squared_norm=1.0, lr=1.5)  # -gᵀu where the step ended
+        True
+        >>> length.of(1.5)
+        1.5
 
     """
 
-    def __init__(self, sigma: float = 1.5, averaging: float = 0.9) -> None:
-        check_positive("sigma", sigma)
-        _check_averaging(averaging)
-        self._sigma = sigma
-        self._averaging = averaging
+    def __init__(self) -> None:
+        self._rayleigh: float | None = None
+        self._is_known = False
         self._slope = 0.0
+        self._variance = 0.0
         self._curvature = 0.0
+        self._count = 0
 
-    def propose(self, slope: float, curvature: float) -> float | None:
-        """The learning rate, or None where there is none: no curvature, an update uphill, numbers that are not finite.
+    @property
+    def memory(self) -> float:
+        """Updates over which is averaged."""
+        later = max(_EARLY_MEMORY, _LATER_SHARE * self._count)
+        return min(max(_SHORTEST_MEMORY, self._count / 2), later)
+
+    @property
+    def best_lr(self) -> float | None:
+        """The learning rate of length 1; None before it is known or where there is no slope."""
+        return self._slope / self._curvature if self._curvature > 0 and self._slope > 0 else None
+
+    def see_curvature(self, rayleigh: float) -> None:
+        """Take note of the curvature ``uᵀHu / uᵀu`` along the last update; negative values count by their modulus."""
+        rayleigh = abs(rayleigh)
+        if math.isfinite(rayleigh) and rayleigh > 0:
+            past = rayleigh if self._rayleigh is None else self._rayleigh
+            self._rayleigh = math.sqrt(past * rayleigh)
+            self._is_known = True
+
+    def lose_curvature(self) -> None:
+        """What is known of the curvature does not hold any more: slopes do not count until it is measured again."""
+        self._is_known = False
+
+    def see_slope(self, slope: float, *, squared_norm: float, lr: float) -> bool:
+        """Take note of the slope where the last step ended.
 
         Args:
-            slope: ``-gᵀu``, for the update at learning rate 1.
-            curvature: ``uᵀHu``; negative values count by their modulus.
+            slope: ``-gᵀu`` there, for the update at learning rate 1; positive downhill.
+            squared_norm: ``uᵀu``.
+            lr: The learning rate of the step.
+
+        Returns:
+            Whether it counts.
 
         """
-        if not (math.isfinite(slope) and math.isfinite(curvature)):
+        if self._rayleigh is None or not self._is_known:
+            return False
+        if not math.isfinite(slope) or not 0 < squared_norm < math.inf:
+            return False
+        curvature = self._rayleigh * squared_norm
+        weight, change = 1 / self.memory, slope + lr * curvature - self._slope
+        if self._count:
+            self._variance += weight * (change**2 - self._variance)
+        self._count += 1
+        self._slope += weight * change
+        self._curvature += weight * (curvature - self._curvature)
+        return True
+
+    def of(self, lr: float) -> float | None:
+        """The length of steps at a learning rate, at most 10; None while there is nothing to go by."""
+        if self._curvature <= 0:
             return None
-        self._slope = self._averaging * self._slope + (1 - self._averaging) * slope
-        self._curvature = self._averaging * self._curvature + (1 - self._averaging) * abs(curvature)
-        if not (slope > 0 and curvature != 0 and self._slope > 0):
+        return _length(lr, self._slope, self._curvature)
+
+    def at_least(self, lr: float) -> float | None:
+        """The same for a slope that is larger by its standard error; None while there is nothing to go by."""
+        if self._curvature <= 0:
             return None
-        return self._sigma * min(self._slope / self._curvature, slope / abs(curvature))
+        weight = 1 / self.memory
+        error = math.sqrt(self._variance * weight / (2 - weight))
+        return _length(lr, self._slope + _ERRORS * error, self._curvature)
 
     def state_dict(self) -> dict[str, Any]:
         """The running averages."""
-        return {"slope": self._slope, "curvature": self._curvature}
+        return {
+            "averages": [self._rayleigh, self._slope, self._variance, self._curvature],
+            "count": self._count,
+            "is_known": self._is_known,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._slope, self._curvature = state["slope"], state["curvature"]
+        self._rayleigh, self._slope, self._variance, self._curvature = state["averages"]
+        self._count, self._is_known = state["count"], state["is_known"]
+
+
+def _length(lr: float, slope: float, curvature: float) -> float:
+    """The length of steps whose slope and curvature are known."""
+    return min(lr * curvature / slope, _LONGEST) if slope > 0 else _LONGEST
+
+
+def longest_descent(
+    loss: Callable[[float], float], before: float, *, slope: float, curvature: float
+) -> tuple[float | None, int]:
+    """The learning rate at the bottom of the parabola, halved until the loss does fall there.
+
+    Args:
+        loss: Maps a learning rate to the loss after the step.
+        before: The loss before the step.
+        slope: ``-gᵀu``, for the update at learning rate 1.
+        curvature: ``uᵀHu``; negative values count by their modulus.
+
+    Returns:
+        The learning rate, None where there is none (no curvature, an update uphill), and how often it was halved.
+
+    """
+    if not (math.isfinite(slope) and math.isfinite(curvature) and slope > 0 and curvature != 0):
+        return None, 0
+    lr = slope / abs(curvature)
+    for halvings in range(_MAX_HALVINGS):
+        if loss(lr) < before:
+            return lr, halvings
+        lr /= 2
+    return None, _MAX_HALVINGS
 
 
 @dataclass(frozen=True)
@@ -120,7 +216,6 @@ class CheckedSharpness:
     Three gradients an iteration, that at the present point among them.
 
     Args:
-        averaging: Weight of the past in the running average.
         delta_q: Length of the perturbation, in parameter space.
         seed: Seed of the first perturbation.
 
@@ -129,9 +224,8 @@ class CheckedSharpness:
 
     """
 
-    def __init__(self, averaging: float = 0.9, delta_q: float = 5e-2, seed: int = 0) -> None:
-        _check_averaging(averaging)
-        self._averaging = averaging
+    def __init__(self, delta_q: float = 5e-2, seed: int = 0) -> None:
+        check_positive("delta_q", delta_q)
         self._delta_q = delta_q
         self._iteration = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed)
         self._average: float | None = None
@@ -167,7 +261,7 @@ class CheckedSharpness:
         if not (math.isfinite(newest) and newest > 0):
             return None
         past = newest if self._average is None else self._average
-        self._average = self._averaging * past + (1 - self._averaging) * newest
+        self._average = _AVERAGING * past + (1 - _AVERAGING) * newest
         return Sharpness(max(self._average, newest), newest, along_gradient, estimate.exponent, refuted)
 
     def settle(self, gradient: Callable[[Tensor], Tensor], here: Tensor, max_iterations: int) -> Sharpness | None:
@@ -200,126 +294,3 @@ class CheckedSharpness:
         """Go on from a `state_dict`."""
         self._iteration.load_state_dict(state["iteration"])
         self._average = state["average"]
-
-
-@dataclass(frozen=True)
-class LRBounds:
-    """What a learning rate may do, whatever is proposed.
-
-    Attributes:
-        min_lr: The floor.
-        max_lr: The ceiling.
-        max_growth: The most by which it grows from one measurement to the next.
-        window: Steps over which the loss is averaged to see whether it rises, and after which a learning rate that was
-            halved for that is back; 0 not to look at the loss.
-
-    Raises:
-        ValueError: If one of them is out of its range.
-
-    Example::
-
-        >>> from lyapunov_lightning.curvature.quasi_newton import LRBounds
-        >>> LRBounds(max_lr=0.5)
-        LRBounds(min_lr=1e-06, max_lr=0.5, max_growth=1.25, window=50)
-
-    """
-
-    min_lr: float = 1e-6
-    max_lr: float = 10.0
-    max_growth: float = 1.25
-    window: int = 50
-
-    def __post_init__(self) -> None:
-        check_positive("min_lr", self.min_lr)
-        check_positive("max_lr", self.max_lr)
-        if not self.min_lr < self.max_lr:
-            raise ValueError(f"`min_lr` should be below `max_lr`, got {self.min_lr} and {self.max_lr}.")
-        if not self.max_growth > 1:
-            raise ValueError(f"`max_growth` should be above 1, got {self.max_growth}.")
-        check_int("window", self.window, least=0)
-
-
-class Governor:
-    """Turns proposed learning rates into those that are used.
-
-    The learning rate falls at once and rises by a bounded factor; it stays between a floor and a ceiling; without a
-    usable proposal it stays as it is; and when the loss has risen over a window it is halved, to come back to what is
-    proposed over the next window.
-
-    Args:
-        bounds: What the learning rate may do.
-
-    """
-
-    def __init__(self, bounds: LRBounds = LRBounds()) -> None:
-        self._bounds = bounds
-        self._losses: list[float] = []
-        self.lr: float | None = None
-        self.back_off = 1.0
-        """The factor on what is proposed, below 1 after the loss has risen."""
-
-    def limit(self, proposal: float | None) -> float | None:
-        """The learning rate that a proposal comes to, without using it; None where nothing was proposed yet."""
-        if proposal is None or not (math.isfinite(proposal) and proposal > 0):
-            return self.lr
-        ceiling = math.inf if self.lr is None else self.lr * self._bounds.max_growth
-        return min(max(min(proposal * self.back_off, ceiling), self._bounds.min_lr), self._bounds.max_lr)
-
-    def use(self, lr: float) -> None:
-        """Take note of the learning rate of a step."""
-        self.lr = lr
-        if self._bounds.window:
-            self.back_off = min(1.0, self.back_off * 2 ** (1 / self._bounds.window))
-
-    def observe(self, loss: float) -> bool:
-        """Take note of the loss of a step, and back off if it has risen; whether it has."""
-        window = self._bounds.window
-        if not window:
-            return False
-        self._losses.append(loss)
-        del self._losses[: -2 * window]
-        if math.isfinite(loss) and len(self._losses) < 2 * window:
-            return False
-        before, lately = (torch.tensor(part) for part in (self._losses[:-window], self._losses[-window:]))
-        if math.isfinite(loss):
-            noise = math.sqrt(float(before.var() + lately.var()) / window)
-            if float(lately.mean() - before.mean()) <= 2 * noise:
-                return False
-        self.back_off *= 0.5
-        self._losses = []
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The learning rate, the factor on what is proposed, and the latest losses."""
-        return {"lr": self.lr, "back_off": self.back_off, "losses": list(self._losses)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.lr, self.back_off, self._losses = state["lr"], state["back_off"], list(state["losses"])
-
-
-def tried(loss: Callable[[float], float], before: float, lr: float, least: float) -> tuple[float, int]:
-    """A learning rate that is halved while the loss rises along the step.
-
-    Args:
-        loss: Maps a learning rate to the loss after the step.
-        before: The loss before the step.
-        lr: The learning rate to try.
-        least: What needs no trial, such as the learning rate so far.
-
-    Returns:
-        The learning rate, at least `least`, and how often it was halved.
-
-    """
-    for trials in range(_MAX_TRIALS):
-        if loss(lr) <= before:
-            return lr, trials
-        lr = max(lr / 2, least)
-        if lr == least:
-            return lr, trials + 1
-    return lr, _MAX_TRIALS
-
-
-def _check_averaging(averaging: float) -> None:
-    if not 0 <= averaging < 1:
-        raise ValueError(f"`averaging` should be in [0, 1), got {averaging}.")

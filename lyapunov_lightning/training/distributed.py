@@ -16,6 +16,16 @@ def sum_over_ranks(trainer: Any) -> Callable[[Tensor], None] | None:
     return _all_reduce if trainer.world_size > 1 else None
 
 
+def mean_over_ranks(trainer: Any, values: Tensor) -> Tensor:
+    """The means of some numbers over all ranks, which have to ask together."""
+    reduce = sum_over_ranks(trainer)
+    if reduce is None:
+        return values
+    means: Tensor = values / trainer.world_size
+    reduce(means)
+    return means
+
+
 def any_rank(trainer: Any, flag: bool) -> bool:
     """Whether a condition holds on one of the ranks at least; all of them have to ask together."""
     return bool(_ranks(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)

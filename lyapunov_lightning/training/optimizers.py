@@ -1,12 +1,13 @@
 """What callbacks demand of an optimizer, refused with a remedy where it is something else."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
 
 
 def check_training_map(owner: str, optimizers: Sequence[torch.optim.Optimizer], *, momentum: bool = True) -> None:
@@ -130,6 +131,17 @@ def check_steerable(owner: str, trainer: Any, pl_module: Any) -> torch.optim.Opt
             f"`{owner}` cannot steer LBFGS, which evaluates the loss several times in a step and has curvature of its"
             " own. Use SGD, Adam or any other optimizer that moves by learning rate times update."
         )
+    cause = _not_steered_by_lr(optimizer)
+    if cause is not None:
+        raise MisconfigurationException(
+            f"`{owner}` cannot steer {type(optimizer).__name__}, which {cause}. Use SGD, Adam or any other optimizer"
+            " that moves by learning rate times update, or take the callback out."
+        )
+    if any(isinstance(callback, either("callbacks.StochasticWeightAveraging")) for callback in trainer.callbacks):
+        raise MisconfigurationException(
+            f"`{owner}` sets the learning rate, and so does StochasticWeightAveraging. Use one of the two, or"
+            " WeightAveraging, which leaves the learning rate alone."
+        )
     if not all(float(group.get("lr", 0.0)) > 0 for group in optimizer.param_groups):
         raise MisconfigurationException(
             f"`{owner}` needs an optimizer with a positive learning rate `lr` in every parameter group; its value does"
@@ -137,6 +149,61 @@ def check_steerable(owner: str, trainer: Any, pl_module: Any) -> torch.optim.Opt
             f" {[group.get('lr') for group in optimizer.param_groups]}."
         )
     return optimizer
+
+
+def gain_of_momentum(optimizer: torch.optim.Optimizer) -> float:
+    """How many times a lasting gradient moves the parameters beyond a first one: ``(1 - dampening) / (1 - momentum)``.
+
+    The largest of the parameter groups; 1 without momentum, and for optimizers that average gradients instead.
+
+    """
+    gains = [
+        (1 - float(group.get("dampening", 0.0))) / (1 - float(group["momentum"]))
+        for group in optimizer.param_groups
+        if 0 < float(group.get("momentum") or 0.0) < 1
+    ]
+    return max([1.0, *gains])
+
+
+def _not_steered_by_lr(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why the steps of an optimizer are not its learning rate times something else; None if they are."""
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        return "evaluates the loss at two places in a step"
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):
+        return "keeps other parameters for the evaluation than for the training, and a schedule of its own"
+    if any({"d", "k"} <= group.keys() for group in optimizer.param_groups):  # Prodigy's and D-Adaptation's estimate
+        return "finds its learning rate itself"
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        return "goes uphill (`maximize`)"
+    if _steps_scale(optimizer) is False:
+        return "takes steps that are not in proportion to its learning rate"
+    return None
+
+
+def _steps_scale(optimizer: torch.optim.Optimizer) -> bool | None:
+    """Whether a step is in proportion to the learning rate of that step, tried on two numbers.
+
+    Returns:
+        None where no other optimizer of the kind can be made.
+
+    """
+    known = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in known and name != "lr"}
+    displacements = []
+    for last in (1e-3, 1e-2):
+        parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64, device="cpu"))
+        try:
+            make: Any = type(optimizer)
+            toy = make([parameter], lr=1e-2, **options)
+            for lr, gradient in ((1e-2, (1.0, 3.0)), (1e-2, (2.0, -1.0)), (last, (-1.0, 2.0))):
+                before = parameter.detach().clone()
+                toy.param_groups[0]["lr"] = lr
+                parameter.grad = parameter.new_tensor(gradient)
+                toy.step()
+        except Exception:  # an optimizer of somebody else's, which may want anything: it is taken at its word
+            return None
+        displacements.append((parameter.detach() - before) / last)
+    return torch.allclose(displacements[0], displacements[1], rtol=1e-6, atol=1e-12)
 
 
 def _not_uniform_sgd(optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[str, Tensor]) -> str | None:

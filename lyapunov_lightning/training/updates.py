@@ -99,6 +99,71 @@ def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
+class LastUpdate:
+    """The last step of an optimizer, kept until the batch after it has seen it.
+
+    Attributes:
+        vector: Shape ``(n,)``: the update at a highest learning rate of 1; None where there is none.
+        lr: The highest learning rate of the step.
+
+    """
+
+    def __init__(self) -> None:
+        self.vector: Tensor | None = None
+        self.lr = 0.0
+        self._before: Tensor | None = None
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Before the step."""
+        self.vector = None
+        self._before = FlatLayout(parameters).flatten(parameters)
+
+    def end(self, parameters: Sequence[Tensor], lr: float) -> None:
+        """After the step."""
+        if self._before is not None:
+            self.take(FlatLayout(parameters).flatten(parameters).sub_(self._before).div_(lr), lr)
+
+    def take(self, vector: Tensor, lr: float) -> None:
+        """A step that was observed elsewhere."""
+        self.vector, self.lr, self._before = vector, lr, None
+
+    def forget(self) -> None:
+        """The parameters are not where the step ended."""
+        self.vector, self._before = None, None
+
+    def seen(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """The step as the gradients see it that the parameters hold now, where it ended.
+
+        Weight decay that the optimizer adds to the gradient belongs to it.
+
+        Returns:
+            Shape ``(4,)``, on the device: the slope ``-gᵀu``, ``uᵀu``, and the sums of the moduli of the update and of
+            the parameters. None if there is no step, or the parameters are others.
+
+        """
+        layout = FlatLayout(parameters)
+        if self.vector is None or len(self.vector) != layout.size:
+            return None
+        gradient = layout.flatten([parameter.grad for parameter in parameters])
+        decay = coupled_decay(optimizer, parameters, layout)
+        if decay is not None:
+            gradient += decay * layout.flatten(parameters)
+        size = torch.stack([parameter.detach().abs().sum().to(gradient) for parameter in parameters]).sum()
+        return torch.stack([-(gradient @ self.vector), self.vector @ self.vector, self.vector.abs().sum(), size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update, on the CPU, and its learning rate."""
+        return {"vector": None if self.vector is None else self.vector.cpu(), "lr": self.lr}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.vector, self.lr = state["vector"], state["lr"]
+
+    def to(self, device: torch.device) -> None:
+        """Move what a checkpoint held to where the training is."""
+        self.vector = None if self.vector is None else self.vector.to(device)
+
+
 class LearningRates:
     """The learning rates of an optimizer's parameter groups, of which the highest is steered and the others follow.
 
@@ -157,7 +222,7 @@ class LearningRates:
             self._ratios = [ratio / max(ratios) for ratio in ratios]
 
 
-def coupled_decay(optimizer: torch.optim.Optimizer, operator: HessianOperator) -> Tensor | None:
+def coupled_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], layout: FlatLayout) -> Tensor | None:
     """The weight decay that an optimizer adds to the gradient, as a vector of shape ``(n,)``; None if there is none.
 
     It belongs to the objective that the optimizer descends, and to its curvature.
@@ -170,7 +235,7 @@ def coupled_decay(optimizer: torch.optim.Optimizer, operator: HessianOperator) -
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    return operator.layout.flatten([torch.full_like(p, rates.get(id(p), 0.0)) for p in operator.parameters])
+    return layout.flatten([torch.full_like(p, rates.get(id(p), 0.0)) for p in parameters])
 
 
 def slope_and_curvature(
@@ -192,7 +257,7 @@ def slope_and_curvature(
     """
     product = operator.matvec(update)
     gradient = operator.gradient()  # free where the product has kept its graph
-    decay = coupled_decay(optimizer, operator)
+    decay = coupled_decay(optimizer, operator.parameters, operator.layout)
     if decay is not None:
         gradient = gradient + decay * operator.layout.flatten(operator.parameters)
         product = product + decay * update

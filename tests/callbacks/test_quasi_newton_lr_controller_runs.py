@@ -11,7 +11,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 
 from lyapunov_lightning import (
@@ -26,7 +32,7 @@ from lyapunov_lightning import (
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 from lyapunov_lightning.callbacks.results import LearningRateResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.curvature.quasi_newton import LRBounds
+from lyapunov_lightning.curvature.learning_rate import LRBounds
 from tests.callbacks.steering import OPTIMIZERS, RULES, fit, seeded, weights
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_loader
 
@@ -43,7 +49,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(rule: str, name: str, tmp_path: Any) -
             accelerator="cpu",
             max_epochs=epochs,
             logger=MemoryLogger(),
-            callbacks=[QuasiNewtonLRController(2, rule, bounds=LRBounds(window=4))],
+            callbacks=[QuasiNewtonLRController(2, rule, annealing=0, force=True)],
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=tmp_path,
@@ -116,7 +122,7 @@ def test_groups_that_are_added_in_mid_run_are_followed(rule: str, name: str, rat
     torch.manual_seed(2)
     module = Finetuned(OPTIMIZERS[name])
     reference = copy.deepcopy(module)
-    controller = QuasiNewtonLRController(rule=rule, bounds=LRBounds(max_lr=100.0))
+    controller = QuasiNewtonLRController(1, rule, force=True)
     finetuning = BackboneFinetuning(1, backbone_initial_ratio_lr=ratio, should_align=False)
     trainer, logger = fit([controller, Rates(), finetuning], module, steps=18)
     assert trainer.global_step == 18
@@ -124,7 +130,8 @@ def test_groups_that_are_added_in_mid_run_are_followed(rule: str, name: str, rat
     assert [len(lr) for lr in rates] == [1] * 6 + [2] * 12
     assert [max(lr) for lr in rates] == list(lrs.values())
     assert [backbone / head for head, backbone in rates[6:]] == pytest.approx([ratio] * 12, rel=1e-12)
-    assert all(result.converged for result in controller.results)
+    # The first batch after new parameters have come sees an update that they had no part in.
+    assert [result.step for result in controller.results if not result.converged] == [6] * (rule == "along_update")
     optimizer = OPTIMIZERS[name](reference.head.parameters())
     for step, (inputs, targets, _) in zip(range(18), itertools.cycle(regression_loader()), strict=False):
         if step == 6:
@@ -141,7 +148,7 @@ def test_the_tracked_vector_grows_with_the_network() -> None:
     torch.manual_seed(2)
     module = Finetuned(OPTIMIZERS["SGD"])
     controller = QuasiNewtonLRController(
-        rule="inverse_sharpness", averaging=0.0, bounds=LRBounds(max_lr=1e-9, min_lr=1e-10)
+        rule="inverse_sharpness", bounds=LRBounds(max_lr=1e-9, min_lr=1e-10), safeguard=False
     )
     loader = regression_loader(batch_size=48)
     fit([controller, BackboneFinetuning(1, lambda epoch: 1.0)], module, loader, steps=60)  # which stays where it is
@@ -156,18 +163,19 @@ def test_the_tracked_vector_grows_with_the_network() -> None:
 
 
 def test_results_are_what_is_logged() -> None:
-    for rule, num_tags in (("along_update", 7), ("inverse_sharpness", 9)):
-        controller = QuasiNewtonLRController(5, rule, log_prefix="mine")
+    for rule, num_tags in (("along_update", [8, 6, 8]), ("inverse_sharpness", [10] * 3)):
+        controller = QuasiNewtonLRController(None, rule, schedule=Schedule(every_n_steps=5), log_prefix="mine")
         _, logger = fit(controller, seeded())
         assert all(type(result) is LearningRateResult for result in controller.results)
         assert [result.step for result in controller.results] == [0, 5, 10]
         assert [result.epoch for result in controller.results] == pytest.approx([0, 5 / 6, 10 / 6])
+        assert [len(result.scalars()) for result in controller.results] == num_tags
         for result in controller.results:
             scalars = result.scalars()
-            assert len(scalars) == num_tags
             assert scalars == {tag: logger.curve(f"mine/{tag}")[result.step] for tag in scalars}
         own = {tag for tag in logger.tags if tag.startswith("mine/")}
-        assert own == {f"mine/{tag}" for tag in [*scalars, "quasi_newton_details/seconds"]}
+        logged = {tag for result in controller.results for tag in result.scalars()}
+        assert own == {f"mine/{tag}" for tag in [*logged, "quasi_newton_details/seconds"]}
 
 
 def test_checkpoints_at_steps_have_the_controllers_parameters(tmp_path: Any) -> None:
@@ -221,11 +229,11 @@ trainer:
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
     assert first.schedule == Schedule(every_n_steps=3)
     assert first.config == HessianConfig("batch", mode="eval", method="finite_difference")
-    assert first._governor._bounds == LRBounds(max_lr=0.5, window=20)
+    assert first._pace.bounds == LRBounds(max_lr=0.5, window=20)
     assert first._rule == "inverse_sharpness"
-    assert second.schedule == Schedule(every_n_steps=1)
+    assert second.schedule == Schedule(every_n_steps=10, first_n_steps=20)
     assert second.config == HessianConfig("batch")
-    assert second._governor._bounds == LRBounds()
+    assert second._pace.bounds == LRBounds()
 
 
 # Refusals.
@@ -237,11 +245,8 @@ trainer:
         ({"rule": "newton"}, "`rule` should be one of along_update, inverse_sharpness, got 'newton'."),
         ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
         ({"bounds": {"max_lr": 1.0}}, "`bounds` should be LRBounds, got {'max_lr': 1.0}."),
-        ({"sigma": 0}, "`sigma` should be a positive float, got 0."),
-        ({"sigma": math.nan}, "`sigma` should be a positive float, got nan."),
-        ({"averaging": 1}, "`averaging` should be in [0, 1), got 1."),
-        ({"averaging": -0.1}, "`averaging` should be in [0, 1), got -0.1."),
-        ({"max_warmup": 1.5}, "`max_warmup` should be a non-negative int, got 1.5."),
+        ({"annealing": 1.1}, "`annealing` should be in [0, 1], got 1.1."),
+        ({"annealing": math.nan}, "`annealing` should be in [0, 1], got nan."),
         ({"delta_q": -1}, "`delta_q` should be a positive float, got -1."),
     ],
     ids=str,
@@ -280,11 +285,25 @@ class Manual(SmallRegressor):
         (NoOptimizer, "returned none"),
         (lambda: SmallRegressor().bfloat16(), "lost in the rounding of torch.bfloat16"),
         (lambda: SmallRegressor(lambda p: torch.optim.SGD(p, lr=0.0)), "positive learning rate"),
+        (lambda: SmallRegressor(torch.optim.Rprop), "cannot steer Rprop.*not in proportion to its learning rate"),
     ],
 )
 def test_what_cannot_be_steered_is_refused(make: Callable[[], pl.LightningModule], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"QuasiNewtonLRController.*{message}"):
         fit(QuasiNewtonLRController(), make())
+
+
+def test_stochastic_weight_averaging_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="so does StochasticWeightAveraging"):
+        fit([QuasiNewtonLRController(), StochasticWeightAveraging(0.1, swa_epoch_start=1)], seeded(), steps=-1)
+
+
+def test_the_papers_rule_is_for_sgd_unless_one_insists() -> None:
+    adam = seeded(optimizer=OPTIMIZERS["Adam"])
+    with pytest.raises(MisconfigurationException, match=r"rule for SGD.*Adam. Use `rule='along_update'`"):
+        fit(QuasiNewtonLRController(rule="inverse_sharpness"), adam)
+    _, logger = fit(QuasiNewtonLRController(rule="inverse_sharpness", force=True), adam)
+    assert logger.curve("quasi_newton/learning_rate")
 
 
 def test_two_controllers_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Trainings that callbacks act upon; in some of them one rank once cannot measure."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch.utils.data import DataLoader
 from lyapunov_lightning import HessianConfig, NegativeCurvatureTracker, NudgedSGDHook, QuasiNewtonLRController
 from lyapunov_lightning.callbacks import nudged_sgd_hook
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-from lyapunov_lightning.curvature.quasi_newton import LRBounds
-from tests.distributed.models import PlannedError, observed, regression, unequal_shards
+from tests.distributed.models import PlannedError, Smooth, observed, regression, unequal_shards
 from tests.distributed.ranks import check
 
 LR = 0.05
@@ -62,11 +62,27 @@ def descent(rank: int) -> dict[str, Any]:
 def controlled(rank: int) -> dict[str, Any]:
     """Trainings at learning rates from curvature."""
     controllers: dict[str, dict[str, Any]] = {
-        "along_update": {"averaging": 0.0, "bounds": LRBounds(max_growth=1e6)},
+        "along_update": {"every_n_steps": 1},
         "inverse_sharpness": {"rule": "inverse_sharpness"},
         "failing": {"hessian": HessianConfig(loss_fn=failing_loss(rank))},
     }
     return {name: acted_upon(QuasiNewtonLRController(**options), rank) for name, options in controllers.items()}
+
+
+class LostOnOneRank(Smooth):
+    """Whose loss is NaN at one batch of the last rank."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        is_lost = self.trainer.global_rank == 1 and self.trainer.global_step == FAILING_STEP
+        return super().training_step(batch, batch_idx) * (math.nan if is_lost else 1.0)
+
+
+@check
+def brought_back(rank: int) -> dict[str, Any]:
+    """A training that one rank alone sees lost."""
+    settings = {"use_distributed_sampler": False, "gradient_clip_val": CLIP}
+    controller = QuasiNewtonLRController(1, hessian=HessianConfig(loss_fn=lambda module, batch: module.loss(batch)))
+    return observed(controller, unequal_shards(rank), LostOnOneRank(), **settings)
 
 
 NUM_SAMPLES, BATCH, EPOCHS = 21, 3, 2

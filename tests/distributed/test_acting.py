@@ -59,17 +59,32 @@ def test_controlled_learning_rates_are_identical_on_all_ranks(outcomes, run):
 
 
 def test_controlled_learning_rate_is_that_of_the_batches_of_all_ranks(outcomes):
-    """The update is the clipped mean of both gradients; slope and curvature are those of the union of both batches."""
+    """The step is the clipped mean of both gradients; slope and curvature are those of the union of both batches."""
     found = [outcome["along_update"] for outcome in outcomes("controlled")]
+    last, lr = None, 0.0
     for result, start, batches in on_the_step(found):
         update = -sum(gradient_at(start, batch) for batch in batches) / 2
         update *= min(1.0, runs.CLIP / float(update.norm()))
-        slope = -float(gradient_at(start, union_of(batches)) @ update)
-        curvature = float(update @ dense_hessian(start, union_of(batches)) @ update)
-        assert result.slope_along_update == pytest.approx(slope, rel=1e-3)
+        seen = update if last is None else last  # the first one is seen by its own batch
+        gradient, hessian = gradient_at(start, union_of(batches)), dense_hessian(start, union_of(batches))
+        curvature = float(seen @ hessian @ seen)
+        slope = -float(gradient @ seen)
+        slope += lr * abs(curvature)
+        assert result.slope_along_update == pytest.approx(slope, rel=1e-3, abs=1e-4)
         assert result.curvature_along_update == pytest.approx(curvature, rel=1e-3, abs=1e-4)
-        moved = found[0]["parameters"][result.step + 1] - start
-        torch.testing.assert_close(moved, result.learning_rate * update.to(moved), rtol=1e-3, atol=1e-5)
+        moved, lr = found[0]["parameters"][result.step + 1] - start, result.learning_rate
+        torch.testing.assert_close(moved, lr * update.to(moved), rtol=1e-3, atol=1e-5)
+        last = moved.to(update) / lr
+
+
+def test_a_training_that_one_rank_sees_lost_is_brought_back_on_all(outcomes):
+    found = outcomes("brought_back")
+    assert_same_everywhere(found)
+    assert [result.restored for result in found[0]["results"]] == [0, 0, 0, 1]
+    parameters = found[0]["parameters"]
+    assert torch.equal(parameters[runs.FAILING_STEP + 1], parameters[0])  # the only copy is that of the first step
+    assert torch.isfinite(parameters[-1]).all()
+    assert re.search("at step 3 the loss was nan.*brought back to step 0", found[0]["warned"][0])
 
 
 # Nudges.

@@ -16,6 +16,7 @@ from lyapunov_lightning.training.optimizers import (
     check_training_map,
     check_uniform_sgd,
     check_unscaled,
+    gain_of_momentum,
 )
 from tests.modules import SmallRegressor
 
@@ -138,7 +139,7 @@ def test_lbfgs_is_not_to_be_moved() -> None:
 
 
 def steered(optimizer: Any, module: Any = None, schedulers: Any = ()) -> torch.optim.Optimizer:
-    trainer = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=list(schedulers))
+    trainer = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=list(schedulers), callbacks=[])
     return check_steerable("Owner", trainer, SmallRegressor() if module is None else module)
 
 
@@ -164,6 +165,89 @@ def test_what_cannot_be_steered_is_refused() -> None:
     for optimizer in (sgd(lr=0.0), two_groups(lr=0.0)):
         with refused(r"positive learning rate.*SGD has \[0.0"):
             steered(optimizer)
+
+
+STEERED: dict[str, Any] = {
+    name: getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Adafactor")
+}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_pytorchs_optimizers_of_learning_rate_times_update_are_steered(name: str) -> None:
+    optimizer = STEERED[name](nn.Linear(2, 2).parameters(), lr=0.1, weight_decay=0.01)
+    assert steered(optimizer) is optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.ASGD])
+def test_steps_that_are_not_in_proportion_to_the_learning_rate_are_refused(kind: Any) -> None:
+    options = {"lambd": 0.1} if kind is torch.optim.ASGD else {}
+    with refused(f"cannot steer {kind.__name__}, which takes steps that are not in proportion"):
+        steered(kind(nn.Linear(2, 2).parameters(), lr=0.1, **options))
+
+
+class TwoPlaces(OwnSGD):
+    """Sharpness-aware minimisation, as it is usually written."""
+
+    def first_step(self) -> None:
+        """Up the hill."""
+
+    def second_step(self) -> None:
+        """And from there."""
+
+
+class ScheduleFree(OwnSGD):
+    """As such optimizers have it."""
+
+    def train(self) -> None:
+        """The parameters to train on."""
+
+    def eval(self) -> None:
+        """The averaged ones."""
+
+
+def test_optimizers_of_other_packages_that_cannot_be_steered_are_refused() -> None:
+    parameters = list(nn.Linear(2, 2).parameters())
+    with refused("evaluates the loss at two places"):
+        steered(TwoPlaces(parameters, lr=0.1))
+    with refused("other parameters for the evaluation"):
+        steered(ScheduleFree(parameters, lr=0.1))
+    adapting = sgd()
+    adapting.param_groups[0] |= {"d": 1e-6, "k": 0}
+    with refused("finds its learning rate itself"):
+        steered(adapting)
+    with refused("goes uphill"):
+        steered(sgd(maximize=True))
+
+
+def test_an_optimizer_that_cannot_be_tried_is_taken_at_its_word() -> None:
+    class Picky(torch.optim.SGD):
+        def __init__(self, parameters: Any, *, secret: str, **options: Any) -> None:
+            super().__init__(parameters, **options)
+
+    picky = Picky(nn.Linear(2, 2).parameters(), secret="sesame", lr=0.1)
+    assert steered(picky) is picky
+
+
+@pytest.mark.parametrize(
+    ("options", "gain"),
+    [
+        ({}, 1.0),
+        ({"momentum": 0.9}, 10.0),
+        ({"momentum": 0.9, "dampening": 0.9}, 1.0),
+        ({"momentum": 0.5, "nesterov": True}, 2.0),
+    ],
+    ids=str,
+)
+def test_gain_of_momentum_is_what_a_lasting_gradient_comes_to(options: dict[str, Any], gain: float) -> None:
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, **options)
+    assert gain_of_momentum(optimizer) == pytest.approx(gain)
+    for _ in range(200):
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert float((before - parameter).detach()) == pytest.approx(gain)
 
 
 def test_frozen_layers_in_half_precision_do_not_matter() -> None:

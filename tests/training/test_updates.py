@@ -15,6 +15,7 @@ from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.vectors import FlatLayout
 from lyapunov_lightning.training.updates import (
+    LastUpdate,
     LearningRates,
     ObservedUpdate,
     OwnGradient,
@@ -111,15 +112,54 @@ def test_coupled_decay_is_that_of_each_group() -> None:
     module = Bowl()
     groups = [{"params": [module.second], "weight_decay": 0.3}, {"params": [module.first], "weight_decay": 0.0}]
     expected = torch.tensor([0.0] * 4 + [0.3] * 2, dtype=torch.float64)
-    decay = coupled_decay(torch.optim.SGD(groups, lr=0.1), module.operator())
+    parameters = list(module.parameters())
+    layout = FlatLayout(parameters)
+    decay = coupled_decay(torch.optim.SGD(groups, lr=0.1), parameters, layout)
     assert decay is not None
     assert torch.equal(decay, expected)
-    assert coupled_decay(torch.optim.AdamW(groups, lr=0.1), module.operator()) is None
-    assert coupled_decay(torch.optim.SGD(module.parameters(), lr=0.1), module.operator()) is None
+    assert coupled_decay(torch.optim.AdamW(groups, lr=0.1), parameters, layout) is None
+    assert coupled_decay(torch.optim.SGD(module.parameters(), lr=0.1), parameters, layout) is None
     only_one = torch.optim.SGD([module.second], lr=0.1, weight_decay=0.3)
-    decay = coupled_decay(only_one, module.operator())
+    decay = coupled_decay(only_one, parameters, layout)
     assert decay is not None
     assert torch.equal(decay, expected)
+
+
+# The last update.
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> None:
+    module = Bowl()
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(module.parameters(), lr=0.01, **options)
+    coupled = 0.0 if kind is torch.optim.AdamW else options.get("weight_decay", 0.0)
+    last, parameters = LastUpdate(), list(module.parameters())
+    for _ in range(3):
+        before = module.flat.detach()
+        last.begin(parameters)
+        assert last.seen(parameters, optimizer) is None
+        step(module, optimizer)
+        last.end(parameters, 0.01)
+        update = (module.flat.detach() - before) / 0.01
+        torch.testing.assert_close(last.vector, update)
+        optimizer.zero_grad()
+        module.loss().backward()
+        gradient = module.hessian @ module.flat.detach() + coupled * module.flat.detach()
+        seen = last.seen(parameters, optimizer)
+        assert seen is not None
+        expected = [-(gradient @ update), update @ update, update.abs().sum(), module.flat.detach().abs().sum()]
+        torch.testing.assert_close(seen, torch.stack(expected))
+
+
+def test_an_update_of_other_parameters_is_not_seen() -> None:
+    module = Bowl()
+    last = LastUpdate()
+    last.take(torch.ones(3, dtype=torch.float64), 0.1)
+    assert last.seen(list(module.parameters()), torch.optim.SGD(module.parameters())) is None
+    last.take(torch.ones(6, dtype=torch.float64), 0.1)
+    last.forget()
+    assert last.seen(list(module.parameters()), torch.optim.SGD(module.parameters())) is None
 
 
 # The learning rates.
