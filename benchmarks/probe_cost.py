@@ -54,13 +54,10 @@ def measure(network: nn.Module, inputs: Tensor, repeats: int) -> dict[str, tuple
     def lyapunov() -> None:
         iteration.step(operator(method="finite_difference").gradient, own)
 
-    def along_update(tries: bool) -> None:
+    def along_update() -> None:
         hessian = operator()
         hessian.matvec(vector)
         hessian.gradient()
-        if tries:
-            hessian.value()
-            hessian.value(1e-3 * vector)
 
     def inverse_sharpness() -> None:
         differences = operator(method="finite_difference")
@@ -73,8 +70,7 @@ def measure(network: nn.Module, inputs: Tensor, repeats: int) -> dict[str, tuple
         "product, forward over reverse": lambda: forward.matvec(vector),
         "probe, Lanczos (warm)": lambda: tracker.measure(operator()),
         "probe, Lyapunov (own gradient)": lyapunov,
-        "controller, along the update": lambda: along_update(False),
-        "the same, a growing step": lambda: along_update(True),
+        "controller, along the update": along_update,
         "controller, inverse sharpness": inverse_sharpness,
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
