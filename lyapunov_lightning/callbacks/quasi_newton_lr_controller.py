@@ -211,7 +211,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._num_steps = trainer.estimated_stepping_batches
         self._update.to(trainer.strategy.root_device)
         if self._rule == "along_update":
-            self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, pl_module, optimizer))
+            self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, optimizer))
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -335,10 +335,10 @@ class QuasiNewtonLRController(CurvatureCallback):
             **found,
         )
 
-    def _after_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _after_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
         """Keep the update for the next batch, right after the optimizer has taken its step."""
         if self._first is None:
-            self._update.end(list(trainable_parameters(pl_module).values()), self._rates.highest)
+            self._update.end(self._rates.highest)
             return
         assert self._waiting is not None
         (waiting, self._waiting), (first, self._first) = (self._waiting, None), (self._first, None)

@@ -28,13 +28,11 @@ from torch.utils import _pytree as pytree
 from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
 from lyapunov_lightning.curvature.derivative_errors import lacks_derivative, may_pass, of_a_second_derivative
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.fixed_batches import Evaluation, FixedBatches, Total, num_samples
+from lyapunov_lightning.curvature.fixed_batches import Evaluation, Total, num_samples
 from lyapunov_lightning.curvature.kept_graphs import GradientGraph
-from lyapunov_lightning.curvature.linear import parameters_of
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.products import DoubleBackward
-from lyapunov_lightning.curvature.ranks import Ranks
 from lyapunov_lightning.curvature.torch_compat import (
     check_twice_differentiable,
     differentiated,
@@ -302,19 +300,14 @@ class _OutputOperator(MeanOperator):
         max_graph_bytes: int,
         reduce: Callable[[Tensor], None] | None,
     ) -> None:
-        if max_graph_bytes < 0:
-            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
-        self.parameters, names = parameters_of(parameters)
-        layout = FlatLayout(self.parameters)
-        ranks = Ranks(reduce, layout.device)
-        space = layout.space(ranks)
+        super().__init__(parameters, max_graph_bytes, reduce)
         batches = list(batches)
         objective = tip(self.parameters)
         if weights is None and (len(batches) > 1 or reduce is not None):
             weights = objective.weights(batches)
-        super().__init__(space, layout, names, FixedBatches(objective, batches, space, weights, ranks))
-        loss = MeanLoss(self._batches, self.parameters, layout)
-        self._way = _ThroughOutputs(objective, loss, self.parameters, layout, max_graph_bytes)
+        self._average_over(objective, batches, weights)
+        loss = MeanLoss(self._batches, self.parameters, self.layout)
+        self._way = _ThroughOutputs(objective, loss, self.parameters, self.layout, max_graph_bytes)
         self.reset()
 
     @property

@@ -7,15 +7,12 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
-from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Objective, Total, num_samples
-from lyapunov_lightning.curvature.linear import parameters_of
+from lyapunov_lightning.curvature.fixed_batches import Objective, Total, num_samples
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.products import Method
-from lyapunov_lightning.curvature.ranks import Ranks
 from lyapunov_lightning.curvature.second_derivative import SecondDerivative
 from lyapunov_lightning.curvature.substitution import SubstitutedLoss
-from lyapunov_lightning.curvature.vectors import FlatLayout
 
 _STEPS = {torch.float32: 5e-2, torch.float64: 1e-6}
 """Length of the finite-difference step: in float32 the papers' Δq, below which rounding takes over."""
@@ -83,8 +80,6 @@ class HessianOperator(MeanOperator):
 
     """
 
-    layout: FlatLayout
-
     def __init__(
         self,
         loss: Callable[[Any], Tensor] | Objective,
@@ -102,25 +97,20 @@ class HessianOperator(MeanOperator):
             raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
         if step is not None and not step > 0:
             raise ValueError(f"`step` should be a positive float, got {step}.")
-        if max_graph_bytes < 0:
-            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
-        self.parameters, names = parameters_of(parameters)
-        layout = FlatLayout(self.parameters)
-        ranks = Ranks(reduce, layout.device)
-        space = layout.space(ranks)
+        super().__init__(parameters, max_graph_bytes, reduce)
         batches = list(batches)
         if not isinstance(loss, Objective):
             loss = SubstitutedLoss(loss, self.parameters)
             if weights is None and (len(batches) > 1 or reduce is not None):
                 weights = [float(num_samples(batch)) for batch in batches]
-        super().__init__(space, layout, names, FixedBatches(loss, batches, space, weights, ranks))
-        self._loss = MeanLoss(self._batches, self.parameters, layout)
+        self._average_over(loss, batches, weights)
+        self._loss = MeanLoss(self._batches, self.parameters, self.layout)
         narrow = any(p.dtype == torch.float32 for p in self.parameters if p.requires_grad)
-        step = step if step is not None else _STEPS[torch.float32 if narrow else layout.dtype]
+        step = step if step is not None else _STEPS[torch.float32 if narrow else self.dtype]
         self._derivative = SecondDerivative(
             self._loss,
             self.parameters,
-            layout,
+            self.layout,
             method=method,
             step=step,
             max_graph_bytes=max_graph_bytes,

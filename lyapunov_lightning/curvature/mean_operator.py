@@ -1,34 +1,49 @@
 """An operator that is a mean over fixed batches, known by its products with several vectors at a time."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Total
-from lyapunov_lightning.curvature.linear import SymmetricOperator
-from lyapunov_lightning.curvature.vectors import FlatLayout, VectorSpace
+from lyapunov_lightning.curvature.fixed_batches import FixedBatches, Objective, Total
+from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
+from lyapunov_lightning.curvature.ranks import Ranks
+from lyapunov_lightning.curvature.vectors import FlatLayout
 
 
 class MeanOperator(SymmetricOperator):
     """The mean of a symmetric operator over all samples of fixed batches, those of all ranks.
 
     Args:
-        space: The space of the vectors.
-        layout: How the parameters form a vector.
-        names: The names of the parameters, if they have any.
-        batches: The batches.
+        parameters: The parameters, the coordinates of the vectors in this order: tensors, ``named_parameters()``, or a
+            dictionary.
+        max_graph_bytes: The most memory that kept graphs may hold.
+        reduce: Sums a flat buffer over all ranks of a distributed measurement, in place.
 
     Attributes:
+        parameters: The parameters, each object once.
         num_matvecs: Products so far; a block counts as many as it has columns.
 
     """
 
-    def __init__(self, space: VectorSpace, layout: FlatLayout, names: Sequence[str], batches: FixedBatches) -> None:
-        super().__init__(space, layout, names)
-        self._batches = batches
+    layout: FlatLayout
+    _batches: FixedBatches
+    """By `_average_over`."""
+
+    def __init__(self, parameters: Any, max_graph_bytes: int, reduce: Callable[[Tensor], None] | None) -> None:
+        if max_graph_bytes < 0:
+            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
+        self.parameters, names = parameters_of(parameters)
+        layout = FlatLayout(self.parameters)
+        self._ranks = Ranks(reduce, layout.device)
+        super().__init__(layout.space(self._ranks), layout, names)
         self.num_matvecs = 0
+
+    def _average_over(self, objective: Objective, batches: Sequence[Any], weights: Sequence[float] | None) -> None:
+        """Say what is averaged: the values of an objective at batches, with their weights."""
+        self._batches = FixedBatches(objective, batches, self.space, weights, self._ranks)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product.

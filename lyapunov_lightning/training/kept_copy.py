@@ -22,14 +22,9 @@ class KeptCopy:
     """The parameters that train, the buffers and the optimizer's state, as they were where all was well.
 
     A copy is taken before a step and counts once the loss there was seen to be well, so for one step there are two.
-
-    Attributes:
-        num_restored: How often the training was brought back.
-
     """
 
     def __init__(self) -> None:
-        self.num_restored = 0
         self._candidate: _Copy | None = None
         self._copy: _Copy | None = None
 
@@ -70,7 +65,6 @@ class KeptCopy:
             tensor.copy_(value)
         optimizer.load_state_dict(copy.deepcopy(kept.optimizer))  # a copy: the optimizer goes on in these tensors
         optimizer.zero_grad()
-        self.num_restored += 1
         return kept.step
 
     def clear(self) -> None:

@@ -23,20 +23,17 @@ class Safeguard:
 
     Attributes:
         watch: What judges the losses.
+        num_restored: How often the training was brought back.
 
     """
 
     def __init__(self, keeps_copies: bool = True) -> None:
         self.watch = LossWatch()
+        self.num_restored = 0
         self._keeps_copies = keeps_copies
         self._copy = KeptCopy()
         self._copied_at: int | None = None
         self._attempts = 0
-
-    @property
-    def num_restored(self) -> int:
-        """How often the training was brought back."""
-        return self._copy.num_restored
 
     def start(self) -> None:
         """Begin a run: what an earlier one has left is not to go back to."""
@@ -61,7 +58,9 @@ class Safeguard:
         if verdict is Verdict.LOST:
             self.watch.go_back()
             self._attempts += 1
-            return verdict, self._copy.restore(optimizer)
+            restored = self._copy.restore(optimizer)
+            self.num_restored += restored is not None
+            return verdict, restored
         if verdict is Verdict.WELL:
             self._attempts = 0
             self._copy.confirm()
@@ -75,9 +74,9 @@ class Safeguard:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known of the losses; the copy itself would be as large as the checkpoint."""
-        return {"watch": self.watch.state_dict(), "restored": self._copy.num_restored, "attempts": self._attempts}
+        return {"watch": self.watch.state_dict(), "restored": self.num_restored, "attempts": self._attempts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; there is no copy until the next one is taken."""
         self.watch.load_state_dict(state["watch"])
-        self._copy.num_restored, self._attempts = state["restored"], state["attempts"]
+        self.num_restored, self._attempts = state["restored"], state["attempts"]

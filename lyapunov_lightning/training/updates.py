@@ -111,25 +111,29 @@ class LastUpdate:
     def __init__(self) -> None:
         self.vector: Tensor | None = None
         self.lr = 0.0
+        self._parameters: Sequence[Tensor] = ()
         self._before: Tensor | None = None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Before the step."""
         self.vector = None
-        self._before = FlatLayout(parameters).flatten(parameters)
+        self._parameters, self._before = parameters, FlatLayout(parameters).flatten(parameters)
 
-    def end(self, parameters: Sequence[Tensor], lr: float) -> None:
+    def end(self, lr: float) -> None:
         """After the step."""
         if self._before is not None:
-            self.take(FlatLayout(parameters).flatten(parameters).sub_(self._before).div_(lr), lr)
+            after = FlatLayout(self._parameters).flatten(self._parameters)
+            self.take(after.sub_(self._before).div_(lr), lr)
 
     def take(self, vector: Tensor, lr: float) -> None:
         """A step that was observed elsewhere."""
-        self.vector, self.lr, self._before = vector, lr, None
+        self.vector, self.lr = vector, lr
+        self._parameters, self._before = (), None
 
     def forget(self) -> None:
         """The parameters are not where the step ended."""
         self.vector, self._before = None, None
+        self._parameters = ()
 
     def seen(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor | None:
         """The step as the gradients see it that the parameters hold now, where it ended.
@@ -141,8 +145,10 @@ class LastUpdate:
             the parameters. None if there is no step, or the parameters are others.
 
         """
+        if self.vector is None:
+            return None
         layout = FlatLayout(parameters)
-        if self.vector is None or len(self.vector) != layout.size:
+        if len(self.vector) != layout.size:
             return None
         gradient = layout.flatten([parameter.grad for parameter in parameters])
         decay = coupled_decay(optimizer, parameters, layout)

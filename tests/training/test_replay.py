@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lyapunov_lightning.curvature import HessianOperator, MeasurementError
 from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+from tests.curvature.zoo import Cube
 from tests.training.live import Task, hessian_of, loss_at, mlp, noisy, replay, twin_loss, twin_of, twin_product
 
 
@@ -184,18 +185,6 @@ class Normalised(nn.Module):
 
 def normalised() -> nn.Module:
     return nn.Sequential(Normalised(4, 6), nn.Tanh(), Normalised(6, 3))
-
-
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * gradient
 
 
 class Custom(nn.Module):

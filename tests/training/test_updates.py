@@ -140,7 +140,7 @@ def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> N
         last.begin(parameters)
         assert last.seen(parameters, optimizer) is None
         step(module, optimizer)
-        last.end(parameters, 0.01)
+        last.end(0.01)
         update = (module.flat.detach() - before) / 0.01
         torch.testing.assert_close(last.vector, update)
         optimizer.zero_grad()
