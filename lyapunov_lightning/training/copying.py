@@ -66,6 +66,10 @@ _CYTHON_FUNCTIONS = ("cython_function_or_method", "fused_cython_function")
 
 _KEPT_MODULES = (*COMPILERS, "torch.distributed", "torch.cuda")
 
+_KEPT_FAMILIES = ("jsonargparse.", "lightning.pytorch.cli", "lyapunov_lightning.", "pytorch_lightning.cli")
+"""Modules of classes that are kept with all that inherit from them: what a command line has made everything with, and
+what measures. Both hold trainer, data and callbacks, and with these what earlier replays have left."""
+
 _TRACKERS = frozenset(
     ["aim", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "wandb"]
 )
@@ -297,8 +301,8 @@ class Copier:
                 return Exhausted(cls.__name__)
             try:
                 return self._by_attributes(value, cls)
-            except TypeError:  # it keeps state in C
-                return self._uncopied(value, error)
+            except Exception:  # it keeps state in C, or its attributes are entries
+                return self._entries(value, cls) if isinstance(value, dict) else self._uncopied(value, error)
 
     def _by_attributes(self, value: Any, cls: Any) -> Any:
         """A copy with the same attributes, or, for a class that keeps state in C, by the protocol."""
@@ -307,6 +311,14 @@ class Copier:
         except TypeError:
             return self._reconstructed(value, cls)
         return self._with_attributes(value, empty)
+
+    def _entries(self, value: dict[Any, Any], cls: Any) -> Any:
+        """A dictionary of the user's own, whatever its class makes of the usual ways to look into one."""
+        copied = self.note(value, dict.__new__(cls))
+        if cls.__dictoffset__:
+            vars(copied).update({name: self(attribute) for name, attribute in vars(value).items()})
+        dict.update(copied, {self(key): self(entry) for key, entry in dict.items(value)})
+        return copied
 
     def _uncopied(self, value: Any, error: Exception) -> Any:
         """What stands for an instance that cannot be copied."""
@@ -413,6 +425,8 @@ def _handler_of(cls: type, keep: tuple[type, ...]) -> Handler:
             return handler
     module = cls.__module__ or ""
     package = module.partition(".")[0]
+    if any(kind.__module__.startswith(_KEPT_FAMILIES) for kind in cls.__mro__):
+        return Copier._kept
     if package in _KEPT_PACKAGES or module.startswith(_KEPT_MODULES) or cls.__name__ in _CYTHON_FUNCTIONS:
         return Copier._kept
     if package in _TRACKERS or module.startswith("torch.utils.tensorboard"):
