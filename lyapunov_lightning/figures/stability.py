@@ -1,0 +1,193 @@
+"""The sharpness of a run against the stability limit of its optimizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lyapunov_lightning.figures.style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    RED,
+    WIDTH,
+    Picture,
+    curve,
+    floats,
+    house_style,
+    key,
+    new_picture,
+    stacked,
+    write,
+)
+from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_labels
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Steps and the values at these."""
+
+
+@house_style()
+def sharpness_figure(
+    steps: Sequence[float],
+    sharpness: Sequence[float | None],
+    stability_limit: Sequence[float | None],
+    *,
+    losses: Curve | None = None,
+    met_at: float | None = None,
+    crossings: Sequence[float] = (),
+    label: str = "sharpness",
+    title: str = "",
+) -> Picture:
+    """The sharpness of a run against the stability limit of its learning rate, above the training loss.
+
+    What lies above the limit is shaded. The axis of the curvature is logarithmic where the values span more than 30
+    times; values that are None or not finite are left out.
+
+    Args:
+        steps: Optimizer steps of the measurements.
+        sharpness: ``curvature/lambda_max`` at these.
+        stability_limit: ``curvature/stability_limit`` at these; None where it is not known.
+        losses: Optimizer steps and the training loss at these, if it is to be drawn.
+        met_at: The step at which the sharpness met the limit, marked by a dot.
+        crossings: Further steps at which it went above the limit, marked on the lower edge.
+        label: What the eigenvalue is, such as ``"preconditioned sharpness"``.
+        title: Title of the figure; empty for none.
+
+    Returns:
+        The figure; ``save`` it or hand it to a logger.
+
+    Example::
+
+        >>> from lyapunov_lightning.figures import sharpness_figure
+        >>> figure = sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0], met_at=20)
+        >>> [line.get_label() for line in figure.axes[0].lines[:2]]
+        ['sharpness', 'stability limit']
+
+    """
+    picture = new_picture(WIDTH, 3.0 if losses is None else 4.6, title)
+    panels = stacked(picture, [1.0] if losses is None else [3.0, 2.0])
+    upper, times, values, limits = panels[0], floats(steps), floats(sharpness), floats(stability_limit)
+    curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
+    if np.isfinite(limits).any():
+        dashed: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--", "label": "stability limit"}
+        if len(np.unique(limits)) == 1:
+            upper.axhline(limits[0], **dashed)
+        else:
+            curve(upper, times, limits, **dashed)
+        # Without either of the two there is nothing to compare, and nothing shaded.
+        upper.fill_between(
+            times, limits, values, where=values > limits, interpolate=True, color=RED, alpha=0.15, linewidth=0
+        )
+    _fit_from_zero(upper, np.concatenate([values, limits]))
+    upper.set_ylabel("curvature")
+    if len(crossings):
+        mark_lower_edge(upper, crossings, "went above the limit again")
+    if met_at is not None:
+        _mark_meeting(upper, met_at, times, values)
+    key(upper)
+    if losses is not None:
+        draw_loss(panels[1], losses)
+    return picture
+
+
+@house_style()
+def stability_ratio_figure(
+    curves: Mapping[str, Curve], *, losses: Mapping[str, Curve] | None = None, title: str = ""
+) -> Picture:
+    """The eigenvalue that counts for each optimizer over its stability limit: the edge of stability is 1 for all.
+
+    Args:
+        curves: By the name of a run, optimizer steps and ``curvature/stability_ratio`` at these.
+        losses: By the same names, optimizer steps and the training loss at these, for a panel below.
+        title: Title of the figure; empty for none.
+
+    Returns:
+        The figure.
+
+    Example::
+
+        >>> from lyapunov_lightning.figures import stability_ratio_figure
+        >>> runs = {"SGD": ([0, 10, 20], [0.2, 0.8, 1.0]), "Adam": ([0, 10, 20], [0.5, 1.0, 1.0])}
+        >>> figure = stability_ratio_figure(runs)
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['SGD', 'Adam']
+
+    """
+    picture = new_picture(WIDTH, 5.4 if losses else 3.6, title)
+    panels = stacked(picture, [3.0, 1.7] if losses else [1.0])
+    upper = panels[0]
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(curves)}
+    for name, (steps, ratios) in curves.items():
+        curve(upper, steps, ratios, color=colours[name], linewidth=1.6, label=name, zorder=3)
+    upper.axhline(1.0, color=INK, linewidth=1.0, linestyle="--")
+    _fit_from_zero(upper, np.concatenate([[1.0], *(floats(ratios) for _, ratios in curves.values())]))
+    low, high = upper.get_ylim()
+    high = max(high, 1.2)
+    upper.axhspan(1.0, high, color=RED, alpha=0.06, linewidth=0, zorder=0)
+    upper.set_ylim(low, high)
+    beside = upper.get_yaxis_transform()
+    write(upper, "edge of\nstability", (1.0, 1.0), xycoords=beside, xytext=(6, 0), va="center")
+    upper.set_ylabel("sharpness / stability limit")
+    key(upper)
+    if losses:
+        for name, loss in losses.items():
+            draw_loss(panels[1], loss, colours.get(name, GREY))
+    return picture
+
+
+def _fit_from_zero(panel: Axes, values: Floats) -> None:
+    """A logarithmic axis for what spans far, else one that begins at zero, where the limit is a proportion to see."""
+    if is_wide(values):
+        log_axis(panel, "y")
+        return
+    if np.isfinite(values).any():
+        panel.set_ylim(bottom=min(0.0, 1.06 * float(np.nanmin(values))))
+
+
+def draw_loss(panel: Axes, losses: Curve, colour: str = BLUE) -> None:
+    """The training loss, on a logarithmic axis if all that is drawn there is positive."""
+    steps, values = losses
+    curve(panel, steps, values, color=colour, linewidth=1.2 if len(values) < 2000 else 0.7)
+    drawn = np.concatenate([floats(line.get_ydata()) for line in panel.lines])
+    (log_axis if np.isfinite(drawn).any() and np.nanmin(drawn) > 0 else linear_axis)(panel, "y")
+    panel.set_ylabel("training loss")
+
+
+def mark_lower_edge(panel: Axes, steps: Sequence[float], label: str) -> None:
+    """Ticks where something happened, below the curves."""
+    where: Any = panel.get_xaxis_transform()
+    panel.plot(
+        floats(steps),
+        np.zeros(len(steps)),
+        "|",
+        color=RED,
+        markersize=9,
+        markeredgewidth=1.0,
+        clip_on=False,
+        transform=where,
+        label=label,
+    )
+
+
+def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> None:
+    """A dot on the curve and a label where a curve that rises to the limit leaves room."""
+    known = np.isfinite(values)
+    if not known.any():
+        return
+    height = float(np.interp(step, times[known], values[known]))
+    panel.plot([step], [height], "o", color=RED, markersize=6, markeredgecolor="white", zorder=5)
+    low, high = panel.get_xlim()
+    late = step > low + 0.6 * (high - low)
+    is_first = step <= times[known][0]
+    text = "at the limit from the start" if is_first else f"meets the limit at step {number_labels([0.0, step])[1]}"
+    write(
+        panel,
+        text,
+        (step, height),
+        xytext=(9, 9) if is_first else (-8, 9) if late else (9, -15),
+        ha="right" if late and not is_first else "left",
+        color=RED,
+        zorder=5,
+    )

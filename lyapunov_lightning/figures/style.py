@@ -1,0 +1,306 @@
+"""The one style of all figures: a picture, its panels, and what is written on them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lyapunov_lightning.figures.ticks import TICK_SIZE, Floats, linear_axis
+
+INK = "#333333"
+RED, BLUE, OCHRE, TEAL, PURPLE, SKY, GREY = COLOURS = (
+    "#c1432e",
+    "#2f74b0",
+    "#e0a52f",
+    "#45ab8f",
+    "#5c3566",
+    "#8fc4e6",
+    "#707070",
+)
+"""Told apart with any of the common colour blindnesses too, as they differ in lightness."""
+
+IN_TIME = LinearSegmentedColormap.from_list("in_time", colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+"""Of points whose colour says when they were measured; without the yellow that is lost on white."""
+
+WIDTH = 7.0
+"""Of a picture with one column of panels, in inches."""
+
+_SAVED_DPI = 200
+_SHOWN_DPI = 150
+
+_LOOKED_AT = (
+    *("axes.", "axes3d.", "errorbar.", "figure.", "font.", "grid.", "image.", "legend.", "lines.", "markers."),
+    *("mathtext.", "patch.", "path.", "pdf.", "savefig.", "scatter.", "svg.", "text.", "xtick.", "ytick."),
+)
+"""The settings that bear on how a figure looks: whatever a user set for their own figures, ours look the same."""
+
+_STYLE: dict[Any, Any] = {
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if name.startswith(_LOOKED_AT)},
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.unicode_minus": True,
+    "axes.xmargin": 0.02,
+    "axes.ymargin": 0.06,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
+    "figure.dpi": _SHOWN_DPI,
+    "figure.facecolor": "white",
+    "legend.borderaxespad": 0.0,
+    "legend.columnspacing": 1.6,
+    "legend.fontsize": TICK_SIZE,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.handletextpad": 0.6,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.5,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "pdf.fonttype": 42,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",  # text stays text, which can be searched and edited
+    "svg.hashsalt": "lyapunov_lightning",  # equal figures are equal files
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.labelsize": TICK_SIZE,
+    "xtick.minor.size": 2,
+    "ytick.color": INK,
+    "ytick.labelsize": TICK_SIZE,
+    "ytick.minor.size": 2,
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Matplotlib's settings inside are ours; outside nothing changes."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+class Picture(Figure):
+    """A Matplotlib figure that a notebook shows by itself, and that is saved for paper and screen at once.
+
+    It belongs to no window and to no list of pyplot's, so that it needs no closing.
+
+    Example::
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from lyapunov_lightning.figures import sharpness_figure
+        >>> picture = sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0])
+        >>> with TemporaryDirectory() as folder:
+        ...     [path.name for path in picture.save(f"{folder}/sharpness")]
+        ['sharpness.png', 'sharpness.svg']
+
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with house_style():
+            super().__init__(*args, **kwargs)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw it in its own style: Matplotlib makes ticks when they are first drawn."""
+        with house_style():
+            super().draw(renderer)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write a PNG of 200 dots per inch and an SVG side by side.
+
+        Args:
+            path: Where to; directories are made. A suffix that names a format of pictures is replaced, and a format
+                other than these two is written as well.
+
+        Returns:
+            What was written.
+
+        """
+        path = Path(path)
+        formats = {"png": None, "svg": None}
+        suffix = path.suffix.removeprefix(".").lower()
+        if suffix in self.canvas.get_supported_filetypes():
+            formats[suffix] = None
+            path = path.with_suffix("")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = [path.with_name(f"{path.name}.{name}") for name in formats]
+        with house_style():
+            for name, file in zip(formats, written, strict=True):
+                # Without the date, so that the same figure gives the same file.
+                self.savefig(file, dpi=_SAVED_DPI, metadata={"Date": None} if name == "svg" else None)
+        return written
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", dpi=_SHOWN_DPI)
+        return buffer.getvalue()
+
+
+def new_picture(width: float, height: float, title: str = "") -> Picture:
+    """An empty picture with a title.
+
+    Args:
+        width: In inches.
+        height: In inches, without the title.
+        title: Written over all panels, at the left.
+
+    """
+    picture = Picture(figsize=(width, height + (0.3 if title else 0.0)), layout="constrained")
+    if title:
+        picture.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left")
+    return picture
+
+
+def stacked(picture: Picture, heights: Sequence[float], steps_label: str = "step") -> list[Axes]:
+    """Panels one below the other that share an axis of steps.
+
+    Args:
+        picture: Where to put them.
+        heights: Their relative heights.
+        steps_label: What the shared axis is.
+
+    """
+    panels = picture.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))[:, 0].tolist()
+    for panel in panels:
+        linear_axis(panel, "y")
+    linear_axis(panels[0], "x", whole=True)
+    panels[-1].set_xlabel(steps_label)
+    picture.align_ylabels(panels)
+    return panels  # type: ignore[no-any-return]
+
+
+def floats(values: Any) -> Floats:
+    """Numbers, tensors and Nones as an array in which NaN stands for all that cannot be drawn."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    array = np.array(values, dtype=np.float64)  # None becomes NaN
+    array[~np.isfinite(array)] = np.nan
+    return array
+
+
+def curve(panel: Axes, steps: Any, values: Any, **options: Any) -> Line2D:
+    """A line through what is finite, with dots where a line alone would not show: at single points and few of them."""
+    steps, values = floats(steps), floats(values)
+    missing = np.pad(np.isnan(values), 1, constant_values=True)
+    alone = ~missing[1:-1] & missing[:-2] & missing[2:]
+    dotted = ~missing[1:-1] if len(values) < 8 else alone
+    (line,) = panel.plot(steps, values, **options)
+    if "marker" not in options and dotted.any():
+        line.set(marker="o", markersize=3.5 if len(values) < 8 else 2.5, markevery=np.flatnonzero(dotted).tolist())
+    return line
+
+
+def key(panel: Axes, **options: Any) -> None:
+    """The legend above the panel, where it covers no data, in a row if it fits; none where nothing has a name."""
+    handles = options.get("handles", panel.get_legend_handles_labels()[0])
+    if not handles:
+        return
+    figure, grid = panel.get_figure(root=True), panel.get_gridspec()
+    room = 72 * ((figure.get_figwidth() if figure else WIDTH) - 0.9) / (grid.ncols if grid else 1)
+    columns = next((n for n in range(len(handles), 1, -1) if _width_of_key(handles, n) < room), 1)
+    panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=columns, **options)
+
+
+def _width_of_key(handles: Sequence[Any], columns: int) -> float:
+    """About how wide a legend of so many columns is, in points: beside its text an entry has a line and gaps."""
+    widths = [TICK_SIZE * (0.6 * len(str(handle.get_label())) + 4.0) for handle in handles]
+    return float(sum(max(column) for column in np.array_split(widths, columns)))
+
+
+def note(panel: Axes, text: str) -> None:
+    """What to read instead of numbers where there are none."""
+    panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY, fontsize=TICK_SIZE)
+    panel.set_yticks([])
+
+
+def write(panel: Axes, text: str, xy: tuple[float, float], **options: Any) -> None:
+    """Small text beside a point, with a white rim, so that it can be read across lines."""
+    options = {"fontsize": TICK_SIZE, "textcoords": "offset points", "annotation_clip": False, **options}
+    rim = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+    panel.annotate(text, xy, path_effects=rim, **options)
+
+
+def label_ends(panel: Axes, labels: Sequence[tuple[str, float, Any]], height: float) -> None:
+    """Names of curves at their right ends, moved apart where they would overlap.
+
+    Call it when all else is drawn: the labels stand where the limits of the axis, as they are then, put the values.
+
+    Args:
+        panel: The axes.
+        labels: For each curve its name, its last value and its colour.
+        height: About the height of the panel in inches.
+
+    """
+    low, high = panel.transScale.transform([(1.0, limit) for limit in panel.get_ylim()])[:, 1]
+    drawable = [(name, value, colour) for name, value, colour in labels if np.isfinite(value)]
+    if panel.get_yscale() == "log":
+        drawable = [label for label in drawable if label[1] > 0]
+    if not drawable:
+        return
+    places = np.array([panel.transScale.transform((1.0, value))[1] for _, value, _ in drawable])
+    places = (places - low) / (high - low)
+    room = 1.35 * TICK_SIZE / (72 * height)
+    order = np.argsort(places)
+    for place, index in zip(_apart(places[order], room), order, strict=True):
+        name, _, colour = drawable[index]
+        write(panel, name, (1.0, place), xycoords="axes fraction", xytext=(3, 0), va="center", color=colour)
+
+
+def _apart(places: Floats, room: float) -> Floats:
+    """Ascending places moved to be `room` apart: groups that touch stay centred where they were."""
+    groups: list[list[float]] = []
+    for place in places.tolist():
+        groups.append([place])
+        while len(groups) > 1:
+            (before, after) = groups[-2:]
+            if np.mean(after) - np.mean(before) >= room * (len(before) + len(after)) / 2:
+                break
+            groups[-2:] = [before + after]
+    moved = [np.mean(group) + room * (np.arange(len(group)) - (len(group) - 1) / 2) for group in groups]
+    return np.concatenate(moved) if moved else places
+
+
+def shades(count: int, name: str = "plasma") -> Floats:
+    """Colours of an ordered set, the first the darkest; none so light that it is lost on white."""
+    return np.asarray(colormaps[name](np.linspace(0.0, 0.78, count)), dtype=np.float64)
+
+
+def colour_bar(
+    picture: Picture, panels: Any, low: float, high: float, label: str, *, whole: bool = False, **options: Any
+) -> None:
+    """The key of a colour map beside the panels."""
+    mappable = ScalarMappable(Normalize(low, high), IN_TIME)
+    bar = picture.colorbar(mappable, ax=panels, aspect=30, **{"pad": 0.02, "shrink": 0.95, **options})
+    linear_axis(bar.ax, "y", whole=whole)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    bar.ax.minorticks_off()
+
+
+def subscript(number: int) -> str:
+    """A number in small lowered digits."""
+    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def rank_names(largest: int, smallest: int) -> list[str]:
+    """λ₁, λ₂ ... for the largest eigenvalues, then λₙ, λₙ₋₁ ... for the smallest of n."""
+    upper = [f"λ{subscript(rank)}" for rank in range(1, largest + 1)]
+    lower = ["λₙ" if rank == 0 else f"λₙ₋{subscript(rank)}" for rank in range(smallest)]
+    return upper + lower

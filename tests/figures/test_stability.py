@@ -1,0 +1,103 @@
+import math
+
+import numpy as np
+import pytest
+
+from lyapunov_lightning.figures import sharpness_figure, stability_ratio_figure
+from tests.figures.looking import check_picture
+
+STEPS = list(range(0, 200, 10))
+RISING = [min(2 + step / 30, 5.2) for step in STEPS]
+LOSS = (list(range(200)), [2.3 * math.exp(-step / 60) for step in range(200)])
+
+
+def labels(panel):
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def dots(panel):
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines if len(line.get_xdata()) == 1]
+
+
+def test_all_of_a_run():
+    picture = sharpness_figure(
+        STEPS, RISING, [5.0] * 20, losses=LOSS, met_at=90, crossings=[120, 150], label="top curvature", title="A run"
+    )
+    check_picture(picture)
+    upper, lower = picture.axes
+    assert labels(upper) == ["top curvature", "stability limit", "went above the limit again"]
+    assert [text.get_text() for text in upper.texts] == ["meets the limit at step 90"]
+    assert dots(upper) == [(90, 5.0)]
+    assert upper.get_ylim()[0] == 0
+    assert (upper.get_yscale(), lower.get_yscale()) == ("linear", "log")
+    assert picture.get_suptitle() == "A run"
+
+
+def test_the_point_where_the_limit_is_met_lies_on_the_curve_between_measurements():
+    picture = sharpness_figure([0, 10, 20], [1.0, None, 3.0], [2.0] * 3, met_at=10)
+    assert dots(picture.axes[0]) == [(10, 2.0)]
+    check_picture(picture)
+
+
+@pytest.mark.parametrize("met_at", [0, 100, 190])
+def test_the_label_stays_inside_wherever_the_limit_is_met(met_at):
+    check_picture(sharpness_figure(STEPS, RISING, [5.0] * 20, met_at=met_at))
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "limit", "losses"),
+    [
+        ([3.0], [5.0], ([0], [2.3])),
+        ([3.0], [None], None),
+        ([math.nan], [math.nan], ([0], [math.nan])),
+        ([-1.0, 2.0, -30.0], [5.0, 4.0, 3.0], ([0, 1, 2], [0.0, -1.0, 2.0])),
+        ([1e-3, math.inf, 1e9], [5.0, None, 1e-3], ([0, 1, 2], [1e-9, math.inf, 1e9])),
+    ],
+)
+def test_one_point_gaps_and_any_range(sharpness, limit, losses):
+    check_picture(sharpness_figure(range(len(sharpness)), sharpness, limit, losses=losses, met_at=0, crossings=[0]))
+
+
+def test_the_axis_is_logarithmic_where_the_values_span_far():
+    assert sharpness_figure([0, 1], [0.1, 2.0], [2.0, 2.0]).axes[0].get_yscale() == "linear"
+    assert sharpness_figure([0, 1], [0.1, 2.0], [20.0, 20.0]).axes[0].get_yscale() == "log"
+    assert sharpness_figure([0, 1], [-0.1, 2.0], [20.0, 20.0]).axes[0].get_yscale() == "linear"
+
+
+def test_without_a_limit_nothing_is_drawn_of_it():
+    upper = sharpness_figure([0, 1], [1.0, 2.0], [None, math.nan]).axes[0]
+    assert labels(upper) == ["sharpness"]
+    assert not upper.collections
+
+
+def test_a_limit_that_changes_is_drawn_as_it_was():
+    limit = [2 / rate for rate in (0.4, 0.2, 0.1)]
+    (_, line) = sharpness_figure([0, 1, 2], [1.0, 2.0, 3.0], limit).axes[0].lines
+    assert line.get_ydata().tolist() == limit
+
+
+def test_five_optimizers_and_one_edge():
+    names = ("SGD", "momentum", "Nesterov", "Adam", "RMSprop")
+    curves = {
+        name: (STEPS, [min(1.0, 0.1 + step / 100 / place) for step in STEPS]) for place, name in enumerate(names, 1)
+    }
+    picture = stability_ratio_figure(curves, losses=dict.fromkeys(names, LOSS), title="One edge, five optimizers")
+    check_picture(picture)
+    upper, lower = picture.axes
+    assert labels(upper) == [*names]
+    assert [text.get_text() for text in upper.texts] == ["edge of\nstability"]
+    edge = next(line for line in upper.lines if list(line.get_ydata()) == [1.0, 1.0])
+    assert edge.get_linestyle() == "--"
+    colours = [line.get_color() for line in upper.lines[:5]]
+    assert len({*colours}) == 5
+    assert [line.get_color() for line in lower.lines] == colours
+
+
+@pytest.mark.parametrize("ratios", [[0.2], [math.nan], [-0.5, 2.0], [1e-4, 1e3], [None, 3.0]])
+def test_a_ratio_of_any_kind_shows_the_edge(ratios):
+    picture = stability_ratio_figure({"SGD": (range(len(ratios)), ratios)})
+    check_picture(picture)
+    low, high = picture.axes[0].get_ylim()
+    assert low < 1 < high
+    known = np.array([ratio for ratio in ratios if ratio is not None and math.isfinite(ratio)])
+    assert ((known >= low) & (known <= high)).all()
