@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     )
     from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
     from lyapunov_lightning.curvature.learning_rate import LRBounds
+    from lyapunov_lightning.one_shot import measure
+    from lyapunov_lightning.spectrum_result import SpectrumResult
     from lyapunov_lightning.training.config import HessianConfig, Schedule
 
 __version__ = "0.1.0"
@@ -28,7 +30,9 @@ __all__ = [
     "NudgedSGDHook",
     "QuasiNewtonLRController",
     "Schedule",
+    "SpectrumResult",
     "SpectrumTracker",
+    "measure",
 ]
 
 
@@ -37,6 +41,8 @@ _PLACES = {
     "HessianConfig": "training.config",
     "LRBounds": "curvature.learning_rate",
     "Schedule": "training.config",
+    "SpectrumResult": "spectrum_result",
+    "measure": "one_shot",
 }
 
 

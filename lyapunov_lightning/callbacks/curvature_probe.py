@@ -1,26 +1,32 @@
 """The sharpness of the training loss, step by step."""
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from lyapunov_lightning.callbacks.results import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, diagnose
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking import End, ExponentTracker, ExtremeTracker
-from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
+from lyapunov_lightning.figures import sharpness_figure
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig, Schedule
 from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.losses import LossSeries
 from lyapunov_lightning.training.optimizers import check_training_map
 from lyapunov_lightning.training.progress import progress, watched
-from lyapunov_lightning.training.recording import Charts
+from lyapunov_lightning.training.recording import Charts, Record
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 from lyapunov_lightning.training.updates import OwnGradient
+
+if TYPE_CHECKING:
+    from lyapunov_lightning.figures import Picture
 
 Estimator = Literal["lanczos", "lyapunov", "power"]
 
@@ -71,6 +77,13 @@ class CurvatureProbe(CurvatureCallback):
     - ``inverse_h0`` for the other estimators; ``lyapunov_exponent_sgd`` and ``paper_lambda_min``: exponent of the
       training map and smallest eigenvalue in the paper's convention.
 
+    The figure ``curvature/at_a_glance`` has sharpness and stability limit, and the training loss below. It is drawn at
+    the end of epochs with a new value, as far as that takes 2 % of the time, and at the end of the training or where it
+    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file beside
+    the log. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame: on
+    the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
+    above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both at any time.
+
     The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
     ``curvature/lambda_max``, and as `ProbeResult` in ``probe.results``. A measurement that fails is warned of once and
     leaves the training alone.
@@ -82,10 +95,11 @@ class CurvatureProbe(CurvatureCallback):
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``.
         tol: Relative accuracy of the eigenvalues, by their own estimate; of ``"power"`` and ``"lyapunov"`` the relative
             residual.
-        schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for at most 5 % of the time.
+        schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch.
         iterations: Iterations of ``"lyapunov"`` for each probe.
         delta_q: Length of the perturbation that ``"lyapunov"`` follows, in parameter space.
+        prog_bar: Whether the progress bar shows the last stability ratio, as ``sharpness/limit``.
         log_prefix: Put in front of every tag, so that several probes live side by side.
 
     Raises:
@@ -119,8 +133,10 @@ class CurvatureProbe(CurvatureCallback):
         hessian: HessianConfig = HessianConfig(),
         iterations: int = 1,
         delta_q: float = 5e-2,
+        prog_bar: bool = False,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(CurvatureProbe.__init__, locals())
         check_choice("estimator", estimator, Estimator)
         check_choice("end", end, End)
         check_positive("tol", tol)
@@ -136,6 +152,7 @@ class CurvatureProbe(CurvatureCallback):
             request=EigenRequest(int(end != "smallest"), int(end != "largest"), tol, values_only=True)
             if estimator == "lanczos"
             else None,
+            arguments=arguments,
         )
         seed = self.config.seed
         self._estimator = estimator
@@ -146,6 +163,10 @@ class CurvatureProbe(CurvatureCallback):
         self._followed = ExponentTracker(end, iterations=iterations, delta_q=delta_q, seed=seed)
         self._own_gradient = OwnGradient()
         self._waiting: tuple[HessianOperator, Step] | None = None
+        self._prog_bar = prog_bar
+        self._has_news = False
+        self._losses = LossSeries()
+        self._edge = EdgeWatch()
 
     @property
     @override
@@ -156,6 +177,7 @@ class CurvatureProbe(CurvatureCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._waiting = None
+        self._losses.start(trainer)
         if self._estimator == "lyapunov" and self._end != "largest":
             check_training_map(type(self).__name__, trainer.optimizers)
 
@@ -163,6 +185,42 @@ class CurvatureProbe(CurvatureCallback):
     def charts(self) -> Charts:
         limits = ["curvature/lambda_max$", "curvature/preconditioned_lambda_max$", "curvature/stability_limit$"]
         return {"sharpness and stability limit": limits, "stability ratio": ["curvature/stability_ratio$"]}
+
+    @override
+    def figures(self) -> Figures:
+        return {"at_a_glance": self._at_a_glance}
+
+    def diagnosis(self) -> Diagnosis:
+        """What the run tells of its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
+
+        Example::
+
+            >>> from lyapunov_lightning import CurvatureProbe
+            >>> CurvatureProbe().diagnosis().kind  # nothing was measured yet
+            'unknown'
+
+        """
+        results: list[ProbeResult] = self.results
+        return diagnose(
+            [result.step for result in results],
+            [result.stability_ratio for result in results],
+            self._losses.series,
+            converged=[result.converged for result in results],
+            learning_rate=results[-1].learning_rate if results else None,
+        )
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._losses.collect(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    @override
+    def conclude(self, trainer: Any) -> None:
+        self._losses.collect_own()  # of a run that breaks off: the other ranks may not be there any more
+        super().conclude(trainer)
+        if self._has_news:
+            self._has_news = False
+            self._recorder.tell(trainer, "summary", self._summary)
 
     @override
     def measure(self, hessian: HessianOperator, step: Step) -> ProbeResult | None:
@@ -179,10 +237,11 @@ class CurvatureProbe(CurvatureCallback):
             (hessian, step), self._waiting = self._waiting, None
             with self._recorder.measurement(trainer) as record, failing_together(trainer):
                 record.result = self._exponents(hessian, step, self._own_gradient.take(trainer, hessian))
-            self._keep(record.result, record.seconds)
+            self._keep(trainer, record)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.see(trainer, outputs)
         if self._waiting is not None:
             self._waiting = None
             with self._recorder.measurement(trainer):
@@ -190,14 +249,61 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
+        parts = {**super()._stateful(), "losses": self._losses, "edge": self._edge}
         if self._estimator == "lyapunov":
-            return {**super()._stateful(), "followed": self._followed, "own_gradient": self._own_gradient}
+            return {**parts, "followed": self._followed, "own_gradient": self._own_gradient}
         return {
-            **super()._stateful(),
+            **parts,
             "power": self._power,
             "preconditioned": self._preconditioned,
             "start": self._start,
         }
+
+    @override
+    def _keep(self, trainer: Any, record: Record) -> None:
+        super()._keep(trainer, record)
+        self._losses.collect(trainer)
+        result = record.result
+        if not isinstance(result, ProbeResult):
+            return
+        self._has_news = True
+        ratio = result.stability_ratio
+        if self._prog_bar and ratio is not None:
+            self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
+        warning = self._edge.see(
+            result.step,
+            ratio if result.converged else None,
+            self._losses.series,
+            learning_rate=result.learning_rate,
+        )
+        if warning is not None:
+            self._recorder.warn_once("too fast", warning)
+
+    def _summary(self) -> str | None:
+        """What is said at the end of a run."""
+        diagnosis = self.diagnosis()
+        return None if diagnosis.kind == "unknown" else str(diagnosis)
+
+    def _at_a_glance(self) -> "Picture":
+        """Sharpness and stability limit, and the loss below."""
+        results: list[ProbeResult] = self.results
+        diagnosis = self.diagnosis()
+        kind = "sharpness"
+        shown = [result.lambda_max for result in results]
+        if any(result.preconditioned_lambda_max is not None for result in results):  # there is none before step 1
+            kind, shown = "preconditioned sharpness", [result.preconditioned_lambda_max for result in results]
+        elif all(value is None for value in shown):
+            kind, shown = "smallest eigenvalue", [result.lambda_min for result in results]
+        return sharpness_figure(
+            [result.step for result in results],
+            shown,
+            [result.stability_limit for result in results],
+            losses=self._losses.series,
+            met_at=diagnosis.met_at,
+            crossings=diagnosis.crossings[1:],
+            label=kind,
+            title="" if diagnosis.kind == "unknown" else diagnosis.title,
+        )
 
     def _eigenvalues(self, hessian: HessianOperator, step: Step) -> ProbeResult:
         """The ends of the spectrum from eigenpairs."""

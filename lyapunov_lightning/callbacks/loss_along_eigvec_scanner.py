@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,13 +35,10 @@ from lyapunov_lightning.figures import (
     loss_surface_figure,
     optimal_step_figure,
 )
-from lyapunov_lightning.training.callback import CurvatureCallback
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, non_default
 from lyapunov_lightning.training.config import HessianConfig, Schedule
 from lyapunov_lightning.training.recording import Charts
 from lyapunov_lightning.training.sharing import EigenRequest, Step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _GRADIENT_BATCHES = 10
 """Over how many mini-batch gradients the change of the loss is averaged."""
@@ -82,9 +79,10 @@ class LossAlongEigvecScanner(CurvatureCallback):
     each number is stands at `ScanResult`. What is not finite, such as a fit over a window in which the loss overflows,
     is left out everywhere.
 
-    At the end of every epoch in which something was measured, the loggers that can show figures (TensorBoard, Weights &
-    Biases) get ``scan/profiles`` (the loss against its model), ``scan/curvature_fit``, ``scan/optimal_step`` and
-    ``scan/improvement`` (against the eigenvalues), ``scan/expected_change`` and ``scan/surface``.
+    At the end of epochs in which something was measured, as far as that is cheap, and at the end of the training the
+    loggers that take figures, else files beside the log, get ``scan/profiles`` (the loss against its model),
+    ``scan/curvature_fit``, ``scan/optimal_step`` and ``scan/improvement`` (against the eigenvalues),
+    ``scan/expected_change`` and ``scan/surface``.
 
     The loss is that of one fixed function: each evaluation sees the same dropout masks and augmentation. In mixed
     precision the rounding of the activations makes it a staircase; scan in ``precision="32-true"`` where small steps
@@ -145,6 +143,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         save_dir: str | None = None,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(LossAlongEigvecScanner.__init__, locals())
         counts = {"largest": largest, "smallest": smallest, "random": random}
         for name, value in counts.items():
             check_int(name, value, least=0)
@@ -163,6 +162,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             log_prefix,
             request=EigenRequest(largest, smallest, tol) if largest + smallest else None,
             table=None if save_dir is None else Path(save_dir) / "scan.csv",
+            arguments=arguments,
         )
         self._largest, self._smallest, self._random = largest, smallest, random
         self._scales = tuple(map(float, scales))
@@ -192,30 +192,35 @@ class LossAlongEigvecScanner(CurvatureCallback):
         }
 
     @override
-    def figures(self) -> "dict[str, Figure]":
+    def figures(self) -> Figures:
         results: list[ScanResult] = self.results
         curvatures = _matrix(result.curvatures for result in results)
+        steps = [result.step for result in results]
         first_of_each = {name: self._last[name] for name in ("1", "min_1", "random_1") if name in self._last}
-        figures = {
-            "profiles": loss_profiles_figure(
-                {f"{name}: λ = {scan.curvature:.3g}": scan.line.windows for name, scan in first_of_each.items()}
+        figures: Figures = {
+            "optimal_step": partial(
+                optimal_step_figure, curvatures, _matrix(r.optimal_steps for r in results), steps=steps
             ),
-            "optimal_step": optimal_step_figure(curvatures, _matrix(r.optimal_steps for r in results)),
-            "improvement": improvement_figure(curvatures, _matrix(r.best_improvements for r in results)),
+            "improvement": partial(
+                improvement_figure, curvatures, _matrix(r.best_improvements for r in results), steps=steps
+            ),
         }
+        if first_of_each:  # in a resumed run from its first scan on
+            profiles = {f"{name}: λ = {scan.curvature:.3g}": scan.line.windows for name, scan in first_of_each.items()}
+            figures = {"profiles": partial(loss_profiles_figure, profiles), **figures}
         if self._scales:
             fits = torch.stack([_matrix(result.curvature_fits) for result in results])
             by_scale = {f"{scale:g}": fits[..., place] for place, scale in enumerate(self._scales)}
-            figures["curvature_fit"] = curvature_fit_figure(curvatures, by_scale)
+            figures["curvature_fit"] = partial(curvature_fit_figure, curvatures, by_scale, steps=steps)
         with_steps = [result for result in results if result.surface]
         if with_steps:
             epochs = [result.epoch for result in with_steps]
             changes = _matrix(result.expected_changes for result in with_steps)
             by_multiple = {f"{alpha:g}": changes[:, place] for place, alpha in enumerate(self._sgd_steps)}
-            figures["expected_change"] = expected_change_figure(epochs, by_multiple)
+            figures["expected_change"] = partial(expected_change_figure, epochs, by_multiple)
             surface = _matrix(result.surface for result in with_steps)
             sharpness = _matrix(result.curvatures for result in with_steps)[:, 0]
-            figures["surface"] = loss_surface_figure(epochs, SURFACE, surface, sharpness)
+            figures["surface"] = partial(loss_surface_figure, epochs, SURFACE, surface, sharpness)
         return figures
 
     @override

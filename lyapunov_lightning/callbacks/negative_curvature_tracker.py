@@ -1,9 +1,11 @@
 """The directions of negative curvature of the training loss, and moves along them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,17 +17,14 @@ from lyapunov_lightning.curvature.descent import negative_curvature_step
 from lyapunov_lightning.curvature.frozen import FrozenDirections
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
-from lyapunov_lightning.figures import frozen_figure
-from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
+from lyapunov_lightning.figures import frozen_figure, negative_figure
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState, checked_steps
 from lyapunov_lightning.training.optimizers import check_movable
 from lyapunov_lightning.training.progress import watched
 from lyapunov_lightning.training.recording import Charts
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 from lyapunov_lightning.training.updates import move_parameters
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Estimator = Literal["lanczos", "online"]
 
@@ -88,8 +87,9 @@ class NegativeCurvatureTracker(CurvatureCallback):
     ``converged`` (0 where the measurement failed), ``online_residual``, ``online_age``, ``online_error``,
     ``descent_step`` and ``descended`` (1 if it is not 0), ``matvecs`` and ``seconds``.
 
-    Once directions are frozen the loggers that can show figures (TensorBoard, Weights & Biases) get
-    ``negative/frozen`` at the end of an epoch. The results are in ``tracker.results``.
+    At the end of epochs, as far as that is cheap, and of the training the loggers that take figures, else files beside
+    the log, get ``negative/eigenvalues`` and, once directions are frozen, ``negative/frozen``. The results are in
+    ``tracker.results``.
 
     In memory and in checkpoints two vectors of the model's size are kept for each frozen step, and five for the running
     estimate.
@@ -144,6 +144,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         save_dir: str | None = None,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(NegativeCurvatureTracker.__init__, locals())
         check_choice("estimator", estimator, Estimator)
         check_positive("tol", tol)
         check_int("smallest", smallest, least=int(estimator == "lanczos"))
@@ -168,6 +169,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
             default=None if smallest else online,
             request=EigenRequest(1, smallest, tol, acts=acts) if smallest else None,
             table=None if save_dir is None else Path(save_dir) / "negative.csv",
+            arguments=arguments,
         )
         self._estimator = estimator
         self._smallest = smallest
@@ -207,17 +209,24 @@ class NegativeCurvatureTracker(CurvatureCallback):
         }
 
     @override
-    def figures(self) -> "dict[str, Figure]":
+    def figures(self) -> Figures:
         results: list[NegativeResult] = [result for result in self.results if result.lambda_min]
+        if not results:
+            return {}
+        at = [result.step for result in results]
+        lambda_min = torch.tensor([result.lambda_min for result in results], dtype=torch.float64)
+        lambda_max = [math.nan if result.lambda_max is None else result.lambda_max for result in results]
+        figures: Figures = {"eigenvalues": partial(negative_figure, at, lambda_min, lambda_max)}
         steps = sorted({step for result in results for step in result.frozen})
         if not steps:
-            return {}
+            return figures
         ends = torch.tensor([[result.lambda_max, result.lambda_min[0]] for result in results])
         top, bottom = (
             {step: torch.tensor([(r.step, r.frozen[step][end]) for r in results if step in r.frozen]) for step in steps}
             for end in (0, 1)
         )
-        return {"frozen": frozen_figure([result.step for result in results], ends, top, bottom)}
+        figures["frozen"] = partial(frozen_figure, at, ends, top, bottom)
+        return figures
 
     @override
     def advance(self, trainer: Any, batch_idx: int) -> bool:
@@ -282,7 +291,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
 
     @override
     def _spend(self, seconds: float) -> None:
-        (self.schedule_state if self._solves else self._running).record(seconds)
+        self._say((self.schedule_state if self._solves else self._running).record(seconds))
 
     @override
     def _stateful(self) -> dict[str, Stateful]:

@@ -1,6 +1,7 @@
 """SGD with another learning rate along the sharpest directions of the loss."""
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,8 @@ from lyapunov_lightning.curvature.arguments import check_choice, check_int, chec
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
+from lyapunov_lightning.figures import subspace_figure
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, Schedule
 from lyapunov_lightning.training.distributed import failing_together
@@ -62,12 +64,12 @@ class NudgedSGDHook(CurvatureCallback):
 
     - ``nudge/removed_fraction``: share of the squared norm of the gradient that was taken out,
       ``‖u − P(u)‖² / ‖u‖²``, at every ``log_every_n_steps``-th step; above 1 for `gamma` above 2.
-    - At each measurement ``nudge/lambda_1`` ... ``lambda_k``, the largest first; ``nudge/subspace_overlap``,
+    - At each measurement ``nudge/lambda_1`` ... ``lambda_k``, the largest first; ``nudge_details/subspace_overlap``,
       ``‖V_old V_newᵀ‖²_F / k`` with the last measurement, 1 for the same subspace.
     - In the group ``nudge_details``: ``residual``, the largest ``‖Hv − λv‖`` among them; ``converged``, the share of
       them that met `tol`; ``matvecs`` and ``seconds``, products and wall-clock time spent.
 
-    The measurements are in ``hook.results`` too, as `NudgeResult`.
+    The measurements are in ``hook.results`` too, as `NudgeResult`, and the figure ``nudge/eigenvalues`` draws them.
 
     It holds `k` vectors of the model's size, in float32 or wider, and so does the checkpoint; a resumed run goes on bit
     by bit. A measurement takes the memory of its Krylov basis, ``max(32, 2k + 16) + 1`` vectors at most, and an update
@@ -119,6 +121,7 @@ class NudgedSGDHook(CurvatureCallback):
         tol: float = 1e-2,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(NudgedSGDHook.__init__, locals())
         check_int("k", k, least=1)
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma < math.inf:
             raise ValueError(f"`gamma` should be a finite non-negative float, got {gamma}.")
@@ -127,7 +130,14 @@ class NudgedSGDHook(CurvatureCallback):
             raise ValueError(f"`frozen` should be a bool, got {frozen!r}.")
         check_positive("tol", tol)
         # No eigenpairs are asked for together with other callbacks: theirs would change ours, and so the training.
-        super().__init__(every_n_steps, schedule, hessian, log_prefix, default=Schedule(every_n_epochs=1))
+        super().__init__(
+            every_n_steps,
+            schedule,
+            hessian,
+            log_prefix,
+            default=Schedule(every_n_epochs=1),
+            arguments=arguments,
+        )
         self._k = k
         self._variant = variant
         self._frozen = frozen
@@ -155,6 +165,13 @@ class NudgedSGDHook(CurvatureCallback):
     @override
     def charts(self) -> Charts:
         return {"largest eigenvalues": [r"nudge/lambda_\d+$"], "removed fraction": ["nudge/removed_fraction$"]}
+
+    @override
+    def figures(self) -> Figures:
+        results: list[NudgeResult] = self.results
+        eigenvalues = torch.tensor([result.eigenvalues for result in results], dtype=torch.float64)
+        overlaps = [result.subspace_overlap for result in results]
+        return {"eigenvalues": partial(subspace_figure, [result.step for result in results], eigenvalues, overlaps)}
 
     @override
     def advance(self, trainer: Any, batch_idx: int) -> bool:

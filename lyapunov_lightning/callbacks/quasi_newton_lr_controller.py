@@ -1,6 +1,8 @@
 """A learning rate from the curvature of the loss, in place of one that somebody tuned."""
 
 import math
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -9,18 +11,21 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lyapunov_lightning.callbacks.results import LearningRateResult
-from lyapunov_lightning.curvature.arguments import check_choice, check_positive
+from lyapunov_lightning.curvature.arguments import check_choice
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.learning_rate import LRBounds, Pace, annealing
 from lyapunov_lightning.curvature.loss_watch import Verdict
 from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, StepLength, longest_descent
-from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
+from lyapunov_lightning.figures import learning_rate_figure
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig, Schedule
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.losses import LossSeries
 from lyapunov_lightning.training.optimizers import check_steerable, gain_of_momentum
 from lyapunov_lightning.training.progress import progress
+from lyapunov_lightning.training.recording import Record
 from lyapunov_lightning.training.replay import trainable_parameters
 from lyapunov_lightning.training.safeguard import Safeguard
 from lyapunov_lightning.training.sharing import Step
@@ -42,6 +47,9 @@ _FAR = 0.05
 
 _OBSERVABLE = 1e-3
 """Learning rate below which a first step would be lost in the rounding of the parameters, and is observed at 1."""
+
+_DELTA_Q = 5e-2
+"""Length of the perturbation of Algorithm 1, in parameter space."""
 
 _MAX_WARMUP = 50
 """The most iterations of Algorithm 1 at the initial point."""
@@ -93,7 +101,7 @@ class QuasiNewtonLRController(CurvatureCallback):
       tracked vector was wrong and began anew (``inverse_sharpness``).
     - ``seconds``: wall-clock time spent. ``converged`` is 0 where a measurement failed or found nothing to go by.
 
-    The same is in ``controller.results`` as `LearningRateResult`.
+    The same is in ``controller.results`` as `LearningRateResult`, and drawn as ``quasi_newton/learning_rate``.
 
     Cost in gradients of its batch beyond the step's own: about 2.5 for a measured step of ``along_update``, by default
     the first 20 and every tenth, 3.3 for ``inverse_sharpness``, by default every one. Memory: two vectors of the
@@ -111,7 +119,6 @@ class QuasiNewtonLRController(CurvatureCallback):
             ``"along_update"`` and 0 under ``"inverse_sharpness"``, as in the paper.
         safeguard: Whether to keep a copy of the training, and to go back to it.
         bounds: What the learning rate may do, whatever the rule asks for.
-        delta_q: Length of the perturbation of Algorithm 1, in parameter space.
         force: Whether to steer optimizers other than SGD by ``"inverse_sharpness"``.
         log_prefix: Put in front of every tag.
 
@@ -146,17 +153,16 @@ class QuasiNewtonLRController(CurvatureCallback):
         annealing: float | None = None,
         safeguard: bool = True,
         bounds: LRBounds = LRBounds(),
-        delta_q: float = 5e-2,
         force: bool = False,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(QuasiNewtonLRController.__init__, locals())
         check_choice("rule", rule, Rule)
         is_papers = rule == "inverse_sharpness"
         if not isinstance(bounds, LRBounds):
             raise ValueError(f"`bounds` should be LRBounds, got {bounds!r}.")
         if annealing is not None and not 0 <= annealing <= 1:
             raise ValueError(f"`annealing` should be in [0, 1], got {annealing}.")
-        check_positive("delta_q", delta_q)
         if schedule is None and not is_papers:
             schedule = Schedule(_INTERVAL if every_n_steps is None else every_n_steps, first_n_steps=_FIRST_STEPS)
             every_n_steps = None
@@ -168,16 +174,18 @@ class QuasiNewtonLRController(CurvatureCallback):
             data="batch",
             method="finite_difference" if is_papers else None,
             default=Schedule(every_n_steps=1),
+            arguments=arguments,
         )
         self._rule: Rule = rule
         self._annealing = annealing if annealing is not None else 0.0 if is_papers else _ANNEALING
         self._force = force
         self._length = StepLength()
-        self._sharpness = CheckedSharpness(delta_q, self.config.seed)
+        self._sharpness = CheckedSharpness(_DELTA_Q, self.config.seed)
         self._pace = Pace(bounds)
         self._safeguard = Safeguard(safeguard)
         self._rates = LearningRates()
         self._update = LastUpdate()
+        self._losses = LossSeries()
         self._num_steps = math.inf
         self._seen: tuple[Tensor, float] | None = None
         self._own_lr = 0.0
@@ -207,6 +215,7 @@ class QuasiNewtonLRController(CurvatureCallback):
                 " `rule='along_update'`, or `force=True` to see what comes of it."
             )
         self._rates.start(optimizer)
+        self._losses.start(trainer)
         self._release()
         self._num_steps = trainer.estimated_stepping_batches
         self._update.to(trainer.strategy.root_device)
@@ -217,6 +226,21 @@ class QuasiNewtonLRController(CurvatureCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._safeguard.before_batch(trainer, pl_module)
+
+    @override
+    def figures(self) -> Figures:
+        results: list[LearningRateResult] = self.results
+        restored = [result.step for before, result in pairwise(results) if result.restored > before.restored]
+        return {
+            "learning_rate": partial(
+                learning_rate_figure,
+                [result.step for result in results],
+                [result.learning_rate for result in results],
+                [result.step_length for result in results],
+                losses=self._losses.series,
+                restored_at=restored,
+            )
+        }
 
     @override
     def measure(self, hessian: HessianOperator, step: Step) -> LearningRateResult | None:
@@ -264,6 +288,7 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.see(trainer, outputs)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         seen, self._seen, has_stepped, self._has_stepped = self._seen, None, self._has_stepped, False
         if self._first is not None:  # the step was not taken, as a loss scaler decides at times
@@ -288,6 +313,8 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._losses.collect(trainer)
+        super().on_train_end(trainer, pl_module)
         self._release()
 
     @override
@@ -305,7 +332,13 @@ class QuasiNewtonLRController(CurvatureCallback):
             "safeguard": self._safeguard,
             "rates": self._rates,
             "update": self._update,
+            "losses": self._losses,
         }
+
+    @override
+    def _keep(self, trainer: Any, record: Record) -> None:
+        super()._keep(trainer, record)
+        self._losses.collect(trainer)
 
     def _release(self) -> None:
         """Drop what an interrupted step has left, the hook on its optimizer, and the copy of the training."""
@@ -352,7 +385,7 @@ class QuasiNewtonLRController(CurvatureCallback):
             first.replay(displacement, lr / taken)
         self._rates.set(lr)
         self._update.take(displacement / taken, lr)
-        self._keep(record.result, record.seconds)
+        self._keep(trainer, record)
 
     def _begin(
         self, hessian: HessianOperator, step: Step, optimizer: torch.optim.Optimizer, update: Tensor

@@ -1,13 +1,14 @@
 """The spectrum of the training loss's Hessian over the training."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import SpectrumResult
+from lyapunov_lightning.callbacks.results import TrackedSpectrum
 from lyapunov_lightning.curvature.alignment import KeptSubspace, gradient_alignment
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.blocks import BlockTrackers, parameter_blocks
@@ -17,7 +18,7 @@ from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
 from lyapunov_lightning.curvature.trace import stochastic_moments
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
-from lyapunov_lightning.training.callback import CurvatureCallback, Stateful
+from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState
 from lyapunov_lightning.training.distributed import failing_together
@@ -28,9 +29,6 @@ from lyapunov_lightning.training.recording import Charts
 from lyapunov_lightning.training.replay import trainable_parameters
 from lyapunov_lightning.training.series import check_safetensors, save_vectors
 from lyapunov_lightning.training.sharing import EigenRequest, Step
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Estimator = Literal["lanczos", "benettin"]
 
@@ -55,7 +53,7 @@ class SpectrumTracker(CurvatureCallback):
     - ``spectrum/trace`` and ``spectrum/frobenius_norm`` of the whole Hessian, estimated, if `random_vectors`.
     - ``spectrum/lambda_max_{group}`` for each of `groups`: the largest eigenvalue of that diagonal block.
 
-    and in the group ``spectrum_details``, as `SpectrumResult` tells:
+    and in the group ``spectrum_details``, as `TrackedSpectrum` tells:
 
     - ``residual``, ``converged``, ``matvecs``, ``block_matvecs`` and ``seconds``: how good and how expensive that is.
     - ``gradient_cosine_1`` ... (``gradient_cosine_min_1`` ... for the lower end), ``gradient_in_random_subspace``,
@@ -63,9 +61,10 @@ class SpectrumTracker(CurvatureCallback):
     - ``lyapunov_exponent_1`` ... and ``paper_lambda_1`` ... (``..._min_1`` ...), and ``from_other_end``, for
       ``estimator="benettin"``.
 
-    At the end of every epoch in which something was measured the loggers that can show figures (TensorBoard, Weights &
-    Biases) get ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment``; in TensorBoard the
-    tab "Custom scalars" has all eigenvalues on one chart. All results are in ``tracker.results`` as `SpectrumResult`,
+    At the end of epochs in which something was measured, as far as that is cheap, and at the end of the training the
+    loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else files beside the log, get
+    ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment``; in TensorBoard the
+    tab "Custom scalars" has all eigenvalues on one chart. All results are in ``tracker.results`` as `TrackedSpectrum`,
     and the last density is ``tracker.density``.
 
     The Krylov basis takes the memory of ``max_basis_vectors + 1`` vectors of the model's size.
@@ -115,7 +114,7 @@ class SpectrumTracker(CurvatureCallback):
     """
 
     group = "spectrum"
-    result_class = SpectrumResult
+    result_class = TrackedSpectrum
 
     def __init__(
         self,
@@ -135,6 +134,7 @@ class SpectrumTracker(CurvatureCallback):
         save_vectors: bool = False,
         log_prefix: str | None = None,
     ) -> None:
+        arguments = non_default(SpectrumTracker.__init__, locals())
         counts = {"largest": largest, "smallest": smallest, "random_vectors": random_vectors}
         for name, value in {**counts, "density_steps": density_steps}.items():
             check_int(name, value, least=0)
@@ -172,6 +172,7 @@ class SpectrumTracker(CurvatureCallback):
             method="finite_difference" if self._along_training else None,
             request=None if self._along_training else EigenRequest(largest, smallest, tol, max_basis_vectors),
             table=None if save_dir is None else Path(save_dir) / "spectrum.csv",
+            arguments=arguments,
         )
         seed = self.config.seed
         self._estimator = estimator
@@ -221,21 +222,26 @@ class SpectrumTracker(CurvatureCallback):
         }
 
     @override
-    def figures(self) -> "dict[str, Figure]":
+    def figures(self) -> Figures:
         results, last = self.results, self.results[-1]
         steps = [result.step for result in results]
         largest, smallest, cosines = (
             torch.tensor([getattr(result, name) for result in results], dtype=torch.float64)
             for name in ("largest", "smallest", "cosines_largest")
         )
-        figures = {"eigenvalues": eigenvalues_figure(steps, largest, smallest)}
+        figures: Figures = {"eigenvalues": partial(eigenvalues_figure, steps, largest, smallest)}
         if last.gradient_in_top_subspace is not None:
             inside = [result.gradient_in_top_subspace for result in results]
             baseline = last.gradient_in_random_subspace
-            figures["gradient_alignment"] = alignment_figure(steps, cosines, inside, baseline)
+            figures["gradient_alignment"] = partial(alignment_figure, steps, cosines, inside, baseline)
         if self.density is not None:
             known = torch.cat([largest[-1], smallest[-1]])
-            figures["density"] = density_figure(*self.density.curve(), known, title=f"step {last.step}")
+            figures["density"] = partial(
+                density_figure,
+                *self.density.curve(),
+                known,
+                title=f"Spectral density of the Hessian at step {last.step}",
+            )
         return figures
 
     @override
@@ -247,7 +253,7 @@ class SpectrumTracker(CurvatureCallback):
         return self._every_step.advance(trainer, batch_idx) or is_due
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> SpectrumResult | None:
+    def measure(self, hessian: HessianOperator, step: Step) -> TrackedSpectrum | None:
         if self._along_training:
             result = self._exponents(hessian, step)
             return result if self._is_logged else None
@@ -258,7 +264,7 @@ class SpectrumTracker(CurvatureCallback):
                 self._save(self._vectors_dir, step, pairs)
         alignment = gradient_alignment(hessian, pairs, _GRADIENT_BATCHES)
         estimates = {"matvecs": pairs.num_matvecs, "negative_mass": pairs.negative_mass}
-        return SpectrumResult(
+        return TrackedSpectrum(
             step=step.index,
             epoch=step.epoch,
             largest=tuple(pairs.largest.tolist()),
@@ -323,7 +329,7 @@ class SpectrumTracker(CurvatureCallback):
             estimates["negative_mass"] = self.density.negative_mass()
         return estimates
 
-    def _exponents(self, hessian: HessianOperator, step: Step) -> SpectrumResult:
+    def _exponents(self, hessian: HessianOperator, step: Step) -> TrackedSpectrum:
         """One iteration of the perturbations of both ends."""
         optimizers = step.trainer.optimizers
         lr = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
@@ -339,7 +345,7 @@ class SpectrumTracker(CurvatureCallback):
                 fields[end] = tuple(estimate.eigenvalues.tolist())
                 fields[f"exponents_{end}"] = tuple(estimate.exponents.tolist())
                 fields[f"paper_{end}"] = tuple(estimate.paper_eigenvalues.tolist())
-        return SpectrumResult(
+        return TrackedSpectrum(
             step=step.index,
             epoch=step.epoch,
             residual=max(float(estimate.residuals.max()) for estimate in estimates),

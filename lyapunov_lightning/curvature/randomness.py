@@ -61,7 +61,7 @@ class RandomState:
 def _accelerators() -> Iterator[tuple[str, Any]]:
     """The kinds of accelerators that are in use, with the modules of PyTorch that are named after them."""
     kinds = dict.fromkeys(("cuda", "xpu", "mps", torch._C._get_privateuse1_backend_name()))
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None:
         kinds[accelerator.type] = None
     for kind in kinds:

@@ -136,6 +136,7 @@ class ProbeData:
                 f"`{owner}` cannot take a fraction of training data without a length as its fixed data. Pass"
                 " `HessianConfig(num_batches=...)`, or give the training dataloader a length."
             )
+        assert self._config.fraction is not None  # see `HessianConfig.filled`
         return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))  # 0.07 * 100 is more than 7
 
     def _draw(self, trainer: Any, num_batches: int, position: StartPosition) -> str | None:

@@ -1,12 +1,14 @@
 """What every callback of this package does alike: measure when it is due, log, share, resume."""
 
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.products import Method
 from lyapunov_lightning.training.batches import StartPosition
@@ -14,13 +16,19 @@ from lyapunov_lightning.training.checks import check_objective, check_parameters
 from lyapunov_lightning.training.config import Data, HessianConfig, Schedule, ScheduleState
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
-from lyapunov_lightning.training.recording import Charts, Recorder, show_charts
+from lyapunov_lightning.training.recording import Charts, Record, Recorder, show_charts
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.series import SeriesFile
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from lyapunov_lightning.figures import Picture
+
+Figures = dict[str, "Callable[[], Picture]"]
+"""What draws each of a callback's figures, by name."""
+
+_FRACTION = 0.05
+"""Share of an epoch's batches that fixed data are, where nobody says how many."""
 
 
 class Stateful(Protocol):
@@ -48,6 +56,7 @@ class CurvatureCallback(Callback):
         default: The schedule where none is given; that of ``trainer.log_every_n_steps`` if None.
         request: The eigenpairs that it wants.
         table: The file that keeps all that is logged, if there is to be one.
+        arguments: What the callback was made with, for its `repr`, see `non_default`.
 
     Raises:
         ValueError: If both `every_n_steps` and `schedule` are given, or one of the values is of another type.
@@ -72,6 +81,7 @@ class CurvatureCallback(Callback):
         default: Schedule | None = None,
         request: EigenRequest | None = None,
         table: str | Path | None = None,
+        arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
         if not isinstance(hessian, HessianConfig):
@@ -82,7 +92,8 @@ class CurvatureCallback(Callback):
             if schedule is not None:
                 raise ValueError("`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.")
             schedule = Schedule(every_n_steps=every_n_steps)
-        self.config = replace(hessian, data=hessian.data or data, method=method or hessian.method)
+        self.config = hessian.filled(data=data, fraction=_FRACTION, mode="train", method=method)
+        self._arguments = dict(arguments)
         self.request = request
         self.data_position = StartPosition()
         self._start = SearchStart()
@@ -125,12 +136,41 @@ class CurvatureCallback(Callback):
         """
         raise NotImplementedError
 
+    def plot(self, name: str | None = None) -> "Picture":
+        """Draw what was measured so far.
+
+        Args:
+            name: Which of the callback's figures, for a callback that has several; the first one if None.
+
+        Returns:
+            A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it.
+
+        Raises:
+            MeasurementError: If nothing was measured yet that could be drawn.
+            ValueError: If there is no such figure.
+
+        """
+        owner = type(self).__name__
+        figures = self.figures() if self.results else {}
+        if not figures:
+            raise MeasurementError(
+                f"`{owner}` has measured nothing yet that could be drawn. Fit a module with it first."
+            )
+        name = next(iter(figures)) if name is None else name
+        if name not in figures:
+            raise ValueError(f"`name` should be one of {', '.join(figures)}, got {name!r}.")
+        return figures[name]()
+
     def charts(self) -> Charts:
         """The curves that belong on one chart, for TensorBoard's custom scalars."""
         return {}
 
-    def figures(self) -> "dict[str, Figure]":
-        """The figures of the results so far, by name; drawn at the end of an epoch in which something was measured."""
+    def figures(self) -> "Figures":
+        """What draws the figures of the results so far, by name, the most telling one first.
+
+        They are shown at the end of an epoch in which something was measured, and at the end of the training.
+
+        """
         return {}
 
     def advance(self, trainer: Any, batch_idx: int) -> bool:
@@ -141,6 +181,13 @@ class CurvatureCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
+        elif not self.results:  # after a training there is nothing to wonder about
+            self._recorder.warn_once(
+                "not fit",
+                f"it measures while `trainer.fit` trains, and nothing during `trainer.{trainer.state.fn.value}`. The"
+                " curvature of a module as it is, or of a checkpoint, is measured by"
+                " `lyapunov_lightning.measure(module, data)`.",
+            )
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -157,7 +204,7 @@ class CurvatureCallback(Callback):
         if self.schedule is None:
             self._follow_the_logging(trainer)
         self.schedule_state.start()
-        self._recorder.start(trainer)
+        self._recorder.start(trainer, is_first=peers[0] is self)
         if peers[0] is self:
             show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
 
@@ -174,22 +221,46 @@ class CurvatureCallback(Callback):
             else:
                 record.result = self.measure(hessian, step)
         self.shared.release(self)
-        self._keep(record.result, record.seconds)
+        self._keep(trainer, record)
 
     @override
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._is_to_be_drawn and self._recorder.shows_figures(trainer):
-            self._is_to_be_drawn = False
-            for name, figure in self.figures().items():
-                self._recorder.figure(trainer, name, figure)
+        if self._is_to_be_drawn and self._recorder.may_draw(trainer):
+            self._draw(trainer)
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.conclude(trainer)
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._shared is not None:  # a run was under way, and what it has measured is all the more of interest
+            self.conclude(trainer)
+        self._shared = None
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._shared = None  # it holds the fixed data and the other callbacks
 
-    @override
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._shared = None
+    def conclude(self, trainer: Any) -> None:
+        """Show what was measured, at the end of a run or where it breaks off; without the other ranks."""
+        if self._is_to_be_drawn:
+            self._draw(trainer)
+        self._recorder.tell_where()
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
+        count = len(self.results)
+        measured = (
+            f"{count} measurement{'s' * (count > 1)} up to step {self.results[-1].step}"
+            if count
+            else "nothing measured yet"
+        )
+        return f"{type(self).__name__}({arguments}): {measured}"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows."""
+        return self.plot()._repr_png_() if self.results and self.figures() else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -207,16 +278,25 @@ class CurvatureCallback(Callback):
         """The parts that go on where they were in a resumed run."""
         return {"schedule": self.schedule_state, "results": self._results, "data": self.data_position}
 
-    def _keep(self, result: Result | None, seconds: float) -> None:
-        """Keep a result, and count what it cost."""
-        if result is not None:
-            self._results.add(result)
+    def _keep(self, trainer: Any, record: Record) -> None:
+        """Keep what became of a measurement, and count what it cost; on all ranks together."""
+        if record.result is not None:
+            self._results.add(record.result)
             self._is_to_be_drawn = True
-        self._spend(seconds)
+        self._spend(record.seconds)
 
     def _spend(self, seconds: float) -> None:
         """Take note of what a measurement took."""
-        self.schedule_state.record(seconds)
+        self._say(self.schedule_state.record(seconds))
+
+    def _say(self, note: str | None) -> None:
+        if note is not None:
+            self._recorder.say(note)
+
+    def _draw(self, trainer: Any) -> None:
+        """Show the figures of the results so far."""
+        self._is_to_be_drawn = False
+        self._recorder.draw(trainer, lambda: {name: draw() for name, draw in self.figures().items()})
 
     def _follow_the_logging(self, trainer: Any) -> None:
         """Measure when Lightning logs, where the user did not say when."""
@@ -242,3 +322,28 @@ class CurvatureCallback(Callback):
             raise MisconfigurationException(
                 f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
             )
+
+
+def non_default(function: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that are not the function's defaults.
+
+    Args:
+        function: The function.
+        values: Its local variables at its beginning.
+
+    Example::
+
+        >>> def measure(every: int = 10, end: str = "largest") -> None:
+        ...     print(non_default(measure, locals()))
+        >>> measure(end="both")
+        {'end': 'both'}
+
+    """
+    parameters = inspect.signature(function).parameters.items()
+    return {
+        name: values[name] for name, parameter in parameters if name in values and _differs(values[name], parameter)
+    }
+
+
+def _differs(value: Any, parameter: inspect.Parameter) -> bool:
+    return parameter.name != "self" and (parameter.default is parameter.empty or value != parameter.default)

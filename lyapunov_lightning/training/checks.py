@@ -36,7 +36,7 @@ def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianCon
             f"`{owner}` needs the whole of the parameters on every device, which {type(strategy).__name__} does not"
             " keep. Train on a single device or with `strategy='ddp'`."
         )
-    synchronises = trainer.world_size > 1 and config.mode == "train"
+    synchronises = trainer.world_size > 1 and config.mode != "eval"
     if synchronises and any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
         raise MisconfigurationException(
             f"`{owner}` cannot differentiate `SyncBatchNorm` twice in training mode. Use `HessianConfig(mode='eval')`."

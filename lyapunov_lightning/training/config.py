@@ -1,14 +1,13 @@
 """What is measured and when: values that can be compared, shared and written in YAML."""
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lyapunov_lightning.curvature.arguments import check_choice, check_int
 from lyapunov_lightning.curvature.products import Method
 from lyapunov_lightning.training.replay import LossFn, Mode
+from lyapunov_lightning.training.spacing import Spacing
 
 Data = Literal["batch", "fixed"]
 
@@ -24,8 +23,10 @@ class HessianConfig:
             first batches of an epoch as the training dataloader gives them, the same throughout. None is the
             callback's own: ``"batch"`` for `CurvatureProbe` and `QuasiNewtonLRController`, ``"fixed"`` for the others.
         num_batches: Size of the fixed data in batches, for each rank.
-        fraction: Size of the fixed data as a share of an epoch's batches, if `num_batches` is not given.
-        mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss.
+        fraction: Size of the fixed data as a share of an epoch's batches, if `num_batches` is not given. None is 0.05
+            for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.
+        mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss. None is ``"train"`` for the
+            callbacks and ``"eval"`` for `lyapunov_lightning.measure`.
         method: How Hessian-vector products are computed: ``"double_backward"`` and ``"forward_over_reverse"`` are
             exact, ``"finite_difference"`` works with any model, ``"auto"`` is double backward, and finite differences
             with a warning where PyTorch cannot differentiate twice.
@@ -48,8 +49,8 @@ class HessianConfig:
 
     data: Data | None = None
     num_batches: int | None = None
-    fraction: float = 0.05
-    mode: Mode = "train"
+    fraction: float | None = None
+    mode: Mode | None = None
     method: Method = "auto"
     loss_fn: LossFn | None = None
     batch_size_fn: Callable[[Any], int] | None = None
@@ -58,11 +59,14 @@ class HessianConfig:
     def __post_init__(self) -> None:
         if self.data is not None:
             check_choice("data", self.data, Data)
-        check_choice("mode", self.mode, Mode)
+        if self.mode is not None:
+            check_choice("mode", self.mode, Mode)
         check_choice("method", self.method, Method)
         if self.num_batches is not None:
             check_int("num_batches", self.num_batches, least=1)
-        if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1:
+        if self.fraction is not None and (
+            isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1
+        ):
             raise ValueError(f"`fraction` should be in (0, 1], got {self.fraction}.")
         for name in ("loss_fn", "batch_size_fn"):
             function = getattr(self, name)
@@ -70,6 +74,24 @@ class HessianConfig:
                 raise ValueError(f"`{name}` should be a function, got {function!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"`seed` should be an int, got {self.seed!r}.")
+
+    def filled(self, *, data: Data, fraction: float, mode: Mode, method: Method | None = None) -> "HessianConfig":
+        """The same with the user's own choices for what is left open.
+
+        Args:
+            data: Where it does not say on which data.
+            fraction: Where it does not say on how much of them.
+            mode: Where it does not say in which mode.
+            method: In place of its own, if given.
+
+        """
+        return replace(
+            self,
+            data=self.data or data,
+            fraction=self.fraction if self.fraction is not None else fraction,
+            mode=self.mode or mode,
+            method=method or self.method,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,8 +102,9 @@ class Schedule:
         every_n_steps: Measure at the first opportunity after every n optimizer steps, beginning with the first.
         every_n_epochs: Measure before the first step of every n-th epoch.
         first_n_steps: Measure before each of the first n optimizer steps of the training.
-        max_overhead: Measure as often as measurements take at most this share of the whole time, such as 0.05. The
-            first measurement is made at once and paid back before the next.
+        max_overhead: Measure as often as measurements take this share of the whole time, such as 0.05, at even
+            distances; one line says how often that comes out. The first measurement, which is slower than all others,
+            is made at once and is not part of the share.
         at_steps: Measure before these optimizer steps, counted from 0.
 
     Raises:
@@ -144,23 +167,22 @@ class ScheduleState:
     """
 
     def __init__(self, schedule: Schedule | None) -> None:
-        self._schedule = schedule
         self._restored: tuple[int | None, int | None] = (None, None)
+        self.follow(schedule)
         self.start()
 
     def start(self) -> None:
         """Begin a run: no step has passed yet, except before the checkpoint that it resumes from."""
         self._passed, self._measured = self._restored
         self._restored = (None, None)
-        self._first_step: int | None = None
-        self._next_step = 0
-        self._started = 0.0
-        self._spent = 0.0
-        self._last_cost = 0.0
+        if self._spacing is not None:
+            self._spacing.start()
 
-    def follow(self, schedule: Schedule) -> None:
+    def follow(self, schedule: Schedule | None) -> None:
         """Take over the rules, where there were none."""
+        share = None if schedule is None else schedule.max_overhead
         self._schedule = schedule
+        self._spacing = None if share is None else Spacing(share)
 
     def advance(self, trainer: Any, batch_idx: int) -> bool:
         """Pass on to the present batch; returns whether to measure before it.
@@ -177,12 +199,16 @@ class ScheduleState:
         is_due = self._fits(self._schedule, trainer, batch_idx, earlier)
         if is_due:
             self._measured = step
+            if self._spacing is not None:
+                self._spacing.begin(step)
         return is_due
 
-    def record(self, seconds: float) -> None:
-        """Take note of what a measurement took."""
-        self._spent += seconds
-        self._last_cost = seconds
+    def record(self, seconds: float) -> str | None:
+        """Take note of what a measurement took; returns what there is to tell the user of it."""
+        if self._spacing is None:
+            return None
+        self._spacing.record(seconds)
+        return self._spacing.take_note()
 
     def state_dict(self) -> dict[str, Any]:
         """The steps that were passed and measured last; the clock starts anew in a resumed run."""
@@ -203,21 +229,4 @@ class ScheduleState:
             return True
         if rules.every_n_epochs is not None and batch_idx == 0 and trainer.current_epoch % rules.every_n_epochs == 0:
             return True
-        return rules.max_overhead is not None and self._is_affordable(trainer, step, rules.max_overhead)
-
-    def _is_affordable(self, trainer: Any, step: int, share: float) -> bool:
-        now = time.perf_counter()
-        if self._first_step is None:
-            self._first_step, self._started = step, now
-        if step < self._next_step:
-            return False
-        elapsed = now - self._started
-        shortfall = (self._spent + self._last_cost) / share - (elapsed + self._last_cost)
-        wait = 0
-        if shortfall > 0:  # as many steps as training needs to bring the share of all measurements down again
-            done = step - self._first_step
-            seconds_a_step = max(elapsed - self._spent, 1e-9) / max(done, 1)
-            wait = min(math.ceil(shortfall / seconds_a_step), max(2 * done, 10))
-        wait = trainer.strategy.broadcast(wait) if trainer.world_size > 1 else wait
-        self._next_step = step + wait
-        return wait == 0
+        return self._spacing is not None and self._spacing.is_due(trainer, step)

@@ -39,19 +39,22 @@ class WatchedOperator(SymmetricOperator):
 
 
 @contextmanager
-def watched(operator: LinearOperator, trainer: Trainer, description: str) -> Iterator[WatchedOperator]:
+def watched(
+    operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
+) -> Iterator[WatchedOperator]:
     """An operator whose products are counted beside the trainer's own progress bar, see `progress`."""
-    with progress(trainer, description) as report:
+    with progress(trainer, description, alone=alone) as report:
         yield WatchedOperator(operator, report)
 
 
 @contextmanager
-def progress(trainer: Trainer, description: str) -> Iterator[Callable[[], None]]:
+def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iterator[Callable[[], None]]:
     """A counter of products beside the trainer's own progress bar, for measurements of over about two seconds.
 
     Args:
         trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
         description: What is measured.
+        alone: Whether to show a bar although the trainer has none.
 
     Yields:
         A function to call after each product.
@@ -67,7 +70,7 @@ def progress(trainer: Trainer, description: str) -> Iterator[Callable[[], None]]
         if bar is None and time.perf_counter() - started > _SHOWN_AFTER_SECONDS:
             bar = _Bar()  # stays if the real one cannot be opened
             with _drawing():
-                bar = _open_bar(trainer, description)
+                bar = _open_bar(trainer, description, alone)
         if bar is not None:
             with _drawing():
                 bar.show(count)
@@ -145,11 +148,16 @@ class _TqdmBar(_Bar):
         self._bar.close()
 
 
-def _open_bar(trainer: Trainer, description: str) -> _Bar:
+def _open_bar(trainer: Trainer, description: str, alone: bool) -> _Bar:
     own: Any = trainer.progress_bar_callback
     if isinstance(own, either("callbacks.RichProgressBar")) and own.is_enabled and own.progress is not None:
         return _RichBar(own.progress, description)
     if isinstance(own, either("callbacks.TQDMProgressBar")) and own.is_enabled:
-        kind = in_library_of(trainer, "callbacks.progress.tqdm_progress.Tqdm")
-        return _TqdmBar(kind, own.process_position, description)
+        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description)
+    if alone and own is None and trainer.is_global_zero:
+        return _TqdmBar(_kind_of_bar(trainer), 0, description)
     return _Bar()
+
+
+def _kind_of_bar(trainer: Trainer) -> Any:
+    return in_library_of(trainer, "callbacks.progress.tqdm_progress.Tqdm")

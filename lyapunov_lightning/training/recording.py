@@ -7,16 +7,18 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
 from lyapunov_lightning.training.lightning_names import either
+from lyapunov_lightning.training.outlets import show_figure, show_text
 from lyapunov_lightning.training.results import Result
 from lyapunov_lightning.training.series import SeriesFile
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 Charts = dict[str, Sequence[str]]
 """Titles of charts, each with the regular expressions of the tags that are on it."""
+
+_DRAWING_SHARE = 0.02
+"""Share of a run's time that drawing may take before its end."""
 
 
 @dataclass
@@ -62,16 +67,28 @@ class Recorder:
         self._table = table
         self._prefix = f"{prefix}/" if prefix else ""
         self._warned: set[str] = set()
+        self._folder = Path()
+        self._started, self._drawing_seconds = 0.0, 0.0
+        self._files: list[Path] = []
 
-    def start(self, trainer: Any) -> None:
-        """Begin a run: open the file, and tell the user of a run without logger where its values are to be found."""
+    def start(self, trainer: Any, *, is_first: bool = True) -> None:
+        """Begin a run: open the file, and tell the user of a run without logger where its values are to be found.
+
+        Args:
+            trainer: The trainer.
+            is_first: Whether this is the first callback of several; the others need not tell the same again.
+
+        """
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask together
+        self._started, self._drawing_seconds, self._files = time.perf_counter(), 0.0, []
         if self._table is not None and trainer.is_global_zero:
             self._table.begin(trainer.global_step)
-        if not trainer.loggers and self._table is None:
+        if is_first and not trainer.loggers and self._table is None:
             self.warn_once(
                 "no logger",
-                "the Trainer has no logger, so what is measured is found in `trainer.callback_metrics` and in the"
-                " callback's `results` only. Pass a logger to the Trainer to get curves.",
+                "the Trainer has no logger, so what is measured is found in `trainer.callback_metrics`, in the"
+                " callback's `results` and in the pictures that are written at the end. Pass a logger to the Trainer to"
+                " get curves.",
             )
 
     @contextmanager
@@ -115,19 +132,68 @@ class Recorder:
         if self._table is not None and trainer.is_global_zero:
             self._table.append(trainer.global_step, trainer.current_epoch, {**scalars, **(further or {})})
 
-    def shows_figures(self, trainer: Any) -> bool:
-        """Whether one of the loggers can show figures: TensorBoard and Weights & Biases can."""
-        kinds = either("loggers.TensorBoardLogger") + either("loggers.WandbLogger")
-        return trainer.is_global_zero and any(isinstance(logger, kinds) for logger in trainer.loggers)
+    def may_draw(self, trainer: Any) -> bool:
+        """Whether this rank draws, and drawing has not yet taken its share of the time."""
+        elapsed = time.perf_counter() - self._started
+        return bool(trainer.is_global_zero) and self._drawing_seconds <= _DRAWING_SHARE * elapsed
 
-    def figure(self, trainer: Any, name: str, figure: "Figure") -> None:
-        """Show a figure in those loggers that can."""
-        tag, step = f"{self._prefix}{self._group}/{name}", _logged_step(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, either("loggers.TensorBoardLogger")):
-                logger.experiment.add_figure(tag, figure, step)
-            elif isinstance(logger, either("loggers.WandbLogger")):
-                logger.log_image(tag, [figure], step=step)
+    def draw(self, trainer: Any, figures: "Callable[[], Mapping[str, Figure]]") -> None:
+        """Draw figures and show them in all loggers that take figures, or write them to files beside the log.
+
+        What goes wrong meanwhile is warned of, and the training goes on.
+
+        Args:
+            trainer: The trainer.
+            figures: Draws them, by name.
+
+        """
+        if not trainer.is_global_zero:
+            return
+        started = time.perf_counter()
+        try:
+            for name, figure in figures().items():
+                tag = f"{self._prefix}{self._group}/{name}"
+                path = show_figure(trainer, tag, figure, _logged_step(trainer), self._folder)
+                if path is not None and path not in self._files:
+                    self._files.append(path)
+        except Exception as error:
+            self.warn_once("figure", f"a figure could not be shown. {type(error).__name__}: {error}")
+        self._drawing_seconds += time.perf_counter() - started
+
+    def tell(self, trainer: Any, name: str, text: Callable[[], str | None]) -> None:
+        """Say something of the run: on the console, and in all loggers that take texts.
+
+        What goes wrong meanwhile is warned of, and the training goes on.
+
+        Args:
+            trainer: The trainer.
+            name: The name of the text.
+            text: Makes it, if there is something to say.
+
+        """
+        if not trainer.is_global_zero:
+            return
+        try:
+            said = text()
+            if said is not None:
+                self.say(said)
+                show_text(trainer, f"{self._prefix}{self._group}/{name}", said, _logged_step(trainer))
+        except Exception as error:
+            self.warn_once("text", f"a text could not be logged. {type(error).__name__}: {error}")
+
+    def tell_where(self) -> None:
+        """Say where the figures are that no logger took."""
+        if self._files:
+            self.say(f"drawn in {', '.join(map(str, self._files))}")
+
+    def say(self, text: str) -> None:
+        """Say something on the console of the first rank."""
+        prefix = f" ({self._prefix.rstrip('/')})" if self._prefix else ""
+        rank_zero_info(f"{self._owner}{prefix}: {text}")
+
+    def show_in_progress_bar(self, trainer: Any, name: str, value: float) -> None:
+        """Let the progress bar show a number until the next one."""
+        trainer._logger_connector._progress_bar_metrics[name] = value
 
     def charts(self, charts: Charts) -> dict[str, list[Any]]:
         """Charts in the form in which TensorBoard's custom scalars want them."""

@@ -195,6 +195,7 @@ class SharedMeasurements:
             batches = data.batches(step.batch, step.batch_idx)
             if batches is None:
                 return None
+            assert config.mode is not None  # see `HessianConfig.filled`
             objective = TrainingObjective(
                 trainer,
                 step.pl_module,

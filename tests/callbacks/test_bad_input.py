@@ -237,7 +237,8 @@ def test_setup_of_other_stages_checks_nothing(tmp_path: Path) -> None:
         default_root_dir=tmp_path,
         callbacks=[CurvatureProbe()],
     )
-    trainer.validate(Evaluated(), regression_loader(), verbose=False)
+    with pytest.warns(CurvatureWarning, match="nothing during `trainer.validate`"):
+        trainer.validate(Evaluated(), regression_loader(), verbose=False)
 
 
 def test_empty_training_data_are_no_failure(fit: Fit) -> None:

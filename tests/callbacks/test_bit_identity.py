@@ -65,6 +65,7 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
     ("probe", "options"),
     [
         ({"every_n_steps": 1}, {}),
+        ({"every_n_steps": 4, "prog_bar": True}, {}),
         ({"end": "smallest"}, {}),
         ({"end": "both", "every_n_steps": 7}, {}),
         ({"estimator": "lyapunov", "every_n_steps": 1}, {}),

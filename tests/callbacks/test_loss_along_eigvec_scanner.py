@@ -292,9 +292,9 @@ def test_tensorboard_gets_figures_and_charts(tmp_path: Path) -> None:
     assert set(events.Tags()["images"]) == {f"scan/{name}" for name in names}
     assert len(events.Images("scan/surface")) == 2  # one an epoch
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    figures = scanner.figures()
+    figures = {name: scanner.plot(name) for name in scanner.figures()}
     (line, _) = figures["expected_change"].axes[0].lines
-    assert line.get_label() == "1 steps"
+    assert line.get_label() == "1 SGD step"
     assert line.get_ydata().tolist() == pytest.approx(list(curve(scanner, "scan/expected_change_1").values()))
     fits = [curve(scanner, f"scan/{name}_{i}") for i in ("1", "min_1") for name in ("lambda", "curvature_fit_1")]
     points = figures["curvature_fit"].axes[0].collections[0].get_offsets().data

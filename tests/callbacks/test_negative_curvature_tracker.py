@@ -319,15 +319,15 @@ def test_frozen_directions_and_the_running_estimate_go_on_in_a_resumed_run(tmp_p
     assert resumed.results == first.results
 
 
-def test_tensorboard_gets_the_figure_once_an_epoch(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_figures_at_the_first_epochs_end_and_at_the_last(tmp_path: Path) -> None:
     logger, own = TensorBoardLogger(tmp_path), tracker(freeze_at=[2, 8])
     fit(tmp_path, own, logger=logger, max_epochs=3)
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir).Reload()
-    assert events.Tags()["images"] == ["negative/frozen"]
-    assert len(events.Images("negative/frozen")) == 3
+    assert set(events.Tags()["images"]) == {"negative/eigenvalues", "negative/frozen"}
+    assert len(events.Images("negative/frozen")) == 2  # epochs between them are shorter than 50 drawings
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    upper, lower = own.figures()["frozen"].axes
+    upper, lower = own.plot("frozen").axes
     for end, panel in enumerate((upper, lower)):
         ends, *frozen = panel.lines
         expected = [result.lambda_max if panel is upper else result.lambda_min[0] for result in own.results]
@@ -337,10 +337,11 @@ def test_tensorboard_gets_the_figure_once_an_epoch(tmp_path: Path) -> None:
         assert frozen[0].get_ydata().tolist() == pytest.approx(values)
 
 
-def test_there_is_no_figure_without_frozen_directions(tmp_path: Path) -> None:
-    own = tracker(estimator="online")
-    fit(tmp_path, own, max_epochs=1)
-    assert own.figures() == {}
+def test_there_is_no_figure_of_what_was_not_measured(tmp_path: Path) -> None:
+    own, running = tracker(estimator="online"), NegativeCurvatureTracker(smallest=0, estimator="online")
+    fit(tmp_path, own, running, max_epochs=1)
+    assert own.figures().keys() == {"eigenvalues"}
+    assert running.figures() == {}
 
 
 @pytest.mark.parametrize(

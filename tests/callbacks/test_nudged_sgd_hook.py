@@ -103,7 +103,7 @@ def test_training_is_that_by_hand_with_dense_eigenvectors(
         values = [float(value[rank]) for value in expected["values"]]
         assert list(logger.curve(f"nudge/lambda_{rank + 1}").values()) == pytest.approx(values, rel=1e-7)
     overlap = [float((a @ b.T).square().sum() / 3) for a, b in itertools.pairwise(expected["tops"])]
-    assert list(logger.curve("nudge/subspace_overlap").values()) == pytest.approx(overlap, rel=1e-6)
+    assert list(logger.curve("nudge_details/subspace_overlap").values()) == pytest.approx(overlap, rel=1e-6)
     assert set(logger.curve("nudge_details/converged").values()) == {1.0}
 
 

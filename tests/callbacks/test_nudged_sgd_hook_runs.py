@@ -92,7 +92,7 @@ def test_only_the_pairs_that_converged_are_acted_upon(tmp_path: Path, monkeypatc
     change = [(new - old).abs() for old, new in zip(before.parameters(), after.parameters(), strict=True)]
     assert change[0][:2].max() < 1e-6  # e₁ and e₂ are held, up to the residuals
     assert min(change[0][2], change[1].min()) > 1e-4
-    assert trainer.logger.curve("nudge/subspace_overlap")[6] == pytest.approx(1, abs=1e-6)
+    assert trainer.logger.curve("nudge_details/subspace_overlap")[6] == pytest.approx(1, abs=1e-6)
 
 
 def test_without_a_converged_pair_the_last_good_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,8 +415,8 @@ trainer:
     cli = LightningCLI(SmallRegressor, args=arguments, run=False, save_config_callback=None)
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, NudgedSGDHook))
     assert first.schedule == Schedule(every_n_epochs=1)
-    assert first.config == HessianConfig("fixed", 3, mode="eval")
+    assert first.config == HessianConfig("fixed", 3, fraction=0.05, mode="eval")
     assert (first._k, first._inside, first._outside, first._frozen) == (2, 0.0, 1.0, False)
     assert second.schedule == Schedule(every_n_steps=20, first_n_steps=5)
-    assert second.config == HessianConfig("fixed")
+    assert second.config == HessianConfig("fixed", fraction=0.05, mode="train")
     assert (second._k, second._inside, second._outside, second._frozen) == (5, 0.01, 1.0, True)

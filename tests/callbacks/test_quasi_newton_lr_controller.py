@@ -190,7 +190,7 @@ def test_a_learning_rate_that_stays_is_a_constant_one_bit_by_bit(rule: str, opti
     """Measuring and keeping copies leave no trace: what is left of the controller is the constant learning rate."""
     lr = 0.01 if options.pop("adam", False) else 0.05
     module = (lambda: BusyModule("adam")) if lr == 0.01 else BusyModule
-    controller = QuasiNewtonLRController(rule=rule, annealing=0, delta_q=1e-3, force=True)
+    controller = QuasiNewtonLRController(rule=rule, annealing=0, force=True)
     controller._pace.lr, controller._pace.is_stopped = lr, True
     with_controller = train(controller, module=module, steps=30, **options)
     assert set(with_controller.curve("quasi_newton/learning_rate").values()) == {lr}

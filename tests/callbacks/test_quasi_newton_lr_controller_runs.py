@@ -228,11 +228,11 @@ trainer:
     cli = LightningCLI(SmallRegressor, args=arguments, run=False, save_config_callback=None)
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
     assert first.schedule == Schedule(every_n_steps=3)
-    assert first.config == HessianConfig("batch", mode="eval", method="finite_difference")
+    assert first.config == HessianConfig("batch", fraction=0.05, mode="eval", method="finite_difference")
     assert first._pace.bounds == LRBounds(max_lr=0.5, window=20)
     assert first._rule == "inverse_sharpness"
     assert second.schedule == Schedule(every_n_steps=10, first_n_steps=20)
-    assert second.config == HessianConfig("batch")
+    assert second.config == HessianConfig("batch", fraction=0.05, mode="train")
     assert second._pace.bounds == LRBounds()
 
 
@@ -247,7 +247,6 @@ trainer:
         ({"bounds": {"max_lr": 1.0}}, "`bounds` should be LRBounds, got {'max_lr': 1.0}."),
         ({"annealing": 1.1}, "`annealing` should be in [0, 1], got 1.1."),
         ({"annealing": math.nan}, "`annealing` should be in [0, 1], got nan."),
-        ({"delta_q": -1}, "`delta_q` should be a positive float, got -1."),
     ],
     ids=str,
 )

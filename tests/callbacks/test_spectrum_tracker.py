@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks import spectrum_tracker
-from lyapunov_lightning.callbacks.results import SpectrumResult
+from lyapunov_lightning.callbacks.results import TrackedSpectrum
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
@@ -304,7 +304,7 @@ def test_results_have_what_is_logged_and_survive_a_checkpoint(tmp_path: Path) ->
     assert [result.step for result in results] == list(range(12))
     assert [result.epoch for result in results] == pytest.approx([step / 6 for step in range(12)])
     for result in results:
-        assert isinstance(result, SpectrumResult)
+        assert isinstance(result, TrackedSpectrum)
         for tag, value in result.scalars().items():
             assert trainer.logger.curve(tag)[result.step] == value
         assert result.tracked_norm == pytest.approx(float(torch.tensor([*result.largest, *result.smallest]).norm()))
@@ -374,7 +374,7 @@ def test_tensorboard_gets_figures_and_charts(tmp_path: Path) -> None:
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir).Reload()
     names = {"spectrum/eigenvalues", "spectrum/density", "spectrum/gradient_alignment"}
-    assert set(events.Tags()["images"]) == names
+    assert set(events.Tags()["images"]) == {*names, "curvature/at_a_glance"}
     assert len(events.Images("spectrum/eigenvalues")) == 2  # one an epoch
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, LossAlongEigvecScanner, SpectrumTracker
 from lyapunov_lightning.callbacks import spectrum_tracker
-from lyapunov_lightning.training import config, recording, sharing
+from lyapunov_lightning.training import config, recording, sharing, spacing
 from tests.distributed.models import (
     STEPS,
     PlannedError,
@@ -125,13 +125,13 @@ def share_of_the_time(rank: int) -> dict[str, list[int]]:
     found = {}
     for name, paces in PACES.items():
         step_pace, cost_pace = paces[rank]
-        originals = recording.time, config.time
-        recording.time, config.time = FakeClock(cost_pace), FakeClock(step_pace)
+        originals = recording.time, spacing.time
+        recording.time, spacing.time = FakeClock(cost_pace), FakeClock(step_pace)
         probe = CurvatureProbe(schedule=config.Schedule(max_overhead=SHARE), tol=0.5)
         try:
             fit(Smooth(), DataLoader(regression(2 * TIMED_STEPS), 1), probe, logger=RememberingLogger())
         finally:
-            recording.time, config.time = originals
+            recording.time, spacing.time = originals
         found[name] = [result.step for result in probe.results]
     return found
 

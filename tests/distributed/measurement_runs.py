@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,9 +14,10 @@ from lyapunov_lightning import (
     LossAlongEigvecScanner,
     NegativeCurvatureTracker,
     SpectrumTracker,
+    measure,
 )
-from tests.distributed.models import Smooth, final, fit, observed, regression, unequal_shards
-from tests.distributed.ranks import check
+from tests.distributed.models import Smooth, final, fit, observed, regression, strategy, unequal_shards
+from tests.distributed.ranks import WORLD_SIZE, check
 
 ON_THE_STEP = HessianConfig("batch")
 
@@ -150,3 +152,24 @@ def gathering(rank: int) -> dict[str, Any]:
         fit(module, loader, precision="64-true", use_distributed_sampler=False)
         found[kind.__name__] = {**with_probe, "without": final(module)}
     return found
+
+
+ONE_SHOT_SAMPLES = 19
+"""Five batches of four, the last one of three: the ranks have different numbers of batches and of samples."""
+
+
+@check
+def one_shot(rank: int) -> dict[str, Any]:
+    """`measure` with a shuffled loader, whose batches the ranks share among them."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy=strategy(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(rank)  # which the ranks do not have to agree on
+    loader = DataLoader(regression(ONE_SHOT_SAMPLES), 4, shuffle=True)
+    return vars(measure(Smooth(), loader, largest=2, smallest=1, density=True, lines=1, trainer=trainer))

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lyapunov_lightning.training import outlets
+
 WORLD_SIZE = 2
 TIMEOUT = timedelta(seconds=60)
 """How long a rank waits for another one before it gives up."""
@@ -67,6 +69,7 @@ def main(folder: Path, modules: list[str]) -> None:
 def _run(folder: Path, rank: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
+    outlets.write_figure = lambda figure, path: None  # nobody looks at them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     dist.init_process_group(

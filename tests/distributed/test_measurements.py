@@ -215,3 +215,33 @@ def contrasting(parameters: Tensor, batches: list) -> Tensor:
         return runs.contrast(outputs, outputs) + nn.functional.mse_loss(outputs, targets)
 
     return torch.func.hessian(loss)(parameters.double())
+
+
+# One shot.
+
+
+def test_one_shot_is_that_of_the_data_of_all_ranks_and_the_same_on_each(outcomes):
+    first, second = outcomes("one_shot")
+    for name in ("values", "vectors", "residuals", "loss", "gradient_norm", "num_batches", "matvecs"):
+        assert same(first[name], second[name]), name
+    data = runs.regression(runs.ONE_SHOT_SAMPLES).tensors
+    start = nn.utils.parameters_to_vector(runs.Smooth().parameters()).detach()
+    exact = torch.linalg.eigvalsh(dense_hessian(start, data))
+    found = torch.cat([exact.flip(0)[:2], exact[:1]])
+    assert first["values"].tolist() == pytest.approx(found.tolist(), rel=1e-4)
+    assert first["loss"] == pytest.approx(loss_at(start, data), rel=1e-5)
+    assert first["num_batches"] == 5
+    assert same(first["lines"]["1"].losses, second["lines"]["1"].losses)
+
+
+# The losses beside the curvature.
+
+
+def test_losses_are_the_means_over_the_ranks(outcomes):
+    found = [outcome["lanczos"] for outcome in outcomes("probes")]
+    own = [[loss_at(p, b) for p, b in zip(f["parameters"][:STEPS], f["batches"], strict=True)] for f in found]
+    means = [sum(losses) / len(losses) for losses in zip(*own, strict=True)]
+    for outcome in found:
+        [state] = [state["losses"] for state in [outcome["state"]]]
+        assert state["steps"] == list(range(STEPS))
+        assert state["values"] == pytest.approx(means, rel=1e-5)

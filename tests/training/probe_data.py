@@ -138,7 +138,7 @@ def trainer_of(loader: Any, rank: int = 0) -> Any:
 
 
 def started(trainer: Any, **settings: Any) -> tuple[ProbeData, str | None]:
-    data = ProbeData(HessianConfig("fixed", **settings))
+    data = ProbeData(HessianConfig("fixed", **settings).filled(data="fixed", fraction=0.05, mode="train"))
     return data, data.start("Owner", trainer)
 
 

@@ -62,7 +62,7 @@ class Measured(pl.Callback):
     """Has fixed data, as a callback of the package does; keeps what was offered at every step."""
 
     def __init__(self, **settings: Any) -> None:
-        self.data = ProbeData(HessianConfig("fixed", **settings))
+        self.data = ProbeData(HessianConfig("fixed", **settings).filled(data="fixed", fraction=0.05, mode="train"))
         self.note: str | None = None
         self.offered: list[Any] = []
 

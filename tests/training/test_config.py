@@ -27,6 +27,10 @@ class Learner(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def at(step: int) -> Any:
+    return SimpleNamespace(global_step=step, current_epoch=0, world_size=1)
+
+
 def batches(num: int) -> DataLoader:
     return DataLoader(torch.randn(num, 2), 1)
 
@@ -199,103 +203,3 @@ def test_equal_configurations_are_one_key():
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         HessianConfig(**options)
-
-
-# A share of the time.
-
-
-def at(step: int) -> Any:
-    return SimpleNamespace(global_step=step, current_epoch=0, world_size=1)
-
-
-def sharing(bound: float) -> ScheduleState:
-    return ScheduleState(Schedule(max_overhead=bound))
-
-
-class Clock:
-    """A clock that only simulated work moves."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr("lyapunov_lightning.training.config.time", clock)
-    return clock
-
-
-def simulated(clock: Clock, state: ScheduleState, num_steps: int, step_costs: Any, probe_costs: Any) -> tuple[Any, Any]:
-    """The steps at which was measured, and the share that the measurements had taken after each step."""
-    measured, shares, spent, started = [], [], 0.0, clock.now
-    state.start()
-    for step in range(num_steps):
-        if state.advance(at(step), step):
-            cost = probe_costs(step)
-            clock.now += cost
-            spent += cost
-            state.record(cost)
-            measured.append(step)
-        clock.now += step_costs(step)
-        shares.append(spent / (clock.now - started))
-    return measured, shares
-
-
-@pytest.mark.parametrize("bound", [0.01, 0.05, 0.2, 0.5, 0.9])
-def test_share_holds_and_is_used(clock, bound):
-    measured, shares = simulated(clock, sharing(bound), 10_000, lambda step: 1e-3, lambda step: 20e-3)
-    assert measured[0] == 0
-    assert 0.8 * bound <= shares[-1] <= bound
-    paid_back = measured[1]
-    assert max(shares[paid_back:]) <= bound * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("factor", [0.1, 10])
-@pytest.mark.parametrize("which", ["steps", "probes"])
-def test_share_holds_when_steps_or_probes_change_their_cost(clock, factor, which):
-    def changing(cost: float, changes: bool) -> Any:
-        return lambda step: cost * (factor if changes and step > 5000 else 1)
-
-    costs = changing(1e-3, which == "steps"), changing(20e-3, which == "probes")
-    _, shares = simulated(clock, sharing(0.05), 20_000, *costs)
-    assert 0.8 * 0.05 <= shares[-1] <= 0.05
-
-
-def test_a_first_probe_that_is_slow_is_paid_back_before_the_next(clock):
-    measured, shares = simulated(
-        clock, sharing(0.1), 10_000, lambda step: 1e-3, lambda step: 0.2 if step == 0 else 5e-3
-    )
-    assert measured[1] * 1e-3 >= 0.2 / 0.1 - 0.2
-    assert max(shares[measured[1] :]) <= 0.1 * (1 + 1e-9)
-    assert shares[-1] >= 0.8 * 0.1
-
-
-def test_probes_that_cost_nothing_come_at_every_step(clock):
-    measured, _ = simulated(clock, sharing(0.05), 100, lambda step: 1e-3, lambda step: 0.0)
-    assert measured == list(range(100))
-
-
-def test_share_holds_over_optimizer_steps_of_several_batches(clock):
-    state = sharing(0.05)
-    spent, started, measured = 0.0, clock.now, []
-    for batch in range(8_000):
-        if state.advance(at(batch // 4), batch):
-            assert batch % 4 == 0
-            clock.now += 20e-3
-            spent += 20e-3
-            state.record(20e-3)
-            measured.append(batch // 4)
-        clock.now += 1e-3
-    assert 0.8 * 0.05 <= spent / (clock.now - started) <= 0.05
-    assert measured == sorted(set(measured))
-
-
-def test_another_training_with_a_share_begins_with_a_measurement(clock):
-    state = sharing(0.05)
-    for _ in range(2):
-        measured, _ = simulated(clock, state, 1_000, lambda step: 1e-3, lambda step: 20e-3)
-        assert measured[0] == 0

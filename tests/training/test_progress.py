@@ -216,7 +216,7 @@ class BrokenBar:
 @pytest.mark.parametrize("broken", ["open", "show", "close"])
 def test_a_bar_that_cannot_be_drawn_does_not_end_the_measurement(fit, monkeypatch, broken):
     """There is a bar on the first rank only: if it gave up, the others would wait for it in their next product."""
-    monkeypatch.setattr(progress_module, "_open_bar", lambda trainer, description: BrokenBar(broken))
+    monkeypatch.setattr(progress_module, "_open_bar", lambda *_: BrokenBar(broken))
 
     def check(trainer: Any) -> None:
         with progress(trainer, "CurvatureProbe") as report:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
+from PIL.Image import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -149,7 +150,7 @@ def test_a_figure_is_shown_at_the_step_of_the_scalars(fit, tmp_path):
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         figure = Figure()
         figure.subplots().plot([1, 2])
-        recorder.figure(trainer, "figure", figure)
+        recorder.draw(trainer, lambda: {"figure": figure})
         recorder.log(trainer, {"curvature/a": 1.0})
 
     fit(Learner(), batches(6), check, logger=[logger, RememberingLogger()], accumulate_grad_batches=2, max_epochs=2)
@@ -208,7 +209,7 @@ def test_weights_and_biases_gets_the_figures_of_a_tracker():
     trainer.fit(Learner(), batches(4))
     tags = [(key, step) for key, step, _ in logger.images]
     assert tags == [(f"spectrum/{name}", step) for step in (4, 8) for name in ("eigenvalues", "gradient_alignment")]
-    assert all(isinstance(image, Figure) for _, _, [image] in logger.images)
+    assert all(isinstance(image, Image) for _, _, [image] in logger.images)
 
 
 def test_a_run_without_loggers_is_told_of_once(fit, remembering_logger):

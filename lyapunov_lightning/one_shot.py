@@ -1,0 +1,312 @@
+"""One shot: the curvature of this module's loss, on these data, as it is now."""
+
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lyapunov_lightning.curvature.arguments import check_int
+from lyapunov_lightning.curvature.density import spectral_density
+from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.lanczos import lanczos
+from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.scanning import Direction, noisy_start, scan_direction
+from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult
+from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.distributed import failing_together, sum_over_ranks
+from lyapunov_lightning.training.lightning_names import Callback, either, in_library_of
+from lyapunov_lightning.training.loaders import seeded
+from lyapunov_lightning.training.progress import watched
+from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+
+_TOL = 1e-3
+"""Relative residual of the eigenpairs."""
+
+_BATCH_SIZE = 128
+"""Samples in a batch where the data are a dataset."""
+
+_REACH, _POINTS = 0.05, 31
+"""How far a line is looked at to both sides, as a share of the norm of the parameters, and at how many points."""
+
+
+def measure(
+    module: Any,
+    data: Any,
+    *,
+    largest: int = 1,
+    smallest: int = 0,
+    density: bool = False,
+    lines: int = 0,
+    hessian: HessianConfig | None = None,
+    ckpt_path: str | None = None,
+    trainer: Any = None,
+) -> SpectrumResult:
+    """Measure the curvature of a LightningModule's training loss as it is now, or as it was in a checkpoint.
+
+    The loss is that of ``training_step``, evaluated as the callbacks do, on a copy of the module: parameters, buffers,
+    modes, the random numbers and the trainer's logs are left as they were. Nothing is trained and nothing is logged.
+
+    Args:
+        module: The LightningModule.
+        data: A dataloader or any other iterable of batches, a dataset, or a LightningDataModule, of which the training
+            dataloader is taken. One epoch of it is used, held in memory; of a dataset all samples. Several ranks share
+            the batches among them, unless the dataloader already has a ``DistributedSampler``.
+        largest: How many of the largest eigenvalues.
+        smallest: How many of the smallest.
+        density: Whether to estimate the density of all eigenvalues too, for 320 products.
+        lines: Along how many eigenvectors of each end to look at the loss.
+        hessian: Which Hessian. By default that of all of the data in evaluation mode, as without dropout.
+        ckpt_path: A checkpoint whose weights are measured in place of the module's.
+        trainer: Its devices, strategy and precision are used; its callbacks and loggers are not. By default one device,
+            a GPU if there is one, in the precision of the module's weights.
+
+    Returns:
+        Eigenvalues with vectors, residuals and errors, and what else was asked for.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the data give no batch.
+        TypeError: If `module` is no LightningModule or `data` nothing that batches come from.
+        MisconfigurationException: If the module or the strategy cannot be measured: manual optimization without a loss
+            of its own, sharded parameters, nothing to train.
+        MeasurementError: If the loss or its derivatives are not finite or cannot be computed.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> from lyapunov_lightning import measure
+        >>> result = measure(BoringModel(), RandomDataset(32, 64), largest=2, smallest=1)
+        >>> result.vectors.shape, bool(result.converged.all())
+        (torch.Size([3, 66]), True)
+
+    """
+    check_int("largest", largest, least=0)
+    check_int("smallest", smallest, least=0)
+    check_int("lines", lines, least=0)
+    if largest + smallest == 0 and not density:
+        raise ValueError("`largest` and `smallest` should not both be 0 where no `density` is asked for.")
+    if not isinstance(module, either("LightningModule")):
+        raise TypeError(f"`module` should be a LightningModule, got {type(module).__name__}.")
+    config = HessianConfig() if hessian is None else hessian
+    if not isinstance(config, HessianConfig):
+        raise ValueError(f"`hessian` should be a HessianConfig, got {hessian!r}.")
+    if config.data == "batch":
+        raise ValueError("`hessian` should not have `data='batch'`: there is no step whose batch it could be.")
+    config = config.filled(data="fixed", fraction=1.0, mode="eval")
+    if trainer is None:
+        trainer = in_library_of(module, "Trainer")(
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    copier = Copier()
+    if module._trainer is not None:
+        copier.note(module._trainer, None)
+    twin = copier(module)
+    twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
+    once = _Once(data, config, largest, smallest, density, lines, twin)
+    try:
+        with _alone(trainer, once):
+            trainer.predict(twin, dataloaders=_NoBatches(), ckpt_path=ckpt_path, return_predictions=False)
+    finally:
+        copier.forget()
+    assert once.result is not None  # `predict` has called it, or raised
+    return once.result
+
+
+def _predict_nothing(batch: Any, batch_idx: int) -> None:
+    """A step for which there is no batch."""
+
+
+class _NoBatches:
+    """Data for `Trainer.predict`, which is to set everything up and then to predict nothing."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class _Once(Callback):
+    """Measures when everything is set up: the module on its device, with the checkpoint's weights."""
+
+    def __init__(
+        self,
+        data: Any,
+        config: HessianConfig,
+        largest: int,
+        smallest: int,
+        density: bool,
+        lines: int,
+        module: Any,
+    ) -> None:
+        super().__init__()
+        self._data = data
+        self._config = config
+        self._largest, self._smallest = largest, smallest
+        self._density = density
+        self._lines = lines
+        self._modes = {inner: inner.training for inner in module.modules()}
+        self._started = time.perf_counter()
+        self.result: SpectrumResult | None = None
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        config, owner = self._config, "measure"
+        check_objective(owner, trainer, pl_module, config)
+        check_parameters(owner, pl_module, config)
+        check_size(owner, pl_module, self._largest + self._smallest)
+        for inner, is_training in self._modes.items():  # which `predict` has switched to evaluation
+            inner.training = is_training
+        with torch.inference_mode(False), torch.enable_grad(), failing_together(trainer):
+            self.result = self._measured(trainer, pl_module)
+
+    def _measured(self, trainer: Any, pl_module: Any) -> SpectrumResult:
+        config = self._config
+        assert config.mode is not None  # see `HessianConfig.filled`
+        with seeded(config.seed):  # the same on all ranks, which take turns
+            batches, num_batches = _batches(trainer, pl_module, self._data, config)
+        objective = TrainingObjective(
+            trainer,
+            pl_module,
+            mode=config.mode,
+            loss_fn=config.loss_fn,
+            batch_size_fn=config.batch_size_fn,
+        )
+        with seeded(config.seed + trainer.global_rank):
+            hessian = HessianOperator(
+                objective,
+                objective.parameters,
+                batches,
+                method=config.method,
+                reduce=sum_over_ranks(trainer),
+            )
+        gradient = hessian.gradient()
+        with watched(hessian, trainer, "Hessian-vector products", alone=True) as operator:
+            pairs = self._pairs(operator)
+            spectrum = spectral_density(operator, known=pairs, seed=config.seed) if self._density else None
+        lines = self._along(hessian, gradient, pairs)
+        return SpectrumResult(
+            values=pairs.values.cpu(),
+            vectors=pairs.vectors.cpu(),
+            residuals=pairs.residuals.cpu(),
+            value_errors=pairs.value_errors.cpu(),
+            converged=pairs.converged.cpu(),
+            num_largest=pairs.num_largest,
+            module=type(pl_module).__name__,
+            mode=config.mode,
+            loss=hessian.value(),
+            gradient_norm=float(torch.linalg.vector_norm(gradient)),
+            num_parameters=hessian.size,
+            num_batches=num_batches,
+            density=spectrum,
+            lines=lines,
+            matvecs=hessian.num_matvecs,
+            seconds=time.perf_counter() - self._started,
+        )
+
+    def _pairs(self, operator: LinearOperator) -> Eigenpairs:
+        if self._largest + self._smallest:
+            return lanczos(operator, largest=self._largest, smallest=self._smallest, tol=_TOL, seed=self._config.seed)
+        nothing = torch.empty(0, dtype=torch.float64)
+        return Eigenpairs(
+            values=nothing,
+            vectors=torch.empty(0, operator.size),
+            residuals=nothing,
+            value_errors=nothing,
+            converged=nothing.bool(),
+            num_matvecs=0,
+            num_largest=0,
+            start=torch.empty(operator.size),
+        )
+
+    def _along(self, hessian: HessianOperator, gradient: Tensor, pairs: Eigenpairs) -> dict[str, ScannedLine]:
+        """The loss along eigenvectors of both ends."""
+        of_largest = min(self._lines, self._largest)
+        of_smallest = min(self._lines, self._smallest)
+        places = {
+            **{str(rank + 1): rank for rank in range(of_largest)},
+            **{f"min_{rank + 1}": self._largest + rank for rank in range(of_smallest)},
+        }
+        if not places:
+            return {}
+        start = noisy_start(hessian, gradient)
+        size = float(torch.linalg.vector_norm(torch.cat([p.detach().reshape(-1) for p in hessian.parameters])))
+        found: dict[str, ScannedLine] = {}
+        for name, place in places.items():
+            direction = Direction(float(pairs.values[place]), pairs.vectors[place])
+            reach = _REACH * size or 1.0
+            line = scan_direction(
+                hessian, direction, gradient, start, scales=[reach], units="norm", points=_POINTS
+            ).line
+            (window,), search = line.windows, line.search
+            found[name] = ScannedLine(
+                eigenvalue=direction.curvature,
+                distances=window.distances.cpu(),
+                losses=window.losses.cpu(),
+                model=window.model.cpu(),
+                minimum=search.step if search.bracketed else None,
+                improvement=search.improvement if search.bracketed else None,
+            )
+        return found
+
+
+@contextmanager
+def _alone(trainer: Any, callback: Callback) -> Iterator[None]:
+    """Let a trainer run one callback, without loggers, and leave its own as they were."""
+    callbacks, loggers = trainer.callbacks, trainer.loggers
+    trainer.callbacks, trainer.loggers = [callback], []
+    try:
+        yield
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers
+
+
+def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> tuple[list[ProbeBatch], int]:
+    """This rank's batches, and how many all ranks have."""
+    loader = _loader(trainer, pl_module, data)
+    count = config.num_batches
+    if count is None and config.fraction is not None and config.fraction < 1:
+        if not isinstance(loader, Sized):
+            raise ValueError(
+                f"`hessian.fraction` is of no use with data without a length, a {type(loader).__name__}. Pass"
+                " `num_batches`."
+            )
+        count = max(1, round(config.fraction * len(loader)))
+    batches = [ProbeBatch(batch, index, False) for index, batch in enumerate(islice(loader, count))]
+    if not batches:
+        raise ValueError(f"`data` should give at least one batch, got a {type(data).__name__} that gives none.")
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        return batches, len(batches) * trainer.world_size
+    return batches[trainer.global_rank :: trainer.world_size], len(batches)
+
+
+def _loader(trainer: Any, pl_module: Any, data: Any) -> Iterable[Any]:
+    """What gives the batches."""
+    if isinstance(data, either("LightningDataModule")):
+        # As for `fit`, so that the hooks of the data which move batches to the device are found.
+        trainer._data_connector.attach_datamodule(pl_module, data)
+        if trainer.local_rank == 0:
+            data.prepare_data()
+        trainer.strategy.barrier("prepare_data")
+        data.setup("fit")
+        loader: Iterable[Any] = data.train_dataloader()
+        return loader
+    if isinstance(data, Dataset):
+        return DataLoader(data, _BATCH_SIZE)
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"`data` should be a dataloader, a dataset or a LightningDataModule, got {type(data).__name__}."
+        )
+    batches: Iterable[Any] = data
+    return batches

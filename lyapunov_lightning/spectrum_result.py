@@ -1,0 +1,181 @@
+"""What a single look at the curvature finds."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.density import SpectralDensity
+
+if TYPE_CHECKING:
+    from lyapunov_lightning.figures import Picture
+
+
+@dataclass(frozen=True, eq=False)
+class ScannedLine:
+    """The loss along an eigenvector.
+
+    Attributes:
+        eigenvalue: The curvature along it.
+        distances: Shape ``(m,)``: distances in parameter space, positive where the loss falls at first.
+        losses: Shape ``(m,)``: the loss there.
+        model: Shape ``(m,)``: the quadratic with the slope and the curvature of the loss at distance 0.
+        minimum: The distance of the first minimum that a line search saw; None if it saw none.
+        improvement: How far the loss falls on the way there.
+
+    """
+
+    eigenvalue: float
+    distances: Tensor
+    losses: Tensor
+    model: Tensor
+    minimum: float | None = None
+    improvement: float | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpectrumResult:
+    """What `lyapunov_lightning.measure` found.
+
+    Attributes:
+        values: Shape ``(k,)``: the eigenvalues, the largest ones descending, then the smallest ones ascending, in the
+            unit of the loss's second derivative.
+        vectors: Shape ``(k, n)``: the eigenvectors as rows, in the order of the module's trainable parameters, each
+            flattened.
+        residuals: Shape ``(k,)``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it of each value.
+        value_errors: Shape ``(k,)``: how far each value is estimated to be from the true one.
+        converged: Shape ``(k,)``: whether the tolerance was met.
+        num_largest: How many of them are of the upper end.
+        module: The class of the module.
+        mode: ``"train"`` or ``"eval"``.
+        loss: The loss that was measured.
+        gradient_norm: The norm of its gradient.
+        num_parameters: The number n of trainable parameters.
+        num_batches: Batches that were measured on, of all ranks.
+        density: The distribution of all eigenvalues, if asked for.
+        lines: The loss along eigenvectors: ``"1"`` ... of the upper end, ``"min_1"`` ... of the lower end.
+        matvecs: Hessian-vector products spent.
+        seconds: Wall-clock time spent on all of it.
+
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    value_errors: Tensor
+    converged: Tensor
+    num_largest: int
+    module: str
+    mode: str
+    loss: float
+    gradient_norm: float
+    num_parameters: int
+    num_batches: int
+    density: SpectralDensity | None = None
+    lines: Mapping[str, ScannedLine] = field(default_factory=dict)
+    matvecs: int = 0
+    seconds: float = 0.0
+
+    @property
+    def largest(self) -> Tensor:
+        """The upper end, the largest first."""
+        return self.values[: self.num_largest]
+
+    @property
+    def smallest(self) -> Tensor:
+        """The lower end, the smallest first."""
+        return self.values[self.num_largest :]
+
+    def __repr__(self) -> str:
+        return f"SpectrumResult({self.module}, largest={_listed(self.largest)}, smallest={_listed(self.smallest)})"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.plot()._repr_png_()
+
+    def summary(self) -> str:
+        """The result as a table in plain text."""
+        lines = [
+            f"Hessian of the training loss of {self.module}: {self.num_parameters:,} parameters, {self.num_batches}"
+            f" batches, {'evaluation' if self.mode == 'eval' else 'training'} mode",
+            f"loss {self.loss:.6g}, gradient norm {self.gradient_norm:.3g}",
+        ]
+        if len(self.values):
+            lines += ["", f"{'':8}{'eigenvalue':>14}{'error':>11}{'residual':>11}  converged"]
+        for name, row in zip(self._names(), self._rows(), strict=True):
+            value, residual, error, is_converged = row
+            lines.append(f"{name:8}{value:14.6g}{error:11.1e}{residual:11.1e}  {'yes' if is_converged else 'no'}")
+        if self.density is not None:
+            mean, size = self.density.moment(1), self.num_parameters
+            negative = self.density.negative_mass()
+            lines += [
+                "",
+                f"trace {mean.value * size:.4g}, standard error {mean.standard_error * size:.1g}; share of the negative"
+                f" eigenvalues in the sum of all moduli {negative:.2%}",
+            ]
+        for name, line in self.lines.items():
+            depth = "no minimum was found"
+            if line.minimum is not None and line.improvement is not None:
+                depth = f"a minimum lies {line.minimum:.3g} away, {line.improvement:.3g} below"
+            lines += [*([""] if name == next(iter(self.lines)) else []), f"along {name}: {depth}"]
+        return "\n".join([*lines, "", f"{self.matvecs} Hessian-vector products, {self.seconds:.2g} seconds"])
+
+    def plot(self) -> "Picture":
+        """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured."""
+        from lyapunov_lightning.figures import spectrum_overview_figure
+
+        return spectrum_overview_figure(
+            self.values,
+            self.value_errors,
+            self.num_largest,
+            density=None if self.density is None else self.density.curve(),
+            lines={name: (s.distances, s.losses, s.model, s.eigenvalue) for name, s in self.lines.items()} or None,
+            title=f"{self.module}, loss {self.loss:.4g}",
+        )
+
+    def to_pandas(self) -> Any:
+        """The eigenvalues as a ``pandas.DataFrame`` with one row each, indexed by their names: ``1`` ..., ``min_1`` ...
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+
+        """
+        try:
+            pandas = import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`SpectrumResult.to_pandas` needs pandas. Install it with `pip install pandas`."
+            ) from error
+        columns = ["eigenvalue", "residual", "value_error", "converged"]
+        return pandas.DataFrame(self._rows(), columns=columns, index=pandas.Index(self._names(), name="rank"))
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it to a file, from which `load` reads it. It is a dictionary that ``torch.load`` reads, too."""
+        state = {name: value for name, value in vars(self).items() if name not in ("density", "lines")}
+        state["density"] = None if self.density is None else vars(self.density)
+        state["lines"] = {name: asdict(line) for name, line in self.lines.items()}
+        torch.save(state, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SpectrumResult":
+        """Read what `save` wrote."""
+        state = torch.load(path, weights_only=True)
+        density = None if state["density"] is None else SpectralDensity(**state["density"])
+        lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
+        return cls(**{**state, "density": density, "lines": lines})
+
+    def _names(self) -> list[str]:
+        smallest = range(1, len(self.values) - self.num_largest + 1)
+        return [*map(str, range(1, self.num_largest + 1)), *(f"min_{rank}" for rank in smallest)]
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        columns = (self.values, self.residuals, self.value_errors, self.converged)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _listed(values: Tensor) -> str:
+    return f"[{', '.join(f'{value:.4g}' for value in values.tolist())}]"

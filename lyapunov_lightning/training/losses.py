@@ -1,0 +1,111 @@
+"""The training losses of a run, kept for figures and for what is said of the run."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.training.distributed import mean_over_ranks
+
+_MOST = 10_000
+"""Losses that are kept; of a longer run every second one, and so on."""
+
+_PENDING = 100
+"""Batches after which their losses are fetched from the device."""
+
+
+class LossSeries:
+    """The training loss of every optimizer step, the mean over micro-batches and ranks.
+
+    The losses of the latest batches stay on their device, so that no step waits for them, until `collect` is called.
+
+    Attributes:
+        steps: The optimizer steps, ascending.
+        values: The losses at these; NaN and infinite ones included.
+
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+        self._stride, self._count = 1, 0
+        self._pending: list[tuple[int, Tensor | None]] = []
+        self._begun = 0
+        self._is_alone = True
+
+    @property
+    def series(self) -> tuple[list[int], list[float]]:
+        """Steps and values."""
+        return self.steps, self.values
+
+    def start(self, trainer: Any) -> None:
+        """Begin a run, or go on with it."""
+        self._pending = []
+        self._begun = trainer.global_step
+        self._is_alone = trainer.world_size == 1
+
+    def see(self, trainer: Any, outputs: Any) -> None:
+        """Take note of a batch once it is done, in the hook ``on_train_batch_end``; all ranks together.
+
+        Args:
+            trainer: The trainer.
+            outputs: What the hook gets of the batch's training step.
+
+        """
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loss = loss.detach().reshape(()).to(torch.float32, copy=True)
+            # What the hook gets is divided by the number of micro-batches.
+            loss *= trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+        else:
+            loss = None
+        self._pending.append((self._begun, loss))
+        self._begun = trainer.global_step
+        if len(self._pending) >= _PENDING:
+            self.collect(trainer)
+
+    def collect(self, trainer: Any) -> None:
+        """Fetch the losses that are still on the device; all ranks together."""
+        if self._pending:
+            device = trainer.strategy.root_device
+            self._keep(mean_over_ranks(trainer, self._stacked(device)).tolist())
+
+    def collect_own(self) -> None:
+        """The same without the other ranks, which may not be there any more."""
+        if self._pending:
+            self._keep(self._stacked(torch.device("cpu")).tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses so far; with other ranks, up to the last time that they were collected together."""
+        if self._is_alone:
+            self.collect_own()
+        counts = [self._stride, self._count]
+        return {"steps": list(self.steps), "values": list(self.values), "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.steps, self.values = list(state["steps"]), list(state["values"])
+        self._stride, self._count = state["counts"]
+
+    def _stacked(self, device: torch.device) -> Tensor:
+        nothing = torch.tensor(math.nan, device=device)
+        return torch.stack([nothing if loss is None else loss.to(device) for _, loss in self._pending])
+
+    def _keep(self, values: list[float]) -> None:
+        for (step, loss), value in zip(self._pending, values, strict=True):
+            if loss is None or step % self._stride:
+                continue
+            if self.steps and self.steps[-1] == step:
+                self._count += 1
+                self.values[-1] += (value - self.values[-1]) / self._count
+            else:
+                self.steps.append(step)
+                self.values.append(value)
+                self._count = 1
+        self._pending = []
+        while len(self.steps) > _MOST:
+            self._stride *= 2
+            kept = [place for place, step in enumerate(self.steps) if step % self._stride == 0]
+            self.steps = [self.steps[place] for place in kept]
+            self.values = [self.values[place] for place in kept]

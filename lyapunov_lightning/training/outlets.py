@@ -1,0 +1,103 @@
+"""Where figures and texts go: to each logger in its own way, and to a file where none takes figures."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lyapunov_lightning.training.lightning_names import either
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 200
+"""Resolution of the files."""
+
+_FigureOutlet = Callable[[Any, str, "Figure", int], None]
+_TextOutlet = Callable[[Any, str, str, int], None]
+
+
+def show_figure(trainer: Any, tag: str, figure: "Figure", step: int, folder: Path) -> Path | None:
+    """Hand a figure to every logger that takes figures; write it to a file if there is none.
+
+    Args:
+        trainer: The trainer; of several ranks the first one is to call this.
+        tag: Its name, ``group/name``.
+        figure: The figure.
+        step: The step at which it is shown.
+        folder: Where the file is to be.
+
+    Returns:
+        The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
+
+    """
+    outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]
+    for outlet, logger in outlets:
+        outlet(logger, tag, figure, step)
+    if outlets:
+        return None
+    path = folder / f"{tag.replace('/', '-')}.png"
+    write_figure(figure, path)
+    return path
+
+
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+def show_text(trainer: Any, tag: str, text: str, step: int) -> None:
+    """Hand a text to every logger that takes texts.
+
+    Args:
+        trainer: The trainer; of several ranks the first one is to call this.
+        tag: Its name, ``group/name``.
+        text: The text.
+        step: The step at which it is shown.
+
+    """
+    for logger in trainer.loggers:
+        outlet = _outlet(logger, _TEXTS)
+        if outlet is not None:
+            outlet(logger, tag, text, step)
+
+
+def _outlet(logger: Any, outlets: dict[str, Any]) -> Any:
+    """How a logger takes something, if it does."""
+    for name, outlet in outlets.items():
+        if isinstance(logger, either(f"loggers.{name}")):
+            return outlet
+    return None
+
+
+def _image(figure: "Figure") -> Any:
+    """The figure as an image: Weights & Biases knows figures by the name of their class, and does not know ours."""
+    from PIL import Image
+
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=_DPI)
+    return Image.open(written)
+
+
+def _file_name(tag: str, step: int) -> str:
+    return f"{tag}/step{step:08d}"
+
+
+_FIGURES: dict[str, _FigureOutlet] = {
+    "TensorBoardLogger": lambda logger, tag, figure, step: logger.experiment.add_figure(tag, figure, step),
+    "WandbLogger": lambda logger, tag, figure, step: logger.log_image(tag, [_image(figure)], step=step),
+    "MLFlowLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(
+        logger.run_id, figure, f"{_file_name(tag, step)}.png"
+    ),
+    "CometLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(tag, figure, step=step),
+}
+
+_TEXTS: dict[str, _TextOutlet] = {
+    "TensorBoardLogger": lambda logger, tag, text, step: logger.experiment.add_text(tag, text, step),
+    "WandbLogger": lambda logger, tag, text, step: logger.log_text(tag, columns=["text"], data=[[text]], step=step),
+    "MLFlowLogger": lambda logger, tag, text, step: logger.experiment.log_text(
+        logger.run_id, text, f"{_file_name(tag, step)}.txt"
+    ),
+    "CometLogger": lambda logger, tag, text, step: logger.experiment.log_text(f"{tag}: {text}", step=step),
+}

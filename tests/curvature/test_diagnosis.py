@@ -1,0 +1,287 @@
+"""What is said of a run follows from its stability ratios and losses, by rules that are written down."""
+
+import math
+import random
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lyapunov_lightning.curvature.diagnosis import EdgeWatch, diagnose, diverged_at, loss_spikes
+from lyapunov_lightning.curvature.stability import stability_of
+
+
+def falling(num_steps: int, noise: float = 0.01, seed: int = 0) -> list[float]:
+    generator = random.Random(seed)
+    return [math.exp(-step / 200) * (1 + noise * generator.gauss(0, 1)) + 0.1 for step in range(num_steps)]
+
+
+def with_spikes(losses: list[float], *steps: int, height: float = 3.0, width: int = 4) -> list[float]:
+    spiked = list(losses)
+    for step in steps:
+        for place in range(step, step + width):
+            spiked[place] *= height
+    return spiked
+
+
+def told(ratios: Any, losses: list[float] | None = None, every: int = 10, **options: Any) -> Any:
+    """The diagnosis of ratios at every tenth step of a run of 400 steps."""
+    losses = falling(400) if losses is None else losses
+    steps = range(0, every * len(ratios), every)
+    return diagnose(steps, ratios, (range(len(losses)), losses), **options)
+
+
+def ramp(to: float, meets_at: int = 160) -> list[float]:
+    """Ratios that rise to a level, where they stay."""
+    return [min(to, to * (0.1 + 0.9 * step / meets_at)) for step in range(0, 400, 10)]
+
+
+# Each kind.
+
+
+def test_far_below():
+    found = told([0.1 + 0.001 * i for i in range(40)], learning_rate=0.01)
+    assert found.kind == "below"
+    assert found.met_at is None
+    assert str(found) == (
+        "The sharpness stayed below the stability limit: 0.14 times it at most, at step 390. The learning rate has"
+        " room: at that sharpness the limit is met at 0.072."
+    )
+
+
+def test_far_below_with_spikes_clears_the_learning_rate():
+    found = told([0.2] * 40, with_spikes(falling(400), 150, 250, 350))
+    assert (found.kind, found.spikes) == ("below", (150, 250, 350))
+    assert found.consequence == "The loss spiked 3 times all the same: look for another cause than the learning rate."
+
+
+def test_at_the_edge():
+    found = told(ramp(1.02))
+    assert (found.kind, found.met_at) == ("at_edge", 150)
+    assert found.sharpness == "The sharpness met the stability limit at step 150 and stayed at 1.02 times it."
+    assert "did not spike" in found.consequence
+
+
+def test_spikes_at_the_edge_are_the_learning_rates():
+    found = told(ramp(1.04), with_spikes(falling(400), 60, 200, 260, 330))
+    assert (found.kind, found.num_near, found.window) == ("limited", 3, 20)
+    assert str(found) == (
+        "The sharpness met the stability limit at step 150 and stayed at 1.04 times it. 3 of 4 loss spikes came within"
+        " 20 steps of a measurement at the limit: the learning rate is what limits this run."
+    )
+
+
+def test_spikes_that_come_anywhere_are_not_blamed_on_the_learning_rate():
+    """Half of them near the limit, where two thirds of the run are near it."""
+    found = told(ramp(1.04), with_spikes(falling(400), 30, 60, 90, 200, 260, 330))
+    assert (found.kind, found.num_near) == ("at_edge", 3)
+    assert found.consequence.endswith(
+        "3 of 6 loss spikes came within 20 steps of a measurement at the limit, no more than elsewhere."
+    )
+
+
+def test_crossing_and_diverging():
+    losses = [*falling(200), *(0.5 * 1.1**step for step in range(60)), math.inf]
+    found = told([0.5 + 0.03 * i for i in range(26)], losses, learning_rate=0.4)
+    assert (found.kind, found.crossings) == ("diverged", (170,))
+    lost = diverged_at(range(len(losses)), losses)
+    assert 200 <= lost <= 210  # not the step of the infinity
+    assert f"the loss was lost from step {lost} on. The learning rate is too large: at that" in str(found)
+
+
+def test_a_divergence_to_a_high_plateau_is_one():
+    losses = [*falling(200), *([5.0 + 0.01 * (step % 7) for step in range(100)])]
+    found = told([0.5 + 0.03 * i for i in range(30)], losses)
+    assert found.kind == "diverged"
+    assert "lost from step 200 on" in found.sharpness
+
+
+def test_a_divergence_below_the_limit_is_not_the_learning_rates():
+    found = told([0.3] * 40, [*falling(300), math.nan])
+    assert found.kind == "diverged_below"
+    assert str(found).startswith("The loss was lost from step 300 on, and the sharpness before that was 0.30 times")
+    assert "not to blame" in found.consequence
+
+
+def test_above_at_first_and_below_in_the_end():
+    ratios = [2.0] * 5 + [0.4] * 35
+    found = told(ratios)
+    assert (found.kind, found.met_at) == ("left", 0)
+    assert "from step 0 to step 40, 2.00 times it at most, and 0.40 times it at the end" in found.sharpness
+    blamed = told(ratios, with_spikes(falling(400), 25))
+    assert blamed.consequence == (
+        "The one loss spike came within 20 steps of a measurement at the limit: the learning rate was too large then."
+    )
+
+
+def test_not_convex_at_the_start():
+    """Where no direction bends upwards the largest eigenvalue is negative, and no learning rate is too large."""
+    assert told([-0.2, -0.1, 0.0, *[0.3] * 37]).kind == "below"
+    found = told([-0.2] * 40)
+    assert found.kind == "below"
+    assert found.consequence == "The loss did not spike, and no direction of positive curvature was seen."
+
+
+def test_above_all_the_time_without_harm_is_told_as_what_it_is():
+    found = told([3.0] * 40)
+    assert found.kind == "above"
+    assert "small batches" in found.consequence
+
+
+def test_not_converged():
+    found = told([1.5] * 40, converged=[False] * 30 + [True] * 10)
+    assert found.kind == "not_converged"
+    assert found.sharpness == "Only 10 of 40 measurements of the sharpness met their tolerance."
+
+
+def test_what_did_not_converge_does_not_count():
+    found = told([0.2] * 20 + [7.0] + [0.2] * 19, converged=[i != 20 for i in range(40)])
+    assert found.kind == "below"
+
+
+@pytest.mark.parametrize("ratios", [[], [None] * 40])
+def test_an_unknown_limit_is_told(ratios):
+    found = told(ratios)
+    assert (found.kind, found.level) == ("unknown", None)
+
+
+def test_two_measurements_are_too_few():
+    found = told([0.2, 1.2])
+    assert found.kind == "few"
+    assert "measured twice: 1.20 times the stability limit at step 10" in found.sharpness
+
+
+def test_near_is_wider_where_measurements_are_far_apart():
+    found = told([1.0, 1.0, 1.0, 1.0], with_spikes(falling(400), 160), every=100)
+    assert found.window == 100
+
+
+# Gradient descent on problems of which the answer is known.
+
+
+def descent(curvature: float, lr: float, optimizer: Any, num_steps: int = 200) -> Any:
+    """Train a quadratic with noise in the start; its curvature is what it is."""
+    x = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([curvature, 0.1 * curvature], dtype=torch.float64)
+    trained = optimizer([x], lr)
+    steps, ratios, losses = [], [], []
+    for step in range(num_steps):
+        loss = (scale * x**2).sum() / 2
+        if step % 10 == 0:
+            stability = stability_of(trained, [x], None)
+            steps.append(step)
+            ratios.append(curvature / stability.limit)
+        trained.zero_grad()
+        loss.backward()
+        trained.step()
+        losses.append(float(loss))
+    return diagnose(steps, ratios, (range(num_steps), losses), learning_rate=lr)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("share", "kind"), [(0.3, "below"), (1.2, "diverged")])
+def test_a_quadratic_is_below_or_lost_by_its_learning_rate(momentum, share, kind):
+    curvature = 4.0
+    edge = (2 + 2 * momentum) / curvature
+    found = descent(curvature, share * edge, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=momentum))
+    assert found.kind == kind
+    assert f"the limit is met at {edge:.2g}." in found.consequence
+
+
+# Spikes.
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.001, 0.05, 0.2]))
+def test_noise_is_no_spike(seed, noise):
+    assert len(loss_spikes(range(400), falling(400, noise, seed))) <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(20, 380), st.integers(2, 15), st.sampled_from([0.001, 0.05]))
+def test_a_spike_is_found_where_it_begins(seed, step, width, noise):
+    assert step in loss_spikes(range(400), with_spikes(falling(400, noise, seed), step, width=width))
+
+
+def test_one_batch_is_no_spike():
+    assert loss_spikes(range(400), with_spikes(falling(400), 100, 200, width=1)) == ()
+
+
+def test_another_level_is_one_spike():
+    losses = [1.0 + 0.01 * (step % 3) for step in range(100)] + [2.0 + 0.01 * (step % 3) for step in range(100)]
+    assert loss_spikes(range(200), losses) == (100,)
+
+
+def test_losses_below_zero_are_judged_too():
+    losses = [-5.0 + 0.1 * (step % 5) for step in range(100)]
+    losses[60:64] = [4.0] * 4
+    assert loss_spikes(range(100), losses) == (60,)
+
+
+def test_a_loss_that_only_fluctuates_has_not_diverged():
+    generator = random.Random(0)
+    losses = [2.3 + 0.1 * generator.gauss(0, 1) for _ in range(500)]
+    assert diverged_at(range(500), losses) is None
+
+
+# While the run goes on.
+
+
+def warned_at(ratios: list[float | None], losses: list[float], every: int = 10) -> list[int]:
+    watch, warned = EdgeWatch(), []
+    for index, ratio in enumerate(ratios):
+        step = every * index
+        if watch.see(step, ratio, (range(step), losses[:step])) is not None:
+            warned.append(step)
+    return warned
+
+
+def test_warns_where_the_ratio_stays_above_one_and_the_loss_rises():
+    losses = [*falling(200), *(falling(200)[-1] * 1.05**step for step in range(200))]
+    [first, *_] = warned_at([0.5] * 19 + [1.3] * 21, losses)
+    assert 210 <= first <= 250
+
+
+@pytest.mark.parametrize(
+    ("ratios", "losses"),
+    [
+        ([1.3] * 40, falling(400)),
+        ([0.9] * 40, [0.1 * 1.01**step for step in range(400)]),
+        ([1.3, 0.9] * 20, [0.1 * 1.01**step for step in range(400)]),
+        ([1.3, None] * 20, [0.1 * 1.01**step for step in range(400)]),
+        ([1.3] * 40, [1.0 + 0.3 * random.Random(step).random() for step in range(400)]),
+    ],
+    ids=["the loss falls", "below the limit", "above now and then", "not sure", "noise"],
+)
+def test_does_not_warn_without_both(ratios, losses):
+    assert warned_at(ratios, losses) == []
+
+
+def test_the_warning_tells_the_figures():
+    watch = EdgeWatch()
+    losses = [1.0] * 100 + [2.0] * 60
+    texts = [watch.see(step, 1.5, (range(step), losses[:step]), learning_rate=0.3) for step in range(0, 160, 10)]
+    [text] = [text for text in texts if text is not None][:1]
+    assert "above the stability limit since step 0, 1.50 times it at step" in text
+    assert "risen from 1 to 1.5" in text
+    assert text.endswith("The learning rate is too large: at that sharpness the limit is met at 0.2.")
+
+
+def test_the_watch_goes_on_in_a_resumed_run():
+    losses = [1.0] * 100 + [2.0] * 60
+    one, other = EdgeWatch(), EdgeWatch()
+    for step in range(0, 120, 10):
+        one.see(step, 1.5, (range(step), losses[:step]))
+    other.load_state_dict(one.state_dict())
+    assert one.see(120, 1.5, (range(120), losses[:120])) == other.see(120, 1.5, (range(120), losses[:120])) is not None
+
+
+def test_level_is_the_median_since_the_limit_was_met():
+    ratios = ramp(1.1)
+    found = told(ratios)
+    assert found.level == median(
+        ratio for step, ratio in zip(range(0, 400, 10), ratios, strict=True) if step >= found.met_at
+    )

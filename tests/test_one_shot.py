@@ -1,0 +1,335 @@
+"""`measure`: this module, these data, now."""
+
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import pytorch_lightning
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lyapunov_lightning import HessianConfig, SpectrumResult, measure
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from tests.modules import (
+    AugmentedClusters,
+    BusyModule,
+    SmallRegressor,
+    dense_hessian,
+    regression_data,
+    regression_loader,
+)
+
+
+class Data(pl.LightningDataModule):
+    """Prepares and sets up as users' do, and moves batches by a hook of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.calls.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.calls.append(f"setup {stage}")
+        self.samples = regression_data()
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.samples, 10)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.calls.append("transferred")
+        return batch
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(regression_data())
+
+
+def reference(module: Any, size: int = 48) -> tuple[float, Tensor]:
+    inputs, targets, _ = regression_data().tensors
+    return dense_hessian(module, (inputs[:size], targets[:size]))
+
+
+def sharpness(module: Any, size: int = 48) -> float:
+    return float(torch.linalg.eigvalsh(reference(module, size)[1])[-1])
+
+
+def module(**options: Any) -> SmallRegressor:
+    torch.manual_seed(0)
+    return SmallRegressor(**options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: regression_loader(batch_size=10),
+        lambda: regression_loader(batch_size=7, shuffle=True),
+        lambda: list(regression_loader(batch_size=9)),
+        regression_data,
+        Stream,
+        Data,
+    ],
+    ids=["loader", "shuffled", "list", "dataset", "stream", "datamodule"],
+)
+def test_all_of_the_data_is_measured_with_unequal_batches_weighted_right(data):
+    regressor = module()
+    loss, dense = reference(regressor)
+    exact = torch.linalg.eigvalsh(dense)
+    result = measure(regressor, data(), largest=3, smallest=2)
+    expected = torch.cat([exact.flip(0)[:3], exact[:2]])
+    assert result.values.numpy() == pytest.approx(expected.numpy(), rel=1e-6, abs=1e-9)
+    assert result.loss == pytest.approx(loss, rel=1e-12)
+    residuals = torch.linalg.vector_norm(result.vectors @ dense - result.values[:, None] * result.vectors, dim=1)
+    assert residuals.numpy() == pytest.approx(result.residuals.numpy(), rel=1e-2, abs=1e-9)
+    assert (result.num_parameters, result.num_largest) == (26, 3)
+
+
+def test_density_and_lines_are_those_of_the_loss():
+    regressor = module()
+    loss, dense = reference(regressor)
+    result = measure(regressor, regression_loader(), largest=1, smallest=1, density=True, lines=1)
+    exact = torch.linalg.eigvalsh(dense)
+    mean = result.density.moment(1)
+    assert mean.value == pytest.approx(float(exact.mean()), abs=4 * mean.standard_error)
+    for name, place in (("1", 0), ("min_1", 1)):
+        line = result.lines[name]
+        assert line.eigenvalue == float(result.values[place])
+        far = int(line.distances.argmax())
+        moved = copy.deepcopy(regressor)
+        sides = []
+        for sign in (1, -1):
+            displacement = sign * line.distances[far] * result.vectors[place]
+            offset = 0
+            for parameter, original in zip(moved.parameters(), regressor.parameters(), strict=True):
+                piece = displacement[offset : offset + parameter.numel()]
+                parameter.data = original.detach() + piece.view_as(parameter)
+                offset += parameter.numel()
+            sides.append(reference(moved)[0])
+        assert min(abs(side - float(line.losses[far])) for side in sides) < 1e-12
+        assert float(line.model[far]) != pytest.approx(float(line.losses[far]), rel=1e-9)
+        assert float(line.losses[line.distances.abs().argmin()]) == pytest.approx(loss, rel=1e-12)
+
+
+def test_dropout_is_off_unless_asked_for():
+    regressor = module(dropout=0.5)
+    evaluated = measure(regressor, regression_loader())
+    assert measure(regressor, regression_loader()).values == evaluated.values
+    regressor.eval()
+    assert evaluated.loss == pytest.approx(reference(regressor)[0], rel=1e-12)
+    regressor.train()
+    trained = measure(regressor, regression_loader(), hessian=HessianConfig(mode="train"))
+    assert (trained.mode, evaluated.mode) == ("train", "eval")
+    assert abs(trained.loss - evaluated.loss) > 1e-3
+
+
+@pytest.mark.parametrize("hessian", [HessianConfig(num_batches=2), HessianConfig(fraction=1 / 3)])
+def test_a_config_says_how_much_of_the_data(hessian):
+    regressor = module()
+    result = measure(regressor, regression_loader(), hessian=hessian)
+    assert result.num_batches == 2
+    assert float(result.largest) == pytest.approx(
+        float(torch.linalg.eigvalsh(reference(regressor, 16)[1])[-1]), rel=1e-6
+    )
+
+
+def everything_of(busy: pl.LightningModule) -> Any:
+    own = {name: value for name, value in vars(busy).items() if not name.startswith("_")}
+    return copy.deepcopy((busy.state_dict(), own, [inner.training for inner in busy.modules()]))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_module_and_the_random_numbers_are_left_as_they_were(mode):
+    """With BatchNorm, dropout, metrics, and state outside of parameters and buffers."""
+    torch.manual_seed(0)
+    busy = BusyModule()
+    busy.net[1].eval()  # a part that the user keeps in evaluation
+    before, random_state = everything_of(busy), torch.get_rng_state()
+    measure(busy, DataLoader(AugmentedClusters(40), 10, shuffle=True), hessian=HessianConfig(mode=mode), smallest=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same(before, everything_of(busy))
+    assert busy._trainer is None
+    assert all(parameter.grad is None for parameter in busy.parameters())
+
+
+def test_a_module_that_is_being_trained_and_its_trainer_are_left_alone(tmp_path):
+    values: list[float] = []
+
+    class Measuring(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            values.append(float(measure(pl_module, regression_loader()).largest))
+
+    def trained(*callbacks: pl.Callback) -> tuple[pl.Trainer, SmallRegressor]:
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        regressor = module()
+        trainer.fit(regressor, regression_loader(shuffle=True))
+        return trainer, regressor
+
+    torch.manual_seed(1)
+    trainer, with_ = trained(Measuring())
+    torch.manual_seed(1)
+    _, without = trained()
+    assert_same(dict(with_.state_dict()), dict(without.state_dict()))
+    assert with_._trainer is trainer
+    assert values[-1] == pytest.approx(sharpness(with_), rel=1e-6)
+
+
+def test_a_checkpoint_is_measured_in_place_of_the_weights_and_leaves_them(tmp_path):
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trained = module()
+    trainer.fit(trained, regression_loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = module()
+    weights = copy.deepcopy(fresh.state_dict())
+    result = measure(fresh, regression_loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert float(result.largest) == pytest.approx(sharpness(trained), rel=1e-6)
+    assert_same(dict(weights), dict(fresh.state_dict()))
+
+
+def test_a_trainer_lends_its_precision_and_keeps_its_callbacks_and_loggers(tmp_path):
+    class Acting(pl.Callback):
+        calls = 0
+
+        def on_predict_start(self, *args: Any) -> None:
+            type(self).calls += 1
+
+    callback = Acting()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        default_root_dir=tmp_path,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    callbacks, loggers = list(trainer.callbacks), list(trainer.loggers)
+    torch.manual_seed(0)
+    busy = BusyModule()
+    clusters = list(DataLoader(AugmentedClusters(40), 10))
+    in_bf16 = measure(busy, clusters, trainer=trainer)
+    in_float32 = measure(busy, clusters)
+    assert in_bf16.loss != in_float32.loss
+    assert in_bf16.loss == pytest.approx(in_float32.loss, rel=2e-2)
+    assert (trainer.callbacks, trainer.loggers, Acting.calls) == (callbacks, loggers, 0)
+    assert not list(tmp_path.rglob("events*"))
+
+
+def test_modules_of_the_other_name_are_served():
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self.inner(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    other = Other()
+    assert float(measure(other, regression_loader()).largest) == pytest.approx(sharpness(other.inner), rel=1e-6)
+
+
+# What the result can do.
+
+
+def test_a_result_is_shown_written_and_read_again(tmp_path):
+    result = measure(module(), regression_loader(), largest=2, smallest=1, density=True, lines=1)
+    text = result.summary()
+    assert "SmallRegressor: 26 parameters, 6 batches, evaluation mode" in text
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("  yes")] == ["1", "2", "min_1"]
+    assert len(result.plot().axes) >= 4
+    assert result._repr_png_().startswith(b"\x89PNG")
+    assert repr(result).startswith("SpectrumResult(SmallRegressor, largest=[")
+    result.save(tmp_path / "spectrum.pt")
+    again = SpectrumResult.load(tmp_path / "spectrum.pt")
+    assert again.summary() == text
+    assert torch.equal(again.vectors, result.vectors)
+    assert torch.equal(again.lines["1"].losses, result.lines["1"].losses)
+    table = result.to_pandas()
+    assert list(table.index) == ["1", "2", "min_1"]
+    assert table["eigenvalue"].tolist() == result.values.tolist()
+
+
+def test_density_alone_needs_no_eigenvalues():
+    result = measure(module(), regression_loader(), largest=0, density=True)
+    assert len(result.values) == 0
+    assert "trace" in result.summary()
+    assert result.plot().axes
+
+
+# What cannot be measured.
+
+
+class ByHand(SmallRegressor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Broken(SmallRegressor):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("made", "data", "options", "error", "message"),
+    [
+        (module, regression_loader, {"largest": -1}, ValueError, "`largest` should be a non-negative int, got -1"),
+        (module, regression_loader, {"largest": 0}, ValueError, "should not both be 0 where no `density`"),
+        (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig"),
+        (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
+        (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),
+        (module, lambda: 3, {}, TypeError, "`data` should be a dataloader, a dataset or a Li.*, got int"),
+        (module, lambda: (b for b in regression_loader()), {"hessian": HessianConfig(fraction=0.5)}, ValueError,
+         "`hessian.fraction` is of no use with data without a length, a generator"),
+        (lambda: nn.Linear(3, 2), regression_loader, {}, TypeError, "`module` should be a LightningModule, got Linear"),
+        (ByHand, regression_loader, {}, MisconfigurationException, "`measure`.*curvature_loss"),
+        (module, regression_loader, {"largest": 27}, MisconfigurationException, "`measure`.*26"),
+        (Broken, regression_loader, {}, MeasurementError, "finite"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_by_name(made, data, options, error, message):
+    with pytest.raises(error, match=message):
+        measure(made(), data(), **options)
+
+
+def test_the_module_keeps_working_after_a_refusal():
+    regressor = module()
+    with pytest.raises(MisconfigurationException):
+        measure(regressor, regression_loader(), largest=27)
+    assert measure(regressor, regression_loader()).converged.all()
