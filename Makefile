@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint wild clean
+.PHONY: demo test lint docs dist-check wild clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -15,6 +15,12 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.docs-installed  ## the site, in `site`
+	$(BIN)/mkdocs build --strict
+
+dist-check: $(STAMP)  ## build sdist and wheel, and try them; DOWNLOAD=1 installs the dependencies as for a user
+	$(BIN)/python tests/dist_check.py $(if $(DOWNLOAD),--download)
+
 wild: .wild/.installed  ## other people's LightningModules, trained without and with the reading callbacks
 	.wild/bin/python -W ignore -m benchmarks.wild
 
@@ -24,6 +30,10 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(STAMP)
+
+.venv/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 # Other people's packages, in an environment of their own that sees what .venv holds and cannot change it. torch and
 # Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and does without.
@@ -39,4 +49,4 @@ $(STAMP): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .wild build dist *.egg-info logs lightning_logs
+	rm -rf .venv .wild build dist site *.egg-info logs lightning_logs

@@ -1,1 +1,1 @@
-"""Models, data and configurations to try the callbacks on; not part of the installed package."""
+"""Models, data and configurations to try the callbacks on; `lyapunov-lightning examples` writes them anywhere."""

@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 
 class Digits(pl.LightningDataModule):
@@ -34,8 +34,10 @@ class Digits(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         if self.batch_size is not None:
             return DataLoader(self.train_set, self.batch_size, shuffle=True)
-        everything = list(range(len(self.train_set)))
-        return DataLoader(self.train_set, batch_sampler=[everything] * self.steps_per_epoch)
+        # A dataset whose items are whole batches. Lightning deals them out to several processes in any order, and the
+        # mean over the processes is the gradient of all samples there too.
+        everything = default_collate(list(self.train_set))
+        return DataLoader([everything] * self.steps_per_epoch, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, len(self.val_set))

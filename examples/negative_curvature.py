@@ -97,9 +97,9 @@ def report(seed: int, step: int, top: Seen, bottom: Seen) -> None:
 
 
 def draw(ends: list[tuple[Seen, Seen]]) -> Figure:
-    """All directions of all runs: optimal steps, improvements and fitted curvatures."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    inverse, fall, fit = figure.subplots(1, 3)
+    """All directions of all runs: optimal steps and improvements."""
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    inverse, fall = figure.subplots(1, 2)
     for colour, label, seen in (
         ("#c1432e", "largest eigenvalues", [top for top, _ in ends]),
         ("#2f6f9f", "smallest eigenvalues", [bottom for _, bottom in ends]),
@@ -108,17 +108,12 @@ def draw(ends: list[tuple[Seen, Seen]]) -> Figure:
         style = {"s": 12, "color": colour, "label": label}
         inverse.scatter(modulus, 1 / np.concatenate([s.optimal_step for s in seen]), **style)
         fall.scatter(modulus, np.concatenate([s.improvement for s in seen]), **style)
-        fit.scatter(np.concatenate([s.curvature for s in seen]), np.concatenate([s.fitted for s in seen]), **style)
         span = np.array([modulus.min(), modulus.max()])
         inverse.plot(span, span, color="#333333", linewidth=0.8, linestyle="--")
     for panel, ylabel in ((inverse, "1 / optimal step"), (fall, "best improvement of the loss")):
         panel.set(xscale="log", yscale="log", xlabel="modulus of the eigenvalue", ylabel=ylabel)
-    fit.axhline(0, color="#333333", linewidth=0.8, linestyle="--")
-    fit.set_xscale("symlog", linthresh=0.1)
-    fit.set_yscale("symlog", linthresh=0.1)
-    fit.set(xlabel="eigenvalue", ylabel="curvature of a fit over [-1, 1]")
     fall.legend(frameon=False, fontsize=8)
-    for panel in (inverse, fall, fit):
+    for panel in (inverse, fall):
         panel.spines[["top", "right"]].set_visible(False)
     return figure
 

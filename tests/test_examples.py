@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader, DistributedSampler
 
+from examples.data import Digits
 from lyapunov_lightning import callbacks
 from lyapunov_lightning.training.callback import CurvatureCallback
 
@@ -20,6 +22,19 @@ def test_configuration_is_understood(config: Path, monkeypatch: pytest.MonkeyPat
     arguments = ["--config", str(config), f"--trainer.default_root_dir={tmp_path}"]
     cli = LightningCLI(args=arguments, run=False, save_config_callback=None)
     assert any(isinstance(callback, CurvatureCallback) for callback in cli.trainer.callbacks)
+
+
+def test_each_of_several_processes_gets_all_digits_for_a_step() -> None:
+    data = Digits(steps_per_epoch=4)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    for rank in range(2):
+        sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=rank)  # as Lightning puts it in, shuffled
+        batches = list(DataLoader(loader.dataset, batch_size=None, sampler=sampler))
+        assert len(batches) == 2
+        for inputs, labels in batches:
+            assert len(inputs) == len(labels) == len(data.train_set)
+            assert inputs.equal(next(iter(loader))[0])
 
 
 def test_every_callback_has_a_configuration() -> None:

@@ -1,0 +1,119 @@
+"""LightningCLI, with one command more: `measure`. Importing this needs jsonargparse."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jsonargparse
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+import lyapunov_lightning.callbacks  # noqa: F401  # known by their short names once they are imported
+from lyapunov_lightning.cli.errors import PROGRAM, explained, fail
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lyapunov_lightning import SpectrumResult
+
+
+class MeasuringTrainer(Trainer):
+    """The Trainer, with one thing more to do with a model and its data."""
+
+    def measure(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        ckpt_path: str | None = None,
+        largest: int = 5,
+        smallest: int = 2,
+        density: bool = False,
+        lines: int = 0,
+        hessian: HessianConfig = HessianConfig(),
+        out: str = "spectrum.png",
+        weights_only: bool | None = None,
+    ) -> "SpectrumResult":
+        """Print a table of the ends of the Hessian's spectrum, and draw them.
+
+        Args:
+            model: Whose training loss is measured.
+            datamodule: Whose training data it is measured on.
+            ckpt_path: The checkpoint to measure; the model as the configuration makes it if not given.
+            largest: How many of the largest eigenvalues.
+            smallest: How many of the smallest.
+            density: Whether to measure the density of the whole spectrum too.
+            lines: Along how many eigenvectors of each end to scan the loss.
+            hessian: Which Hessian; by default that of all training data, in evaluation mode.
+            out: The picture to write, as PNG; beside it the same as SVG.
+            weights_only: Taken from configurations written for ``fit``, and without a meaning here.
+
+        """
+        from lyapunov_lightning import measure
+
+        if datamodule is None:
+            raise MisconfigurationException(
+                "`measure` was not told on which data. Name them in the configuration, or with `--data`."
+            )
+        if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).exists():
+            raise FileNotFoundError(f"There is no checkpoint {ckpt_path}.")
+        result = measure(
+            model,
+            datamodule,
+            largest=largest,
+            smallest=smallest,
+            density=density,
+            lines=lines,
+            hessian=hessian,
+            ckpt_path=ckpt_path,
+            trainer=self,
+        )
+        if self.is_global_zero:
+            picture, *_ = result.plot().save(out)
+            print(f"\n{result.summary()}\n\nThe picture: {picture}")
+        return result
+
+
+class Parser(LightningArgumentParser):
+    """Tells errors in a few words, without the hundreds of arguments that the Trainer and the model have."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        short = explained(message)
+        if "\n" in short:
+            command = (getattr(ex, "subcommand_parser", None) or self).prog.split()[-1]
+            subcommand = f" {command}" if command != PROGRAM else ""
+            sys.stderr.write(f"{PROGRAM}: error: {short}\nAll arguments: {PROGRAM}{subcommand} --help\n")
+            raise SystemExit(2)
+        fail(short)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with this package's callbacks known by their short names, and the command `measure`.
+
+    Args:
+        **kwargs: As those of LightningCLI.
+
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(trainer_class=MeasuringTrainer, parser_class=Parser, **kwargs)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "measure": {"model", "datamodule"}}
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand != "measure":
+            return
+        # Nothing is trained: what the configuration has to watch the training, to log and to save it, is left out.
+        self.save_config_callback = None
+        trainer: jsonargparse.Namespace = self.config["measure"]["trainer"]
+        trainer["callbacks"] = None
+        trainer["logger"] = False
+        trainer["enable_checkpointing"] = False

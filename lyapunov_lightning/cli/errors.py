@@ -1,0 +1,103 @@
+"""Errors as the command line tells them: those of this package in one line, all others as they are."""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from typing import NoReturn
+
+import lyapunov_lightning
+
+PROGRAM = "lyapunov-lightning"
+
+_PROBLEM = re.compile(r"Problem with given class_path 'lyapunov_lightning\.(?:\w+\.)*(\w+)':\n((?: {8,}.*\n?)+)")
+
+_FOLDER = os.path.dirname(os.path.abspath(lyapunov_lightning.__file__)) + os.sep
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """End the program with one line on the error stream.
+
+    Args:
+        error: What is the matter.
+
+    Raises:
+        SystemExit: With exit status 2.
+
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    where = f" (rank {rank})" if rank else ""
+    sys.stderr.write(f"{PROGRAM}{where}: error: {' '.join(str(error).split())}\n")
+    raise SystemExit(2)
+
+
+def own_error(error: BaseException | None) -> BaseException | None:
+    """The error among this one and its causes that this package raised, on purpose; None if there is none.
+
+    On purpose: by a ``raise`` of its own. An error that Python, PyTorch or Lightning raises while this package runs is
+    nobody's wrong argument, and its traceback is needed.
+    """
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.startswith(_FOLDER) and (frames[-1].line or "").startswith("raise "):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def explained(message: str) -> str:
+    """What jsonargparse says, in one line where it concerns the callbacks of this package.
+
+    Its own message lists why the value is none of the types that the Trainer takes.
+
+    Args:
+        message: As jsonargparse made it.
+
+    Returns:
+        One line that names the callbacks there are and the one that was probably meant, or the argument that is wrong;
+        any other message unchanged.
+
+    """
+    if "trainer.callbacks" not in message:
+        return message
+    name = _unknown_callback(message)
+    if name is not None:
+        return _no_such_callback(name)
+    problem = _PROBLEM.search(message)
+    if problem is None:
+        return message
+    callback, cause = problem[1], " ".join(problem[2].split()).rstrip(".")
+    return f"{callback}: {cause}. Its arguments: {PROGRAM} fit --trainer.callbacks.help {callback}"
+
+
+def _unknown_callback(message: str) -> str | None:
+    """The short name, or the name in this package, that is no callback's."""
+    for pattern in (
+        r"Expected a dot import path string: ([\w.]+)",
+        r"module 'lyapunov_lightning[\w.]*' has no attribute '(\w+)'",
+    ):
+        for name in re.findall(pattern, message):
+            if "." not in name and name not in _known_callbacks():
+                return str(name)
+    return None
+
+
+def _no_such_callback(name: str) -> str:
+    from lyapunov_lightning import callbacks
+
+    near = difflib.get_close_matches(name, _known_callbacks(), n=1, cutoff=0)
+    return (
+        f"There is no callback {name!r}. Did you mean {near[0]}? Those of this package are"
+        f" {', '.join(callbacks.__all__)}; others are named by their import path, such as"
+        " lightning.pytorch.callbacks.EarlyStopping."
+    )
+
+
+def _known_callbacks() -> list[str]:
+    """All callbacks that can be named without their module, those of this package first."""
+    from lightning.pytorch import callbacks as of_lightning
+
+    from lyapunov_lightning import callbacks
+
+    return [*callbacks.__all__, *of_lightning.__all__]

@@ -1,0 +1,263 @@
+"""The command line: what it says of itself, of the callbacks and of errors, the command `measure`, the examples."""
+
+import configparser
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lyapunov_lightning import __version__, callbacks
+from lyapunov_lightning.cli import TRAINER_COMMANDS, main
+from lyapunov_lightning.cli.errors import own_error
+from lyapunov_lightning.cli.help import callback_help, plain, reflowed
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
+QUIET = ("--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_checkpointing=false")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr(sys, "argv", ["lyapunov-lightning"])  # LightningCLI warns of arguments in both places
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command prints that ends the program well."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    assert not exit_info.value.code
+    return capsys.readouterr().out
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of our own that a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    own = [line for line in lines if line.startswith("lyapunov-lightning")]
+    assert own == lines[-1:]
+    assert "Traceback" not in "".join(lines)
+    return own[0].removeprefix("lyapunov-lightning: error: ")
+
+
+class Manual(LightningModule):
+    """A module that the callbacks refuse, when it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.layer(batch).sum().backward()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> list[torch.Tensor]:
+        return [torch.ones(3, 2)]
+
+
+class Broken(Manual):
+    """A module with a mistake of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        raise ValueError("This is the module's own business.")
+
+
+def test_help_names_all_commands_and_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--help")
+    assert all(does in " ".join(text.split()) for does in TRAINER_COMMANDS.values())
+    assert "\n    examples " in text
+    assert "curvature" in text
+    assert printed(capsys, "--version") == f"lyapunov-lightning {__version__}\n"
+
+
+def test_unknown_command_is_an_error_that_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fti"])
+    assert exit_info.value.code == 2
+    text = capsys.readouterr().err
+    assert all(name in text for name in (*TRAINER_COMMANDS, "examples"))
+
+
+def test_help_and_examples_load_no_lightning(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom lyapunov_lightning.cli import main\nmain(['examples'])\n"
+        "print([name for name in ('torch', 'lightning', 'jsonargparse') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_help_of_a_callback_says_what_it_is_logs_and_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "fit", f"--trainer.callbacks.help={name}")
+    assert text.strip() == callback_help(name).strip()
+    what, _, arguments = text.partition("\nArguments:\n")
+    assert what.startswith(f"{name}\n\n")
+    assert "\nLogged" in what
+    assert f"{getattr(callbacks, name).group}/" in what.partition("\nLogged")[2]
+    assert "--trainer.callbacks.every_n_steps" in arguments
+    assert "--trainer.callbacks.hessian.seed" in arguments
+    for markup in ("`", ":math:", ".. math", "\\", "**"):
+        assert markup not in text
+    assert max(map(len, what.splitlines())) < 80
+
+
+def test_help_without_a_name_and_of_other_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "fit", "--trainer.callbacks.help")
+    assert all(f"\n  {name}\n" in text for name in callbacks.__all__)
+    assert "--trainer.callbacks.patience" in printed(capsys, "fit", "--trainer.callbacks.help", "EarlyStopping")
+
+
+def test_markup_becomes_plain_text() -> None:
+    text = r"*Sharp* and ``a * b``, **bold**, `Name.of`, α*λ, :math:`\tilde g^\top v_i / \lambda_{max}`"
+    assert plain(text) == "Sharp and a * b, bold, Name.of, α*λ, g\u0303ᵀ v_i / λ_max"
+    assert plain(".. math:: \\alpha = \\min(1, x)") == "  α = min(1, x)"
+    assert reflowed("one\ntwo\n\n- three\n  four\n- five", 9) == "one two\n\n- three\n  four\n- five"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("CurvatureProb", "no callback 'CurvatureProb'. Did you mean CurvatureProbe?"),
+        ("lyapunov_lightning.SpectrumTraker", "no callback 'SpectrumTraker'. Did you mean SpectrumTracker?"),
+    ],
+)
+def test_unknown_callback_in_a_configuration(
+    change: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(QUICKSTART.read_text().replace("CurvatureProbe", change))
+    error = error_of(capsys, "fit", "--config", str(config))
+    assert said in error
+    assert all(name in error for name in callbacks.__all__)
+
+
+@pytest.mark.parametrize("option", ["--trainer.callbacks=NoSuchProbe", "--trainer.callbacks+=NoSuchProbe"])
+def test_unknown_callback_among_the_arguments(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "fit", option)
+    assert "no callback 'NoSuchProbe'" in error
+    assert all(name in error for name in callbacks.__all__)
+    assert "no callback 'Probe'" in error_of(capsys, "fit", "--trainer.callbacks.help", "Probe")
+
+
+def test_wrong_argument_of_a_callback_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    for wrong, said in (
+        ("every_n_step: 5", "CurvatureProbe: Option 'every_n_step' is not accepted."),
+        ("every_n_steps: 0", "`every_n_steps` should be a positive int, got 0."),
+    ):
+        config.write_text(QUICKSTART.read_text().replace("        every_n_steps: 5", f"        {wrong}"))
+        assert error_of(capsys, "fit", "--config", str(config)).startswith(said)
+
+
+def test_other_errors_of_arguments_come_without_the_list_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(QUICKSTART), "--trainer.max_steps=many"])
+    text = capsys.readouterr().err
+    assert "trainer.max_steps" in text
+    assert text.endswith("All arguments: lyapunov-lightning fit --help\n")
+    assert len(text.splitlines()) < 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_refusal_while_fitting_is_one_line_and_errors_of_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ("fit", *QUIET, "--trainer.callbacks=CurvatureProbe", "--trainer.accelerator=cpu")
+    assert error_of(capsys, *fit, "--model=tests.test_cli.Manual").startswith("`CurvatureProbe` cannot")
+    with pytest.raises(ValueError, match="own business"):
+        main([*fit, "--model=tests.test_cli.Broken"])
+
+
+def test_own_errors_are_those_that_the_package_raises() -> None:
+    def error_in(call: object) -> BaseException:
+        try:
+            call()
+        except Exception as error:
+            return error
+        raise AssertionError
+
+    own = error_in(lambda: callbacks.CurvatureProbe(every_n_steps=0))
+    assert own_error(own) is own
+
+    def with_a_cause() -> None:
+        try:
+            callbacks.CurvatureProbe(every_n_steps=0)
+        except ValueError as error:
+            raise RuntimeError("Lightning says") from error
+
+    found = own_error(error_in(with_a_cause))
+    assert isinstance(found, ValueError)
+    assert own_error(error_in(lambda: callbacks.CurvatureProbe(nonsense=1))) is None
+    assert own_error(error_in(lambda: reflowed("text", "wide"))) is None  # raised by Python, while our code runs
+    assert own_error(MisconfigurationException("not raised by anybody")) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_measure_prints_a_table_and_draws_and_no_callback_acts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--data.steps_per_epoch=1", "--trainer.enable_progress_bar=false")
+    fitted = main(["fit", "--config", str(QUICKSTART), *few, "--trainer.max_steps=3"])
+    (checkpoint,) = tmp_path.glob("logs/**/*.ckpt")
+    (saved,) = tmp_path.glob("logs/**/config.yaml")  # what `fit` writes, with arguments that only `fit` has
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+
+    def acts(*args: object) -> None:
+        raise AssertionError("A callback of the configuration was set up.")
+
+    monkeypatch.setattr(callbacks.CurvatureProbe, "setup", acts)
+    monkeypatch.setattr(callbacks.CurvatureProbe, "__init__", acts)
+    measured = main(["measure", "--config", str(saved), "--ckpt_path", str(checkpoint), "--largest=2", "--smallest=1"])
+    text = capsys.readouterr().out
+    assert text.rstrip().endswith("The picture: spectrum.png")
+    assert sorted(set(tmp_path.rglob("*")) - set(before)) == [tmp_path / "spectrum.png", tmp_path / "spectrum.svg"]
+    assert all(f"\n{name} " in text for name in ("1", "2", "min_1"))
+    # The parameters are those of the checkpoint, and the trainer is that of the configuration.
+    assert f"loss {fitted.trainer.callback_metrics['train/loss']:.2g}"[:7] in text
+    assert isinstance(measured.trainer, Trainer)
+
+    assert error_of(capsys, "measure", "--config", str(saved), "--ckpt_path=nowhere.ckpt") == (
+        "There is no checkpoint nowhere.ckpt."
+    )
+    assert "`largest` should be" in error_of(capsys, "measure", "--config", str(saved), "--largest=-1")
+    assert "on which data" in error_of(capsys, "measure", "--model=tests.test_cli.Manual")
+
+
+def test_examples_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["examples", "there"]) is None
+    assert "cd there && lyapunov-lightning fit --config examples/configs/quickstart.yaml" in capsys.readouterr().out
+    written = tmp_path / "there" / "examples"
+    sources = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".yaml", ".md")]
+    assert len(sources) > 10
+    for path in sources:
+        assert (written / path.relative_to(ROOT / "examples")).read_bytes() == path.read_bytes()
+    (written / "data.py").write_text("mine")
+    (written / "models.py").unlink()
+    assert "is there already" in error_of(capsys, "examples", "there")
+    assert (written / "data.py").read_text() == "mine"
+    assert not (written / "models.py").exists()
+
+
+def test_every_package_is_in_the_distribution() -> None:
+    """The list in `setup.cfg` is written by hand, since `examples` is mapped into the package."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    found = [path.parent for path in (ROOT / "lyapunov_lightning").rglob("__init__.py")]
+    names = [".".join(path.relative_to(ROOT).parts) for path in found]
+    assert sorted(config["options"]["packages"].split()) == sorted([*names, "lyapunov_lightning._examples"])
+    assert config["options"]["package_dir"].split() == ["lyapunov_lightning._examples", "=", "examples"]
