@@ -16,7 +16,7 @@ from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.linear import LinearOperator
-from lyapunov_lightning.curvature.scanning import Direction, noisy_start, scan_direction
+from lyapunov_lightning.curvature.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig
@@ -241,11 +241,10 @@ class _Once(Callback):
         if not places:
             return {}
         start = noisy_start(hessian, gradient)
-        size = float(torch.linalg.vector_norm(torch.cat([p.detach().reshape(-1) for p in hessian.parameters])))
+        reach = _REACH * parameter_norm(hessian) or 1.0
         found: dict[str, ScannedLine] = {}
         for name, place in places.items():
             direction = Direction(float(pairs.values[place]), pairs.vectors[place])
-            reach = _REACH * size or 1.0
             line = scan_direction(
                 hessian, direction, gradient, start, scales=[reach], units="norm", points=_POINTS
             ).line

@@ -55,6 +55,11 @@ def reference(module: Any, size: int = 48) -> tuple[float, Tensor]:
     return dense_hessian(module, (inputs[:size], targets[:size]))
 
 
+def quiet(**options: Any) -> pl.Trainer:
+    settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(**{**settings, **options})
+
+
 def sharpness(module: Any, size: int = 48) -> float:
     return float(torch.linalg.eigvalsh(reference(module, size)[1])[-1])
 
@@ -179,15 +184,7 @@ def test_a_module_that_is_being_trained_and_its_trainer_are_left_alone(tmp_path)
             values.append(float(measure(pl_module, regression_loader()).largest))
 
     def trained(*callbacks: pl.Callback) -> tuple[pl.Trainer, SmallRegressor]:
-        trainer = pl.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
+        trainer = quiet(max_epochs=2, logger=False, enable_checkpointing=False, callbacks=list(callbacks))
         regressor = module()
         trainer.fit(regressor, regression_loader(shuffle=True))
         return trainer, regressor
@@ -202,14 +199,7 @@ def test_a_module_that_is_being_trained_and_its_trainer_are_left_alone(tmp_path)
 
 
 def test_a_checkpoint_is_measured_in_place_of_the_weights_and_leaves_them(tmp_path):
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet(max_epochs=2, logger=False, default_root_dir=tmp_path)
     trained = module()
     trainer.fit(trained, regression_loader())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -228,14 +218,7 @@ def test_a_trainer_lends_its_precision_and_keeps_its_callbacks_and_loggers(tmp_p
             type(self).calls += 1
 
     callback = Acting()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        precision="bf16-mixed",
-        default_root_dir=tmp_path,
-        callbacks=[callback],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet(precision="bf16-mixed", default_root_dir=tmp_path, callbacks=[callback])
     callbacks, loggers = list(trainer.callbacks), list(trainer.loggers)
     torch.manual_seed(0)
     busy = BusyModule()

@@ -1,6 +1,5 @@
 """The directions of negative curvature of the training loss, and moves along them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -215,7 +214,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
             return {}
         at = [result.step for result in results]
         lambda_min = torch.tensor([result.lambda_min for result in results], dtype=torch.float64)
-        lambda_max = [math.nan if result.lambda_max is None else result.lambda_max for result in results]
+        lambda_max = [result.lambda_max for result in results]
         figures: Figures = {"eigenvalues": partial(negative_figure, at, lambda_min, lambda_max)}
         steps = sorted({step for result in results for step in result.frozen})
         if not steps:

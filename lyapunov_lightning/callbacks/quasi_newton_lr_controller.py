@@ -22,7 +22,7 @@ from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Sta
 from lyapunov_lightning.training.config import HessianConfig, Schedule
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
-from lyapunov_lightning.training.losses import LossSeries
+from lyapunov_lightning.training.losses import LossSeries, loss_in
 from lyapunov_lightning.training.optimizers import check_steerable, gain_of_momentum
 from lyapunov_lightning.training.progress import progress
 from lyapunov_lightning.training.recording import Record
@@ -289,14 +289,14 @@ class QuasiNewtonLRController(CurvatureCallback):
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.see(trainer, outputs)
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        loss = loss_in(outputs)
         seen, self._seen, has_stepped, self._has_stepped = self._seen, None, self._has_stepped, False
         if self._first is not None:  # the step was not taken, as a loss scaler decides at times
             self._rates.set(self._own_lr)
             self._waiting, self._first = None, None
-        if not isinstance(loss, Tensor):
+        if loss is None:
             return
-        numbers = loss.detach().reshape(1)
+        numbers = loss.reshape(1)
         if seen is not None and has_stepped:
             numbers = torch.cat([numbers.to(seen[0]), seen[0]])
         value, *along = mean_over_ranks(trainer, numbers).tolist()

@@ -67,14 +67,9 @@ class ProbeResult(Result):
     paper_lambda_min: float | None = None
 
     @property
-    def counting_eigenvalue(self) -> float | None:
-        """The eigenvalue that the stability limit is one on: the preconditioned one where there is one."""
-        return self.lambda_max if self.preconditioned_lambda_max is None else self.preconditioned_lambda_max
-
-    @property
     def stability_ratio(self) -> float | None:
         """The eigenvalue that counts for the optimizer over its limit; 1 is the edge of stability, whatever it is."""
-        counts = self.counting_eigenvalue
+        counts = self.lambda_max if self.preconditioned_lambda_max is None else self.preconditioned_lambda_max
         return None if counts is None or self.stability_limit is None else counts / self.stability_limit
 
     @override
@@ -446,8 +441,6 @@ class NudgeResult(Result):
             "nudge_details/converged": self.num_converged / len(self.eigenvalues),
             "nudge_details/matvecs": float(self.matvecs),
         }
-        return (
-            found
-            if self.subspace_overlap is None
-            else {**found, "nudge_details/subspace_overlap": self.subspace_overlap}
-        )
+        if self.subspace_overlap is not None:
+            found["nudge_details/subspace_overlap"] = self.subspace_overlap
+        return found

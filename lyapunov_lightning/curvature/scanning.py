@@ -100,6 +100,11 @@ def random_directions(operator: LinearOperator, count: int, seed: int = 0) -> It
         yield Direction(curvature, vector)
 
 
+def parameter_norm(operator: HessianOperator) -> float:
+    """The norm of all parameters together, without a copy of them."""
+    return math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in operator.parameters))
+
+
 def noisy_start(operator: HessianOperator, gradient: Tensor) -> NoisyLoss:
     """The loss at the present parameters and its rounding, along a line on which the parameters hardly change.
 
@@ -108,7 +113,7 @@ def noisy_start(operator: HessianOperator, gradient: Tensor) -> NoisyLoss:
 
     """
     norm = float(torch.linalg.vector_norm(gradient))
-    size = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in operator.parameters))
+    size = parameter_norm(operator)
     start = noisy_loss(
         lambda distances: operator.values_along(gradient, distances),
         _NEARBY * size / norm if norm else 0.0,

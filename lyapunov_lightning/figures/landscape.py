@@ -142,15 +142,9 @@ def optimal_step_figure(
         The figure.
 
     """
-    picture = new_picture(5.6, 3.8, title)
-    panel, moments = picture.subplots(), _moments(len(eigenvalues), steps)
     with np.errstate(divide="ignore"):
         inverses = 1 / floats(optimal_steps)
-    _scatter_against_eigenvalues(panel, eigenvalues, inverses, moments, quadratic=True)
-    panel.set_ylabel("1 / optimal step")
-    key(panel)
-    _moments_bar(picture, panel, moments, steps)
-    return picture
+    return _against_eigenvalues(eigenvalues, inverses, "1 / optimal step", steps, title, quadratic=True)
 
 
 @house_style()
@@ -173,12 +167,8 @@ def improvement_figure(
         The figure.
 
     """
-    picture = new_picture(5.6, 3.8, title)
-    panel, moments = picture.subplots(), _moments(len(eigenvalues), steps)
-    _scatter_against_eigenvalues(panel, eigenvalues, improvements, moments, quadratic=False)
-    panel.set_ylabel("best improvement of the loss")
-    _moments_bar(picture, panel, moments, steps)
-    return picture
+    label = "best improvement of the loss"
+    return _against_eigenvalues(eigenvalues, improvements, label, steps, title, quadratic=False)
 
 
 @house_style()
@@ -289,6 +279,20 @@ def _at_zero(distances: Floats, quadratic: Floats) -> float:
     if len(np.unique(distances[known])) < 3 or not width:
         return 0.0
     return float(np.polynomial.polynomial.polyfit(distances[known] / width, quadratic[known], 2)[0])
+
+
+def _against_eigenvalues(
+    eigenvalues: Tensor, values: Any, label: str, steps: Sequence[float] | None, title: str, *, quadratic: bool
+) -> Picture:
+    """A picture of one such scatter."""
+    picture = new_picture(5.6, 3.8, title)
+    panel, moments = picture.subplots(), _moments(len(eigenvalues), steps)
+    _scatter_against_eigenvalues(panel, eigenvalues, values, moments, quadratic=quadratic)
+    panel.set_ylabel(label)
+    if quadratic:
+        key(panel)
+    _moments_bar(picture, panel, moments, steps)
+    return picture
 
 
 def _scatter_against_eigenvalues(

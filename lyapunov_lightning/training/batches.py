@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.copying import Copier
-from lyapunov_lightning.training.distributed import any_rank
+from lyapunov_lightning.training.distributed import any_rank, of_first_rank
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.loaders import LoaderCopy, seeded
 from lyapunov_lightning.training.replay import ProbeBatch
@@ -84,7 +84,7 @@ class ProbeData:
         if cause is None:
             return None
         # Ranks with different numbers of batches would begin to measure at different steps.
-        self._num_to_keep = trainer.strategy.broadcast(num_batches) if trainer.world_size > 1 else num_batches
+        self._num_to_keep = of_first_rank(trainer, num_batches)
         kept = "first batch" if self._num_to_keep == 1 else f"first {self._num_to_keep} batches"
         return f"The fixed data of `{owner}` are the {kept} of this training, kept on the way, since {cause}."
 
@@ -156,7 +156,7 @@ class ProbeData:
                 cause = _said(error)
         if any_rank(trainer, cause is not None):
             return cause or _ELSEWHERE
-        first = trainer.strategy.broadcast(fingerprints) if trainer.world_size > 1 else fingerprints
+        first = of_first_rank(trainer, fingerprints)
 
         def offset_of(index: int) -> int:
             """Ranks whose samplers have to agree have generators in the same state."""

@@ -296,7 +296,7 @@ class CurvatureCallback(Callback):
     def _draw(self, trainer: Any) -> None:
         """Show the figures of the results so far."""
         self._is_to_be_drawn = False
-        self._recorder.draw(trainer, lambda: {name: draw() for name, draw in self.figures().items()})
+        self._recorder.draw(trainer, self.figures)
 
     def _follow_the_logging(self, trainer: Any) -> None:
         """Measure when Lightning logs, where the user did not say when."""
@@ -339,11 +339,5 @@ def non_default(function: Callable[..., None], values: Mapping[str, Any]) -> dic
         {'end': 'both'}
 
     """
-    parameters = inspect.signature(function).parameters.items()
-    return {
-        name: values[name] for name, parameter in parameters if name in values and _differs(values[name], parameter)
-    }
-
-
-def _differs(value: Any, parameter: inspect.Parameter) -> bool:
-    return parameter.name != "self" and (parameter.default is parameter.empty or value != parameter.default)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    return {name: values[name] for name, default in defaults.items() if name != "self" and values[name] != default}

@@ -26,6 +26,11 @@ def mean_over_ranks(trainer: Any, values: Tensor) -> Tensor:
     return means
 
 
+def of_first_rank(trainer: Any, value: Any) -> Any:
+    """A value as the first rank has it; all of them have to ask together."""
+    return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value
+
+
 def any_rank(trainer: Any, flag: bool) -> bool:
     """Whether a condition holds on one of the ranks at least; all of them have to ask together."""
     return bool(_ranks(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)

@@ -15,6 +15,12 @@ _PENDING = 100
 """Batches after which their losses are fetched from the device."""
 
 
+def loss_in(outputs: Any) -> Tensor | None:
+    """The loss in what the hook ``on_train_batch_end`` gets of a training step; None of a step without a scalar one."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
 class LossSeries:
     """The training loss of every optimizer step, the mean over micro-batches and ranks.
 
@@ -53,13 +59,11 @@ class LossSeries:
             outputs: What the hook gets of the batch's training step.
 
         """
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            loss = loss.detach().reshape(()).to(torch.float32, copy=True)
+        loss = loss_in(outputs)
+        if loss is not None:
+            loss = loss.reshape(()).to(torch.float32, copy=True)
             # What the hook gets is divided by the number of micro-batches.
             loss *= trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
-        else:
-            loss = None
         self._pending.append((self._begun, loss))
         self._begun = trainer.global_step
         if len(self._pending) >= _PENDING:

@@ -137,23 +137,23 @@ class Recorder:
         elapsed = time.perf_counter() - self._started
         return bool(trainer.is_global_zero) and self._drawing_seconds <= _DRAWING_SHARE * elapsed
 
-    def draw(self, trainer: Any, figures: "Callable[[], Mapping[str, Figure]]") -> None:
+    def draw(self, trainer: Any, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> None:
         """Draw figures and show them in all loggers that take figures, or write them to files beside the log.
 
         What goes wrong meanwhile is warned of, and the training goes on.
 
         Args:
             trainer: The trainer.
-            figures: Draws them, by name.
+            figures: Tells what draws each of them, by name.
 
         """
         if not trainer.is_global_zero:
             return
         started = time.perf_counter()
         try:
-            for name, figure in figures().items():
+            for name, drawn in figures().items():
                 tag = f"{self._prefix}{self._group}/{name}"
-                path = show_figure(trainer, tag, figure, _logged_step(trainer), self._folder)
+                path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder)
                 if path is not None and path not in self._files:
                     self._files.append(path)
         except Exception as error:

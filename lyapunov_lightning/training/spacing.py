@@ -6,6 +6,8 @@ from collections import deque
 from statistics import fmean
 from typing import Any
 
+from lyapunov_lightning.training.distributed import of_first_rank
+
 _WARM = 5
 """Steps between the first measurement, which is slower than all others, and the second."""
 
@@ -73,8 +75,8 @@ class Spacing:
             return _WARM
         cost = fmean(self._costs)
         pace = max(sum(seconds for seconds, _ in self._paces), 1e-9) / max(sum(steps for _, steps in self._paces), 1)
-        interval = max(1, math.ceil(round(cost * (1 - self._share) / self._share / pace, 6)))
-        interval = trainer.strategy.broadcast(interval) if trainer.world_size > 1 else interval
+        own = max(1, math.ceil(round(cost * (1 - self._share) / self._share / pace, 6)))
+        interval: int = of_first_rank(trainer, own)
         if len(self._costs) == _SETTLED and not self._has_told:
             self._has_told = True
             self._note = (

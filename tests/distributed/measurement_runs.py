@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,8 +15,8 @@ from lyapunov_lightning import (
     SpectrumTracker,
     measure,
 )
-from tests.distributed.models import Smooth, final, fit, observed, regression, strategy, unequal_shards
-from tests.distributed.ranks import WORLD_SIZE, check
+from tests.distributed.models import Smooth, final, fit, observed, regression, trainer_of, unequal_shards
+from tests.distributed.ranks import check
 
 ON_THE_STEP = HessianConfig("batch")
 
@@ -161,15 +160,6 @@ ONE_SHOT_SAMPLES = 19
 @check
 def one_shot(rank: int) -> dict[str, Any]:
     """`measure` with a shuffled loader, whose batches the ranks share among them."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy=strategy(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
     torch.manual_seed(rank)  # which the ranks do not have to agree on
     loader = DataLoader(regression(ONE_SHOT_SAMPLES), 4, shuffle=True)
-    return vars(measure(Smooth(), loader, largest=2, smallest=1, density=True, lines=1, trainer=trainer))
+    return vars(measure(Smooth(), loader, largest=2, smallest=1, density=True, lines=1, trainer=trainer_of()))

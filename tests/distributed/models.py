@@ -72,7 +72,7 @@ def strategy(**options: Any) -> DDPStrategy:
     return DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT, **options)
 
 
-def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **settings: Any) -> pl.Trainer:
+def trainer_of(*callbacks: Callback, **settings: Any) -> pl.Trainer:
     settings = {
         "max_epochs": -1 if "max_steps" in settings else 1,
         "log_every_n_steps": 1,
@@ -83,7 +83,11 @@ def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **setting
         "strategy": strategy(),
         **settings,
     }
-    trainer = pl.Trainer(accelerator="cpu", devices=WORLD_SIZE, callbacks=list(callbacks), **settings)
+    return pl.Trainer(accelerator="cpu", devices=WORLD_SIZE, callbacks=list(callbacks), **settings)
+
+
+def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **settings: Any) -> pl.Trainer:
+    trainer = trainer_of(*callbacks, **settings)
     trainer.fit(module, loader)
     return trainer
 

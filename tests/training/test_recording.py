@@ -150,7 +150,7 @@ def test_a_figure_is_shown_at_the_step_of_the_scalars(fit, tmp_path):
     def check(trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         figure = Figure()
         figure.subplots().plot([1, 2])
-        recorder.draw(trainer, lambda: {"figure": figure})
+        recorder.draw(trainer, lambda: {"figure": lambda: figure})
         recorder.log(trainer, {"curvature/a": 1.0})
 
     fit(Learner(), batches(6), check, logger=[logger, RememberingLogger()], accumulate_grad_batches=2, max_epochs=2)
