@@ -167,7 +167,7 @@ class FixedBatches:
             watched_checkpointing() as hooks,
             self._objective.evaluated(self._batches[index], values) as evaluation,
         ):
-            if index + 1 == len(self._random_states):
+            if index + 1 == len(self._random_states) < len(self):  # where the next batch begins
                 self._random_states.append(RandomState.capture())
             if self._weights[index] is None:
                 self._weights[index] = float(evaluation.num_samples())

@@ -234,10 +234,13 @@ class KrylovBasis:
         self._leaks = self._leaks @ rotation if len(self._leaks) else self._leaks
         self.length = length
 
-    def combine(self, coefficients: Tensor) -> Tensor:
-        """The vectors with these coefficients in the basis, one row for each column."""
-        vectors = self.space.empty(coefficients.shape[1])
-        self.space.combine(coefficients.T, self._rows(self.length), [vectors])
+    def combine(self, *coefficients: Tensor) -> list[Tensor]:
+        """The vectors with these coefficients in the basis, one row for each column, in one tensor for each argument.
+
+        All in one pass through the basis, which for a few vectors is what takes the time.
+        """
+        vectors = [self.space.empty(columns.shape[1]) for columns in coefficients]
+        self.space.combine(torch.cat(coefficients, dim=1).T, self._rows(self.length), vectors)
         return vectors
 
     def _room(self, index: int) -> Tensor:

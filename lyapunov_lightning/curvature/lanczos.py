@@ -154,15 +154,16 @@ def lanczos(
         basis = KrylovBasis(operator, capacity, generator)
         basis.begin(None if start is None else _blended(space, start, generator))
         ritz, num_matvecs = _search(basis, target, max_matvecs, _LEAST_COLD if start is None else _LEAST_WARM)
+        vectors, start_rows = basis.combine(ritz.coefficients, _next_start(basis, target))
         pairs = Eigenpairs(
             values=ritz.values,
-            vectors=basis.combine(ritz.coefficients),
+            vectors=vectors,
             residuals=ritz.residuals,
             value_errors=ritz.value_errors,
             converged=ritz.converged,
             num_matvecs=num_matvecs,
             num_largest=largest,
-            start=basis.combine(_next_start(basis, target))[0],
+            start=start_rows[0],
         )
         asymmetry = basis.asymmetry
         del basis

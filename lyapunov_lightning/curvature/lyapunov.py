@@ -133,12 +133,12 @@ class LyapunovIteration:
         curvature_q = gradient(q) - gradient_here
         velocity: Tensor | None = None
         if self._map == "ascent":
-            moved = q + self.beta * curvature_q
+            moved = torch.add(q, curvature_q, alpha=self.beta)
         elif momentum:
             velocity = (torch.zeros_like(q) if self._velocity is None else self._velocity) * momentum - curvature_q
-            moved = q + lr * velocity
+            moved = torch.add(q, velocity, alpha=lr)
         else:
-            moved = q - lr * curvature_q
+            moved = torch.sub(q, curvature_q, alpha=lr)
         rayleigh, rest, length, turned = self._measured(q, curvature_q, moved)
         growth = math.copysign(length / self._delta_q, turned)
         exponent = math.log(abs(growth)) if growth else -math.inf
@@ -151,8 +151,8 @@ class LyapunovIteration:
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
             end = _end(self._map, growth)
         if growth:
-            self._perturbation = moved / abs(growth)
-            self._velocity = None if velocity is None else velocity / abs(growth)
+            self._perturbation = moved.div_(abs(growth))
+            self._velocity = None if velocity is None else velocity.div_(abs(growth))
         return LyapunovEstimate(
             exponent=exponent,
             eigenvalue=eigenvalue,
@@ -166,16 +166,21 @@ class LyapunovIteration:
     def _measured(self, q: Tensor, curvature_q: Tensor, moved: Tensor) -> tuple[float, float, float, float]:
         """What one iteration tells, in one transfer from the device.
 
+        Args:
+            q: The perturbation.
+            curvature_q: The difference of gradients along it, which is written over.
+            moved: The perturbation after the iteration.
+
         Returns:
             The Rayleigh quotient ``vᵀHv``, the norm of the rest ``Hv - (vᵀHv) v``, the length of the perturbation after
             the iteration, and its component along the one before, of which only the sign counts.
 
         """
         space = _space_like(q)
-        direction, hv = q / self._delta_q, curvature_q / self._delta_q
-        rayleigh = space.inner(direction, hv)
-        rest = space.norm(hv - rayleigh * direction)
-        found = [rayleigh, rest, space.norm(moved), space.inner(moved, direction)]
+        rayleigh = space.inner(q, curvature_q) / self._delta_q / self._delta_q
+        space.subtract(curvature_q, rayleigh[None], q[None])
+        rest = space.norm(curvature_q) / self._delta_q
+        found = [rayleigh, rest, space.norm(moved), space.inner(moved, q)]
         values: list[float] = torch.stack([value.to(rest.dtype) for value in found]).tolist()
         if not math.isfinite(values[2]):
             raise _not_finite(self._delta_q)

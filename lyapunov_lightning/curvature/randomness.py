@@ -9,6 +9,7 @@ objects of `torch.Generator` or `numpy.random.Generator`, go on from one evaluat
 beside PyTorch, XLA among them. `HessianOperator.check` shows what comes of that.
 """
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,14 +61,23 @@ class RandomState:
 
 def _accelerators() -> Iterator[tuple[str, Any]]:
     """The kinds of accelerators that are in use, with the modules of PyTorch that are named after them."""
-    kinds = dict.fromkeys(("cuda", "xpu", "mps", torch._C._get_privateuse1_backend_name()))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        kinds[accelerator.type] = None
-    for kind in kinds:
+    for kind in _kinds(torch._C._get_privateuse1_backend_name()):
         module: Any = getattr(torch, kind, None)
         if hasattr(module, "get_rng_state") and (not hasattr(module, "is_initialized") or module.is_initialized()):
             yield kind, module
+
+
+@functools.lru_cache
+def _kinds(registered: str) -> tuple[str, ...]:
+    """The kinds of accelerators that there may be, by the name of the one that a package registers itself.
+
+    To find out takes long, and stays true but for that one; which of them are in use does not, and is asked every time.
+    """
+    kinds = dict.fromkeys(("cuda", "xpu", "mps", registered))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        kinds[accelerator.type] = None
+    return tuple(kinds)
 
 
 def _devices(module: Any) -> range:

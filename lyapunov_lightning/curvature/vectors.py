@@ -134,7 +134,9 @@ class VectorSpace:
         """
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         coefficients = coefficients.to(self.device, wide)
-        length = max(1, min(_CHUNK // len(coefficients.T), max(1024, blocks[0].shape[1] // 256)))
+        # Not so many pieces that the calls take the time, nor so large ones that they leave the cache or count beside
+        # the vectors themselves.
+        length = max(1, min(_CHUNK // len(coefficients.T), max(2048, blocks[0].shape[1] // 256)))
         with self._exactly():
             for start in range(0, blocks[0].shape[1], length):
                 piece = torch.cat([block[:, start : start + length] for block in blocks]).to(wide)

@@ -168,7 +168,8 @@ class CurvatureCallback(Callback):
     def figures(self) -> "Figures":
         """What draws the figures of the results so far, by name, the most telling one first.
 
-        They are shown at the end of an epoch in which something was measured, and at the end of the training.
+        They are shown at the end of an epoch in which something was measured, as far as that takes little of the time,
+        and at the end of the training.
 
         """
         return {}

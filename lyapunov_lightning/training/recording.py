@@ -31,6 +31,9 @@ Charts = dict[str, Sequence[str]]
 _DRAWING_SHARE = 0.02
 """Share of a run's time that drawing may take before its end."""
 
+_FIRST_DRAWING_SECONDS = 0.3
+"""What drawing is taken to cost before it was done once: fonts and a backend are loaded for the first figure."""
+
 
 @dataclass
 class Record:
@@ -68,7 +71,7 @@ class Recorder:
         self._prefix = f"{prefix}/" if prefix else ""
         self._warned: set[str] = set()
         self._folder = Path()
-        self._started, self._drawing_seconds = 0.0, 0.0
+        self._started, self._drawing_seconds, self._next_seconds = 0.0, 0.0, _FIRST_DRAWING_SECONDS
         self._files: list[Path] = []
 
     def start(self, trainer: Any, *, is_first: bool = True) -> None:
@@ -133,9 +136,10 @@ class Recorder:
             self._table.append(trainer.global_step, trainer.current_epoch, {**scalars, **(further or {})})
 
     def may_draw(self, trainer: Any) -> bool:
-        """Whether this rank draws, and drawing has not yet taken its share of the time."""
+        """Whether this rank draws, and drawing once more stays within its share of the time."""
         elapsed = time.perf_counter() - self._started
-        return bool(trainer.is_global_zero) and self._drawing_seconds <= _DRAWING_SHARE * elapsed
+        afterwards = self._drawing_seconds + self._next_seconds
+        return bool(trainer.is_global_zero) and afterwards <= _DRAWING_SHARE * elapsed
 
     def draw(self, trainer: Any, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> None:
         """Draw figures and show them in all loggers that take figures, or write them to files beside the log.
@@ -158,7 +162,8 @@ class Recorder:
                     self._files.append(path)
         except Exception as error:
             self.warn_once("figure", f"a figure could not be shown. {type(error).__name__}: {error}")
-        self._drawing_seconds += time.perf_counter() - started
+        self._next_seconds = time.perf_counter() - started  # about what the next one takes
+        self._drawing_seconds += self._next_seconds
 
     def tell(self, trainer: Any, name: str, text: Callable[[], str | None]) -> None:
         """Say something of the run: on the console, and in all loggers that take texts.

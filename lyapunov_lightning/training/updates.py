@@ -42,7 +42,8 @@ class OwnGradient:
     def take(self, trainer: Any, operator: HessianOperator) -> Tensor:
         """The gradient at the present parameters, right after the backward pass of a step's first batch."""
         own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
-        own *= trainer.accumulate_grad_batches
+        if trainer.accumulate_grad_batches > 1:
+            own *= trainer.accumulate_grad_batches
         if self._fits:
             return own
         computed = operator.gradient()

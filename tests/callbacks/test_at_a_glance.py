@@ -192,9 +192,11 @@ def test_figures_are_drawn_in_between_as_far_as_they_are_cheap(monkeypatch, tmp_
         drawn.append(step)
 
     monkeypatch.setattr(recording, "show_figure", show)
-    for share, steps in ((math.inf, [6, 12, 18, 24]), (0.0, [6, 24])):
+    # Before the first one its cost is a guess, afterwards that of the last one.
+    for share, guess, steps in ((math.inf, 0.3, [6, 12, 18, 24]), (0.0, 0.3, [24]), (0.0, 0.0, [6, 24])):
         drawn.clear()
         monkeypatch.setattr(recording, "_DRAWING_SHARE", share)
+        monkeypatch.setattr(recording, "_FIRST_DRAWING_SECONDS", guess)
         trained(CurvatureProbe(1), logger=Noted(tmp_path))
         assert drawn == steps
 

@@ -290,7 +290,7 @@ def test_tensorboard_gets_figures_and_charts(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir).Reload()
     names = {"profiles", "curvature_fit", "optimal_step", "improvement", "expected_change", "surface"}
     assert set(events.Tags()["images"]) == {f"scan/{name}" for name in names}
-    assert len(events.Images("scan/surface")) == 2  # one an epoch
+    assert len(events.Images("scan/surface")) == 1  # at the end: the run is too short for more
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     figures = {name: scanner.plot(name) for name in scanner.figures()}
     (line, _) = figures["expected_change"].axes[0].lines

@@ -375,7 +375,7 @@ def test_tensorboard_gets_figures_and_charts(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir).Reload()
     names = {"spectrum/eigenvalues", "spectrum/density", "spectrum/gradient_alignment"}
     assert set(events.Tags()["images"]) == {*names, "curvature/at_a_glance"}
-    assert len(events.Images("spectrum/eigenvalues")) == 2  # one an epoch
+    assert len(events.Images("spectrum/eigenvalues")) == 1  # at the end: the run is too short for more
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 

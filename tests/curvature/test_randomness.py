@@ -119,6 +119,19 @@ def test_generators_of_every_accelerator_are_put_back(kind: str, monkeypatch: py
     assert [int(state) for state in module.states] == [5 + index for index in range(len(module.states))]
 
 
+def test_an_accelerator_that_comes_to_be_used_or_registered_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [False]
+    monkeypatch.setattr(torch, "xpu", accelerator(1))
+    monkeypatch.setattr(torch.xpu, "is_initialized", lambda: used[0], raising=False)
+    assert "xpu" not in RandomState.capture().accelerators
+    used[0] = True
+    assert "xpu" in RandomState.capture().accelerators
+    monkeypatch.setattr(torch, "novel", accelerator(1), raising=False)
+    assert "novel" not in RandomState.capture().accelerators
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "novel")
+    assert "novel" in RandomState.capture().accelerators
+
+
 def test_accelerators_that_are_not_in_use_are_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
     module = accelerator(1, is_initialized=False)
     monkeypatch.setattr(torch, "xpu", module)
