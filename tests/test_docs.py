@@ -145,9 +145,10 @@ def _links(text: str) -> list[str]:
 def _anchors(text: str) -> set[str]:
     """The anchors of the headings as the site makes them."""
     titles = re.findall(r"^#+ (.*)$", re.sub(_BLOCK, "", text), re.MULTILINE)
+    named = {name for title in titles for name in re.findall(r"\{ #(\S+) \}$", title)}
     plain = [re.sub(r"[^\w\s-]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title)) for title in titles]
     # The site leaves out what is not ASCII.
-    return {re.sub(r"[-\s]+", "-", title.encode("ascii", "ignore").decode().strip().lower()) for title in plain}
+    return named | {re.sub(r"[-\s]+", "-", title.encode("ascii", "ignore").decode().strip().lower()) for title in plain}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
