@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint docs dist-check wild clean
+.PHONY: demo test lint docs papers dist-check wild bench clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -18,11 +18,17 @@ lint: $(STAMP)  ## style and types
 docs: .venv/.docs-installed  ## the site, in `site`
 	$(BIN)/mkdocs build --strict
 
+papers: $(STAMP)  ## the figures and tables of three papers, run again; SCALE=full for their own setting, ROOT for the data
+	$(BIN)/python -W ignore -m examples.papers --scale $(or $(SCALE),small) --root $(or $(ROOT),data)
+
 dist-check: $(STAMP)  ## build sdist and wheel, and try them; DOWNLOAD=1 installs the dependencies as for a user
 	$(BIN)/python tests/dist_check.py $(if $(DOWNLOAD),--download)
 
 wild: .wild/.installed  ## other people's LightningModules, trained without and with the reading callbacks
 	.wild/bin/python -W ignore -m benchmarks.wild
+
+bench: .bench/.installed  ## what it costs beside other packages, in one table and one picture; ROOT for CIFAR-10
+	.bench/bin/python -W ignore -m benchmarks --write --root $(or $(ROOT),data)
 
 # The environment is made once and made again when what it holds has changed.
 $(STAMP): setup.cfg pyproject.toml
@@ -48,5 +54,18 @@ $(STAMP): setup.cfg pyproject.toml
 	.wild/bin/python -m pip install --quiet --no-deps pytorch-tabular==1.2.0
 	touch $@
 
+# The packages beside which ours is set, likewise. cockpit imports pkg_resources, which setuptools had up to 80.
+.bench/.installed: setup.cfg | $(STAMP)
+	rm -rf .bench
+	$(BIN)/python -m venv .bench
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .bench/seen.pth
+	mv .bench/seen.pth "$$(.bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|torchvision|lightning|pytorch-lightning|numpy|scipy)==' \
+		> .bench/constraints.txt
+	$(BIN)/python -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
+		print(c["options.extras_require"]["bench"])' > .bench/requirements.txt
+	.bench/bin/python -m pip install --quiet --constraint .bench/constraints.txt --requirement .bench/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .wild build dist site *.egg-info logs lightning_logs
+	rm -rf .venv .wild .bench build dist site *.egg-info logs lightning_logs
