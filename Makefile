@@ -41,13 +41,17 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-# Other people's packages, in an environment of their own that sees what .venv holds and cannot change it. torch and
-# Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and does without.
+# Other people's packages get an environment of their own that sees what .venv holds and cannot change it.
+define make_venv_that_sees_ours
+rm -rf $(1)
+$(BIN)/python -m venv $(1)
+$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(1)/seen.pth
+mv $(1)/seen.pth "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+endef
+
+# torch and Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and does without.
 .wild/.installed: benchmarks/wild/requirements.txt | $(STAMP)
-	rm -rf .wild
-	$(BIN)/python -m venv .wild
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .wild/seen.pth
-	mv .wild/seen.pth "$$(.wild/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(call make_venv_that_sees_ours,.wild)
 	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|torchvision|lightning|pytorch-lightning|torchmetrics)==' \
 		> .wild/constraints.txt
 	.wild/bin/python -m pip install --quiet --constraint .wild/constraints.txt --requirement $<
@@ -56,10 +60,7 @@ $(STAMP): setup.cfg pyproject.toml
 
 # The packages beside which ours is set, likewise. cockpit imports pkg_resources, which setuptools had up to 80.
 .bench/.installed: setup.cfg | $(STAMP)
-	rm -rf .bench
-	$(BIN)/python -m venv .bench
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .bench/seen.pth
-	mv .bench/seen.pth "$$(.bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(call make_venv_that_sees_ours,.bench)
 	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|torchvision|lightning|pytorch-lightning|numpy|scipy)==' \
 		> .bench/constraints.txt
 	$(BIN)/python -c 'import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \

@@ -157,10 +157,10 @@ def picture(run: Run, panels: Mapping[str, Draw]) -> Picture:
     if rows:
         for name, panel in figure.subplot_mosaic(rows).items():
             panels[name](panel, shown[name].plot)
-            rows = math.ceil(len(panel.get_legend_handles_labels()[0]) / 2)
-            if rows:
+            lines_of_legend = math.ceil(len(panel.get_legend_handles_labels()[0]) / 2)
+            if lines_of_legend:
                 panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=2)
-            panel.set_title(shown[name].title, pad=10 + 15 * rows)
+            panel.set_title(shown[name].title, pad=10 + 15 * lines_of_legend)
     return figure
 
 

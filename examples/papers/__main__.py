@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     jobs = options.jobs or (2 if options.scale == "small" else 1)
     with Runs(folder / "runs", options.root, jobs) as runs:
         if options.fresh:
-            runs.forget(run for experiment in experiments for run in _runs(experiment).values())
+            runs.forget(run for experiment in experiments for run in experiment.all_runs.values())
         outcomes = _run(experiments, runs, options.scale, folder / "outcomes")
     verdicts = [claim.verdict for outcome in outcomes for claim in outcome.claims]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
@@ -61,20 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
 
 def _run(experiments: Sequence[Experiment], runs: Runs, scale: Scale, folder: Path) -> list[Outcome]:
     """All of them, with one progress bar; each is told when it is there."""
-    distinct = {run.key: run for experiment in experiments for run in _runs(experiment).values()}
+    distinct = {run.key: run for experiment in experiments for run in experiment.all_runs.values()}
     outcomes = []
     with tqdm(total=len(distinct), unit="run", desc="papers", dynamic_ncols=True) as bar:
         runs.submit(distinct.values(), done=bar.update)
         for experiment in experiments:
-            results = {key: runs.result(run) for key, run in _runs(experiment).items()}
+            results = {key: runs.result(run) for key, run in experiment.all_runs.items()}
             outcome = conclude(experiment, scale, results, folder)
             outcomes.append(outcome)
             tqdm.write(_told(outcome), file=sys.stdout)
     return outcomes
-
-
-def _runs(experiment: Experiment) -> dict:
-    return {(name, seed): experiment.run(name, seed) for name in experiment.runs for seed in experiment.seeds}
 
 
 def _told(outcome: Outcome) -> str:

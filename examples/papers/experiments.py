@@ -11,6 +11,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -78,7 +79,7 @@ class Run:
     config: Config
     seed: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for the same training, whichever figures need it."""
         text = json.dumps([self.config, self.seed], sort_keys=True)
@@ -122,9 +123,10 @@ class Experiment:
         module: ModuleType = importlib.import_module(f"examples.papers.{self.paper}")
         return getattr(module, name)  # type: ignore[no-any-return]
 
-    def run(self, name: str, seed: int) -> Run:
-        """One of its runs."""
-        return Run(self.runs[name], seed)
+    @cached_property
+    def all_runs(self) -> dict[tuple[str, int], Run]:
+        """Its runs, by name and seed."""
+        return {(name, seed): Run(config, seed) for name, config in self.runs.items() for seed in self.seeds}
 
 
 def names() -> list[str]:

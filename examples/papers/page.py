@@ -1,7 +1,6 @@
 """The page of the documentation that collects the outcomes."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,4 +100,3 @@ def _shrink(picture: Path, copy: Path) -> None:
     with Image.open(picture) as image:
         small = image.convert("RGB").resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
         small.quantize(64).save(copy, optimize=True)
-    shutil.copymode(picture, copy)
