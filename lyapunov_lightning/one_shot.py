@@ -13,19 +13,21 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lyapunov_lightning.curvature.arguments import check_int
 from lyapunov_lightning.curvature.density import spectral_density
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
 from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.copying import Copier
-from lyapunov_lightning.training.distributed import failing_together, sum_over_ranks
+from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import Callback, either, in_library_of
 from lyapunov_lightning.training.loaders import seeded
+from lyapunov_lightning.training.operators import Operators, Problem
 from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+from lyapunov_lightning.training.replay import ProbeBatch
+from lyapunov_lightning.training.sharded import put_away
 
 _TOL = 1e-3
 """Relative residual of the eigenpairs."""
@@ -163,6 +165,7 @@ class _Once(Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         config, owner = self._config, "measure"
+        put_away(pl_module)
         check_objective(owner, trainer, pl_module, config)
         check_parameters(owner, pl_module, config)
         check_size(owner, pl_module, self._largest + self._smallest)
@@ -176,21 +179,8 @@ class _Once(Callback):
         assert config.mode is not None  # see `HessianConfig.filled`
         with seeded(config.seed):  # the same on all ranks, which take turns
             batches, num_batches = _batches(trainer, pl_module, self._data, config)
-        objective = TrainingObjective(
-            trainer,
-            pl_module,
-            mode=config.mode,
-            loss_fn=config.loss_fn,
-            batch_size_fn=config.batch_size_fn,
-        )
         with seeded(config.seed + trainer.global_rank):
-            hessian = HessianOperator(
-                objective,
-                objective.parameters,
-                batches,
-                method=config.method,
-                reduce=sum_over_ranks(trainer),
-            )
+            hessian = Operators().make(Problem(trainer, pl_module, config, batches))
         gradient = hessian.gradient()
         with watched(hessian, trainer, "Hessian-vector products", alone=True) as operator:
             pairs = self._pairs(operator)
@@ -198,7 +188,9 @@ class _Once(Callback):
         lines = self._along(hessian, gradient, pairs)
         return SpectrumResult(
             values=pairs.values.cpu(),
-            vectors=pairs.vectors.cpu(),
+            vectors=torch.stack([hessian.space.whole(row).cpu() for row in pairs.vectors])
+            if len(pairs.vectors)
+            else torch.empty(0, hessian.size),
             residuals=pairs.residuals.cpu(),
             value_errors=pairs.value_errors.cpu(),
             converged=pairs.converged.cpu(),
@@ -206,7 +198,7 @@ class _Once(Callback):
             module=type(pl_module).__name__,
             mode=config.mode,
             loss=hessian.value(),
-            gradient_norm=float(torch.linalg.vector_norm(gradient)),
+            gradient_norm=float(hessian.space.norm(gradient)),
             num_parameters=hessian.size,
             num_batches=num_batches,
             density=spectrum,
@@ -230,7 +222,7 @@ class _Once(Callback):
             start=torch.empty(operator.size),
         )
 
-    def _along(self, hessian: HessianOperator, gradient: Tensor, pairs: Eigenpairs) -> dict[str, ScannedLine]:
+    def _along(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> dict[str, ScannedLine]:
         """The loss along eigenvectors of both ends."""
         of_largest = min(self._lines, self._largest)
         of_smallest = min(self._lines, self._smallest)

@@ -218,15 +218,17 @@ def test_a_trainer_lends_its_precision_and_keeps_its_callbacks_and_loggers(tmp_p
             type(self).calls += 1
 
     callback = Acting()
-    trainer = quiet(precision="bf16-mixed", default_root_dir=tmp_path, callbacks=[callback])
+    trainer = quiet(precision="bf16-true", default_root_dir=tmp_path, callbacks=[callback])
     callbacks, loggers = list(trainer.callbacks), list(trainer.loggers)
     torch.manual_seed(0)
     busy = BusyModule()
     clusters = list(DataLoader(AugmentedClusters(40), 10))
-    in_bf16 = measure(busy, clusters, trainer=trainer)
     in_float32 = measure(busy, clusters)
+    in_bf16 = measure(busy, clusters, trainer=trainer)
     assert in_bf16.loss != in_float32.loss
     assert in_bf16.loss == pytest.approx(in_float32.loss, rel=2e-2)
+    mixed = measure(busy, clusters, trainer=quiet(precision="bf16-mixed", default_root_dir=tmp_path))
+    assert mixed.loss == in_float32.loss
     assert (trainer.callbacks, trainer.loggers, Acting.calls) == (callbacks, loggers, 0)
     assert not list(tmp_path.rglob("events*"))
 

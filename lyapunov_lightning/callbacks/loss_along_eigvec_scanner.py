@@ -12,8 +12,8 @@ from typing_extensions import override
 from lyapunov_lightning.callbacks.results import Row, ScanResult, finite
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.landscape import LineScan, Window
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.scanning import (
     SURFACE,
     Direction,
@@ -224,7 +224,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         return figures
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> ScanResult:
+    def measure(self, hessian: LossHessian, step: Step) -> ScanResult:
         pairs = None if self.request is None else self.shared.eigenpairs(step, self)
         gradient = hessian.gradient()
         start = noisy_start(hessian, gradient)
@@ -271,7 +271,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             matvecs=self._random + (pairs.num_matvecs if pairs else 0),
         )
 
-    def _directions(self, hessian: HessianOperator, pairs: Eigenpairs | None) -> Iterator[tuple[str, Direction]]:
+    def _directions(self, hessian: LossHessian, pairs: Eigenpairs | None) -> Iterator[tuple[str, Direction]]:
         """What is scanned by name, the eigenvectors first."""
         if pairs is not None:
             names = [*map(str, range(1, self._largest + 1)), *(f"min_{i}" for i in range(1, self._smallest + 1))]
@@ -279,7 +279,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         for i, direction in enumerate(random_directions(hessian, self._random, self.config.seed), 1):
             yield f"random_{i}", direction
 
-    def _in_sgd_steps(self, hessian: HessianOperator, step: Step, vector: Tensor, loss: float) -> StepScan | None:
+    def _in_sgd_steps(self, hessian: LossHessian, step: Step, vector: Tensor, loss: float) -> StepScan | None:
         """The loss in steps of SGD along a direction; None if there is no learning rate."""
         trainer = step.trainer
         lr = learning_rate(trainer.optimizers[0]) if trainer.optimizers else math.nan

@@ -14,7 +14,7 @@ from lyapunov_lightning.callbacks.results import NegativeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.descent import negative_curvature_step
 from lyapunov_lightning.curvature.frozen import FrozenDirections
-from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
 from lyapunov_lightning.figures import frozen_figure, negative_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
@@ -235,7 +235,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         return self._solves or self._updates
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> NegativeResult:
+    def measure(self, hessian: LossHessian, step: Step) -> NegativeResult:
         moves = self._descent is not None and (self._updates or self._estimator == "lanczos")
         if moves:
             self._move = _Move(step.index)  # the ranks make it together, also if this one fails to measure
@@ -253,10 +253,9 @@ class NegativeCurvatureTracker(CurvatureCallback):
             )
         if self._descent is not None and moves:
             length = negative_curvature_step(
-                hessian.gradient,
+                lambda: float(hessian.space.inner(hessian.gradient(), pair.vector)),
                 pair.value,
                 pair.residual,
-                pair.vector,
                 lr=self._descent.lr,
                 max_step=self._descent.max_step,
             )
@@ -299,7 +298,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
             own |= {"running": self._running, "online": self._online}
         return {**super()._stateful(), **own}
 
-    def _eigenpairs(self, hessian: HessianOperator, step: Step) -> tuple[NegativeResult, OnlineEstimate]:
+    def _eigenpairs(self, hessian: LossHessian, step: Step) -> tuple[NegativeResult, OnlineEstimate]:
         """Both ends of the spectrum, the frozen directions, and the smallest eigenpair."""
         pairs = self.shared.eigenpairs(step, self)
         gradient = hessian.gradient()
@@ -313,8 +312,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
             lambda_min=tuple(pairs.smallest.tolist()),
             lambda_max=float(pairs.largest),
             negative_mass=pairs.negative_mass,
-            gradient_components=tuple((pairs.vectors[1:] @ gradient).abs().tolist()),
-            gradient_norm=float(torch.linalg.vector_norm(gradient)),
+            gradient_components=tuple(hessian.space.inner(pairs.vectors[1:], gradient).abs().tolist()),
+            gradient_norm=float(hessian.space.norm(gradient)),
             residual=float(pairs.residuals.max()),
             converged=float(pairs.converged.double().mean()),
             frozen=frozen,

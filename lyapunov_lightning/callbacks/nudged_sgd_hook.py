@@ -12,17 +12,18 @@ from lyapunov_lightning.callbacks.results import NudgeResult
 from lyapunov_lightning.curvature.alignment import subspace_overlap
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.figures import subspace_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, Schedule
-from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.distributed import failing_together, ranks_of
 from lyapunov_lightning.training.optimizers import check_uniform_sgd, check_unscaled
 from lyapunov_lightning.training.progress import watched
 from lyapunov_lightning.training.recording import Charts
 from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.sharded import space_of_parameters
 from lyapunov_lightning.training.sharing import Step
 from lyapunov_lightning.training.updates import scale_gradients
 
@@ -179,14 +180,14 @@ class NudgedSGDHook(CurvatureCallback):
         return super().advance(trainer, batch_idx) and not is_done
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> NudgeResult:
+    def measure(self, hessian: LossHessian, step: Step) -> NudgeResult:
         names = list(trainable_parameters(step.pl_module))
         kept = self._directions.matching(names)
         pairs = self._eigenpairs(hessian, step.trainer, start=kept)
         count, overlap = int(pairs.converged.sum()), None
         if count:
             vectors = pairs.vectors[pairs.converged.to(pairs.vectors.device)]
-            overlap = None if kept is None else subspace_overlap(kept, vectors)
+            overlap = None if kept is None else subspace_overlap(kept, vectors, hessian.space)
             self._directions.turn(vectors, names)
         if count < self._k:
             consequence = "these alone are acted upon" if count else "the last good ones are kept, if there are any"
@@ -223,7 +224,8 @@ class NudgedSGDHook(CurvatureCallback):
         if not self._inside == self._outside == 1:
             parameters = list(named.values())
             vectors = self._directions.on(parameters[0].device)
-            removed = scale_gradients(optimizer, parameters, vectors, inside=self._inside, outside=self._outside)
+            space = space_of_parameters(parameters, ranks_of(trainer))
+            removed = scale_gradients(optimizer, parameters, vectors, space, inside=self._inside, outside=self._outside)
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0 and math.isfinite(removed):
             self._recorder.log(trainer, {"nudge/removed_fraction": float(removed)})
@@ -232,7 +234,7 @@ class NudgedSGDHook(CurvatureCallback):
     def _stateful(self) -> dict[str, Stateful]:
         return {**super()._stateful(), "directions": self._directions}
 
-    def _eigenpairs(self, hessian: HessianOperator, trainer: Any, start: Tensor | None) -> Eigenpairs:
+    def _eigenpairs(self, hessian: LossHessian, trainer: Any, start: Tensor | None) -> Eigenpairs:
         """The eigenpairs, on every rank or on none: with different ones the parameters would drift apart."""
         with failing_together(trainer), watched(hessian, trainer, type(self).__name__) as operator:
             seed = self.config.seed + trainer.global_step  # another one each time, to see what the last one overlooked

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lyapunov_lightning.callbacks.results import LearningRateResult
 from lyapunov_lightning.curvature.arguments import check_choice
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.learning_rate import LRBounds, Pace, annealing
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.loss_watch import Verdict
 from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, StepLength, longest_descent
@@ -190,7 +190,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._seen: tuple[Tensor, float] | None = None
         self._own_lr = 0.0
         self._has_stepped = False
-        self._waiting: tuple[HessianOperator, Step] | None = None
+        self._waiting: tuple[LossHessian, Step] | None = None
         self._first: ObservedUpdate | None = None
         self._hook: RemovableHandle | None = None
 
@@ -243,7 +243,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         }
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> LearningRateResult | None:
+    def measure(self, hessian: LossHessian, step: Step) -> LearningRateResult | None:
         if self._rule == "inverse_sharpness":
             return self._from_sharpness(hessian, step)
         if self._pace.lr is None:
@@ -251,10 +251,10 @@ class QuasiNewtonLRController(CurvatureCallback):
             return None
         update = self._update.vector
         self._length.lose_curvature()  # until it has been measured
-        if update is None or len(update) != hessian.size or not bool(update.any()):
+        if update is None or len(update) != hessian.space.length or not float(hessian.space.norm(update)) > 0:
             return self._result(step, converged=False)
         slope_at_end, curvature = slope_and_curvature(hessian, update, step.trainer.optimizers[0])
-        self._length.see_curvature(curvature / float(update @ update))
+        self._length.see_curvature(curvature / float(hessian.space.inner(update, update)))
         return self._result(
             step,
             proposed=self._length.best_lr,
@@ -384,11 +384,11 @@ class QuasiNewtonLRController(CurvatureCallback):
         finally:
             first.replay(displacement, lr / taken)
         self._rates.set(lr)
-        self._update.take(displacement / taken, lr)
+        self._update.take(displacement / taken, lr, waiting[0].parameters)
         self._keep(trainer, record)
 
     def _begin(
-        self, hessian: HessianOperator, step: Step, optimizer: torch.optim.Optimizer, update: Tensor
+        self, hessian: LossHessian, step: Step, optimizer: torch.optim.Optimizer, update: Tensor
     ) -> LearningRateResult:
         """The first learning rate, from slope and curvature along the first update, and from the loss.
 
@@ -410,7 +410,7 @@ class QuasiNewtonLRController(CurvatureCallback):
             step, proposed=longest, slope_along_update=slope, curvature_along_update=curvature, trials=trials
         )
 
-    def _from_sharpness(self, hessian: HessianOperator, step: Step) -> LearningRateResult:
+    def _from_sharpness(self, hessian: LossHessian, step: Step) -> LearningRateResult:
         """The learning rate from the largest eigenvalue."""
         with progress(step.trainer, type(self).__name__) as report:
 
@@ -420,7 +420,7 @@ class QuasiNewtonLRController(CurvatureCallback):
                 return there
 
             max_iterations = _MAX_WARMUP if self._pace.lr is None else 0
-            sharpness = self._sharpness.settle(gradient, hessian.gradient(), max_iterations)
+            sharpness = self._sharpness.settle(gradient, hessian.gradient(), max_iterations, hessian.space)
         if sharpness is None:
             return self._result(step, converged=self._pace.lr is not None)
         inverse_h0 = H0_CONVENTION / sharpness.value

@@ -36,7 +36,8 @@ class ProbeResult(Result):
         converged: Whether the tolerance was met by all.
         matvecs: Hessian-vector products spent, or differences of gradients.
         learning_rate: Of the optimizer, the highest of its groups.
-        stability_limit: The eigenvalue at which that learning rate turns unstable.
+        stability_limit: The eigenvalue at which that learning rate turns unstable; for the critical sharpness
+            ``2 / learning_rate``, whatever the optimizer.
         preconditioned_lambda_max: The largest eigenvalue of the preconditioned Hessian with the weight decay that is
             part of the gradient, where the limit is one on it; of the negative one where the loss is maximized.
         preconditioned_residual: The residual of that.
@@ -45,6 +46,9 @@ class ProbeResult(Result):
         exponent: The finite-size Lyapunov exponent of the map that was followed.
         exponent_sgd: That of the training map, where both ends are followed.
         paper_lambda_min: The smallest eigenvalue in the paper's convention.
+        critical_sharpness: ``2/η_c``, where a step along the optimizer's own update with learning rate ``η_c`` brings
+            the loss back to where it began.
+        forward_passes: Evaluations of the loss that it took, each a forward pass for every batch of the measured data.
 
     """
 
@@ -65,11 +69,18 @@ class ProbeResult(Result):
     exponent: float | None = None
     exponent_sgd: float | None = None
     paper_lambda_min: float | None = None
+    critical_sharpness: float | None = None
+    forward_passes: int | None = None
 
     @property
     def stability_ratio(self) -> float | None:
-        """The eigenvalue that counts for the optimizer over its limit; 1 is the edge of stability, whatever it is."""
+        """The eigenvalue that counts for the optimizer over its limit; 1 is the edge of stability, whatever it is.
+
+        With the critical sharpness it is the learning rate over the critical one: above 1 the step raised the loss.
+
+        """
         counts = self.lambda_max if self.preconditioned_lambda_max is None else self.preconditioned_lambda_max
+        counts = counts if self.critical_sharpness is None else self.critical_sharpness
         return None if counts is None or self.stability_limit is None else counts / self.stability_limit
 
     @override
@@ -82,6 +93,7 @@ class ProbeResult(Result):
             "curvature/lambda_max": self.lambda_max,
             "curvature/lambda_min": self.lambda_min,
             "curvature/preconditioned_lambda_max": self.preconditioned_lambda_max,
+            "curvature/critical_sharpness": self.critical_sharpness,
             "curvature/stability_limit": self.stability_limit,
             "curvature/stability_ratio": self.stability_ratio,
             "curvature/lyapunov_exponent": self.exponent,
@@ -97,6 +109,7 @@ class ProbeResult(Result):
             "curvature_details/lr_times_lambda_max": lr_times_lambda_max,
             "curvature_details/converged": float(self.converged),
             "curvature_details/matvecs": float(self.matvecs),
+            "curvature_details/forward_passes": self.forward_passes,
         }
         return _known(found)
 

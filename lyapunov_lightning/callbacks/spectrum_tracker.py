@@ -14,9 +14,10 @@ from lyapunov_lightning.curvature.arguments import check_choice, check_int, chec
 from lyapunov_lightning.curvature.blocks import BlockTrackers, parameter_blocks
 from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
 from lyapunov_lightning.curvature.trace import stochastic_moments
+from lyapunov_lightning.curvature.vectors import VectorSpace
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
@@ -253,7 +254,7 @@ class SpectrumTracker(CurvatureCallback):
         return self._every_step.advance(trainer, batch_idx) or is_due
 
     @override
-    def measure(self, hessian: HessianOperator, step: Step) -> TrackedSpectrum | None:
+    def measure(self, hessian: LossHessian, step: Step) -> TrackedSpectrum | None:
         if self._along_training:
             result = self._exponents(hessian, step)
             return result if self._is_logged else None
@@ -261,7 +262,7 @@ class SpectrumTracker(CurvatureCallback):
         top = pairs.vectors[: pairs.num_largest]
         if self._vectors_dir is not None:
             with failing_together(step.trainer):  # or the first rank would leave the others waiting in what follows
-                self._save(self._vectors_dir, step, pairs)
+                self._save(self._vectors_dir, step, pairs, hessian.space)
         alignment = gradient_alignment(hessian, pairs, _GRADIENT_BATCHES)
         estimates = {"matvecs": pairs.num_matvecs, "negative_mass": pairs.negative_mass}
         return TrackedSpectrum(
@@ -275,8 +276,8 @@ class SpectrumTracker(CurvatureCallback):
             cosines_smallest=alignment.smallest,
             gradient_in_top_subspace=alignment.in_top_subspace,
             gradient_in_random_subspace=alignment.in_random_subspace,
-            subspace_overlap=self._last.compare(top),
-            subspace_overlap_first=self._first.compare(top),
+            subspace_overlap=self._last.compare(top, hessian.space),
+            subspace_overlap_first=self._first.compare(top, hessian.space),
             **self._block_sharpness(step),
             **(estimates | self._estimates(hessian, step, pairs)),
         )
@@ -288,10 +289,11 @@ class SpectrumTracker(CurvatureCallback):
             parts = {"ascent": self._ascent, "training": self._training, "every_step": self._every_step}
         return {**super()._stateful(), **{name: part for name, part in parts.items() if part is not None}}
 
-    def _save(self, folder: Path, step: Step, pairs: Eigenpairs) -> None:
+    def _save(self, folder: Path, step: Step, pairs: Eigenpairs, space: VectorSpace) -> None:
+        vectors = torch.stack([space.whole(row).cpu() for row in pairs.vectors])
         if step.trainer.is_global_zero:
             path = folder / f"eigenvectors-step{step.index:08d}.safetensors"
-            save_vectors(path, pairs.values, pairs.vectors, {"num_largest": str(pairs.num_largest)})
+            save_vectors(path, pairs.values, vectors, {"num_largest": str(pairs.num_largest)})
 
     def _block_sharpness(self, step: Step) -> dict[str, Any]:
         """The largest eigenvalue of each diagonal block, by differentiating with respect to its parameters alone."""
@@ -308,7 +310,7 @@ class SpectrumTracker(CurvatureCallback):
             "block_matvecs": sum(pairs.num_matvecs for pairs in found.values()),
         }
 
-    def _estimates(self, hessian: HessianOperator, step: Step, pairs: Eigenpairs) -> dict[str, Any]:
+    def _estimates(self, hessian: LossHessian, step: Step, pairs: Eigenpairs) -> dict[str, Any]:
         """Estimates over the whole spectrum, in which the eigenpairs enter exactly."""
         if not self._random_vectors:
             return {}
@@ -329,7 +331,7 @@ class SpectrumTracker(CurvatureCallback):
             estimates["negative_mass"] = self.density.negative_mass()
         return estimates
 
-    def _exponents(self, hessian: HessianOperator, step: Step) -> TrackedSpectrum:
+    def _exponents(self, hessian: LossHessian, step: Step) -> TrackedSpectrum:
         """One iteration of the perturbations of both ends."""
         optimizers = step.trainer.optimizers
         lr = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
@@ -339,7 +341,7 @@ class SpectrumTracker(CurvatureCallback):
         from_other_end = 0
         for end, spectrum in (("largest", self._ascent), ("smallest", self._training)):
             if spectrum is not None:
-                estimate = spectrum.step(hessian.gradient, here, lr=lr)
+                estimate = spectrum.step(hessian.gradient, here, lr=lr, space=hessian.space)
                 estimates.append(estimate)
                 from_other_end += sum(found != end for found in estimate.ends)
                 fields[end] = tuple(estimate.eigenvalues.tolist())

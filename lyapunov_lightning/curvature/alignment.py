@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.vectors import VectorSpace
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class GradientAlignment:
     in_random_subspace: float | None
 
 
-def gradient_alignment(
-    operator: HessianOperator, pairs: Eigenpairs, max_batches: int | None = None
-) -> GradientAlignment:
+def gradient_alignment(operator: LossHessian, pairs: Eigenpairs, max_batches: int | None = None) -> GradientAlignment:
     """How far the mini-batch gradients lie along eigenvectors.
 
     Args:
@@ -52,12 +51,11 @@ def gradient_alignment(
     """
     vectors, count = pairs.vectors, pairs.num_largest
 
-    def statistic(gradient: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(gradient)
-        cosines = (vectors @ gradient) / norm if norm > 0 else torch.zeros_like(vectors[:, 0])
+    def statistic(components: Tensor, norm: Tensor) -> Tensor:
+        cosines = components / norm if norm > 0 else torch.zeros_like(components)
         return torch.cat([cosines.abs(), cosines[:count].square().sum().reshape(1)])
 
-    *cosines, inside = operator.mean_over_batches(statistic, len(vectors) + 1, max_batches).tolist()
+    *cosines, inside = operator.mean_over_batches(vectors, statistic, len(vectors) + 1, max_batches).tolist()
     return GradientAlignment(
         largest=tuple(cosines[:count]),
         smallest=tuple(cosines[count:]),
@@ -66,12 +64,13 @@ def gradient_alignment(
     )
 
 
-def subspace_overlap(old: Tensor, new: Tensor) -> float:
+def subspace_overlap(old: Tensor, new: Tensor, space: VectorSpace | None = None) -> float:
     """The overlap of the spans of two sets of orthonormal vectors.
 
     Args:
         old: Shape ``(k, n)``: one vector for each row, of any dtype and on any device.
         new: Shape ``(j, n)``.
+        space: Their space, if they are not plain tensors of their whole length.
 
     Returns:
         Between 0 and 1, up to the rounding of the vectors.
@@ -92,8 +91,9 @@ def subspace_overlap(old: Tensor, new: Tensor) -> float:
             "`old` and `new` should each hold at least one vector, all of one length, got the shapes"
             f" {tuple(old.shape)} and {tuple(new.shape)}."
         )
-    shared = sum((new @ row.to(new)).square().sum() for row in old)  # row by row, to need no second copy in full
-    return float(shared) / min(len(old), len(new))
+    # Row by row, to need no second copy in full.
+    cosines = [new @ row.to(new) if space is None else space.inner(new, row.to(new)) for row in old]
+    return float(torch.stack(cosines).square().sum()) / min(len(old), len(new))
 
 
 class KeptSubspace:
@@ -110,11 +110,12 @@ class KeptSubspace:
         self._moves_on = moves_on
         self._vectors: Tensor | None = None
 
-    def compare(self, vectors: Tensor) -> float | None:
+    def compare(self, vectors: Tensor, space: VectorSpace | None = None) -> float | None:
         """Compare the span of orthonormal vectors with the one kept, and keep it if it is its turn.
 
         Args:
             vectors: Shape ``(k, n)``: one vector for each row.
+            space: Their space, see `subspace_overlap`.
 
         Returns:
             The overlap, as `subspace_overlap`; None if there are no vectors, nothing was kept, or what was kept belongs
@@ -126,7 +127,7 @@ class KeptSubspace:
         kept = self._vectors
         overlap = None
         if kept is not None and kept.shape[1] == vectors.shape[1]:
-            overlap = subspace_overlap(kept, vectors)
+            overlap = subspace_overlap(kept, vectors, space)
         if self._moves_on or overlap is None:
             self._vectors = vectors.to(torch.bfloat16)
         return overlap

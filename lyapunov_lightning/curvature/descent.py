@@ -9,13 +9,11 @@ networks", appendix C, alternates with the steps of the optimizer.
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 
 
 def negative_curvature_step(
-    gradient: Callable[[], Tensor], value: float, residual: float, vector: Tensor, *, lr: float, max_step: float
+    slope: Callable[[], float], value: float, residual: float, *, lr: float, max_step: float
 ) -> float:
     """The step along the smallest eigenpair, where the curvature is certainly negative.
 
@@ -23,10 +21,9 @@ def negative_curvature_step(
     below minus the residual.
 
     Args:
-        gradient: Computes the gradient, where it is needed.
+        slope: Computes the slope ``gᵀv`` along the unit vector, where it is needed.
         value: The eigenvalue, as far as it is known.
         residual: ``‖Hv − λv‖`` of the pair.
-        vector: The unit vector.
         lr: Learning rate of the step.
         max_step: Its greatest length.
 
@@ -38,18 +35,16 @@ def negative_curvature_step(
 
     Example::
 
-        >>> import torch
         >>> from lyapunov_lightning.curvature.descent import negative_curvature_step
-        >>> gradient = lambda: torch.tensor([0.5, 3.0])
-        >>> negative_curvature_step(gradient, -2.0, 0.1, torch.tensor([1.0, 0.0]), lr=0.5, max_step=1.0)
+        >>> negative_curvature_step(lambda: 0.5, -2.0, 0.1, lr=0.5, max_step=1.0)
         -0.25
-        >>> negative_curvature_step(gradient, -2.0, 3.0, torch.tensor([1.0, 0.0]), lr=0.5, max_step=1.0)
+        >>> negative_curvature_step(lambda: 0.5, -2.0, 3.0, lr=0.5, max_step=1.0)
         0.0
 
     """
     if not value < -residual:
         return 0.0
-    slope = float(gradient() @ vector)
-    if not math.isfinite(slope):
+    component = slope()
+    if not math.isfinite(component):
         raise NonFiniteCurvatureError("The gradient at the present parameters is not finite.")
-    return -math.copysign(min(lr * abs(slope), max_step), slope)
+    return -math.copysign(min(lr * abs(component), max_step), component)

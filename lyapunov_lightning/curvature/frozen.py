@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 
 
 class FrozenDirections:
@@ -59,10 +59,11 @@ class FrozenDirections:
 
         """
         found: dict[int, tuple[float, float]] = {}
+        space = space_of(operator)
         for step, vectors in self._vectors.items():
-            if vectors.shape[1] == operator.size:
+            if vectors.shape[1] == space.length:
                 self._vectors[step] = here = vectors.to(operator.device, operator.dtype)
-                top, bottom = (float(vector @ operator.matvec(vector)) for vector in here)
+                top, bottom = (float(space.inner(vector, operator.matvec(vector))) for vector in here)
                 found[step] = (top, bottom)
         return found
 
@@ -72,4 +73,4 @@ class FrozenDirections:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._vectors = dict(state["vectors"])
+        self._vectors = {step: vectors for step, vectors in state["vectors"].items() if vectors is not None}

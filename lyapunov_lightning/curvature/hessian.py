@@ -1,21 +1,20 @@
 """The Hessian of a mean loss as a linear operator."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
+from lyapunov_lightning.curvature.difference_step import first_step, fitting_step
 from lyapunov_lightning.curvature.fixed_batches import Objective, Total, num_samples
+from lyapunov_lightning.curvature.loss_hessian import Statistic
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.products import Method
 from lyapunov_lightning.curvature.second_derivative import SecondDerivative
 from lyapunov_lightning.curvature.substitution import SubstitutedLoss
-
-_STEPS = {torch.float32: 5e-2, torch.float64: 1e-6}
-"""Length of the finite-difference step: in float32 the papers' Δq, below which rounding takes over."""
 
 
 class HessianOperator(MeanOperator):
@@ -56,12 +55,16 @@ class HessianOperator(MeanOperator):
         weights: Number of samples ``N_b`` of each batch. By default what an `Objective` says, else the leading
             dimension of the batch's first tensor.
         step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
-            distance to both sides. By default 1e-6 for float64 parameters and 5e-2 for float32.
+            distance to both sides. By default one that fits the loss, found by 7 to 15 gradients before the first such
+            product, and kept: in float32 at most 5e-2, at which it stays where kinks, those of ReLU, leave no better
+            one, and less the sharper the loss is.
         max_graph_bytes: The most memory that kept gradient graphs may hold. Batches whose graph does not fit any more
             are differentiated anew for every product; 0 keeps none.
-        reduce: Sums a flat buffer over all ranks of a distributed measurement, in place. It is called once a product.
-            The operator is then that of the union of all ranks' batches, some of which may have none.
-        on_fallback: Called when ``"auto"`` falls back to finite differences, before the warning.
+        reduce: Sums a flat buffer over all ranks of a distributed measurement, in place. It is called once a product,
+            and while the `step` is found. The operator is then that of the union of all ranks' batches, some of which
+            may have none.
+        on_fallback: Called when ``"auto"`` falls back to finite differences, before the warning; on all ranks, also
+            those whose own batches, if any, could be differentiated twice.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -105,8 +108,6 @@ class HessianOperator(MeanOperator):
                 weights = [float(num_samples(batch)) for batch in batches]
         self._average_over(loss, batches, weights)
         self._loss = MeanLoss(self._batches, self.parameters, self.layout)
-        narrow = any(p.dtype == torch.float32 for p in self.parameters if p.requires_grad)
-        step = step if step is not None else _STEPS[torch.float32 if narrow else self.dtype]
         self._derivative = SecondDerivative(
             self._loss,
             self.parameters,
@@ -121,6 +122,11 @@ class HessianOperator(MeanOperator):
     def method(self) -> str:
         """How products are computed at present; `auto` may have fallen back to finite differences."""
         return self._derivative.method
+
+    @property
+    def step(self) -> float | None:
+        """Length of the finite-difference step; None as long as none was needed."""
+        return self._derivative.step
 
     @property
     def graph_bytes(self) -> int:
@@ -168,15 +174,32 @@ class HessianOperator(MeanOperator):
         with torch.inference_mode(False):
             return self._loss.values_along(direction, distances)
 
+    def batch_gradients(self, max_batches: int | None = None) -> Iterator[Tensor]:
+        """The gradients of this rank's batches, of shape ``(size,)``, one after the other.
+
+        Args:
+            max_batches: How many of the batches; all if None.
+
+        """
+        gradients = self._derivative.gradients(max_batches)
+        while True:
+            with torch.inference_mode(False):
+                gradient = next(gradients, None)
+            if gradient is None:
+                return
+            yield gradient
+
     def mean_over_batches(
-        self, statistic: Callable[[Tensor], Tensor], size: int, max_batches: int | None = None
+        self, vectors: Tensor, statistic: Statistic, size: int, max_batches: int | None = None
     ) -> Tensor:
-        """The mean of a statistic of the mini-batch gradients, each batch counted once.
+        """The mean of a statistic of the mini-batch gradients along some vectors, each batch counted once.
 
         Where the gradient graphs are kept, the gradients cost nothing more.
 
         Args:
-            statistic: Maps the gradient of one batch, of shape ``(size_of_operator,)``, to a vector.
+            vectors: Shape ``(k, length)``: one vector for each row.
+            statistic: Maps the components of one batch's gradient along the vectors, of shape ``(k,)``, and its norm to
+                a vector.
             size: The length of that vector.
             max_batches: How many of each rank's batches to use; all if None.
 
@@ -184,13 +207,21 @@ class HessianOperator(MeanOperator):
             A vector of shape ``(size,)``.
 
         """
-        with torch.inference_mode(False), self._batches.mean(size) as total:
-            for gradient in self._derivative.gradients(max_batches):
-                total.add(statistic(gradient), 1.0)
+        with self._batches.mean(size) as total:
+            for gradient in self.batch_gradients(max_batches):
+                norm = torch.linalg.vector_norm(gradient)
+                total.add(statistic(self.space.inner(vectors, gradient), norm), 1.0)
         return total.sum
 
+    def raise_at_once(self) -> None:
+        """Let errors be raised as they are from now on, with no second attempt and no other way to a product.
+
+        For an operator whose evaluations other ranks take part in: one rank cannot make one more of them.
+        """
+        self._derivative.raises_at_once = True
+
     def reset(self) -> None:
-        """Forget what was found out by evaluations: gradient graphs, numbers of samples, the lack of a derivative.
+        """Forget what was found out: gradient graphs, numbers of samples, the lack of a derivative, the step.
 
         The next call reads everything anew: the parameters, the batches, and whatever else the loss depends on. The
         random numbers stay those of the same function. Only needed after changes that are not noticed, see above.
@@ -202,7 +233,8 @@ class HessianOperator(MeanOperator):
     def check(self, *, seed: int = 0, finite_difference: bool = False) -> OperatorCheck:
         """Measure how symmetric and how deterministic the products are, see `OperatorCheck`.
 
-        It costs four products, whose graphs are built anew, and two gradients for the comparison.
+        It costs four products, whose graphs are built anew. The comparison costs two gradients, and what it takes to
+        find the `step` where none is known.
 
         Args:
             seed: Seed of the random vectors.
@@ -222,11 +254,45 @@ class HessianOperator(MeanOperator):
         reference = self._difference if finite_difference else None
         return check_operator(self, seed=seed, between=self._derivative.drop_graphs, reference=reference)
 
+    def _products(self, vectors: Tensor) -> Tensor:
+        if self._derivative.lacks_step:
+            self._find_step()
+        may_fall_back = self._derivative.may_fall_back
+        products = super()._products(vectors)
+        if not may_fall_back or not self._has_fallen_back(products):
+            return products
+        # Not the ranks that have no batch, nor those that have none of the kind that cannot be differentiated twice.
+        self._derivative.fall_back()
+        self._find_step()
+        self.num_matvecs -= len(vectors)
+        return super()._products(vectors)
+
     def _add_products(self, total: Total, vectors: Tensor) -> None:
         self._derivative.add_products(total, vectors)
 
+    def _has_fallen_back(self, products: Tensor) -> bool:
+        """Whether a rank has gone over to finite differences, and has no step for them."""
+        lacks_step = self._derivative.lacks_step
+        if self._ranks.is_single:
+            return lacks_step
+        if not products.numel() or not bool(products.view(-1)[0].isnan()):
+            return False
+        return float(self.space.agreed(torch.tensor([float(lacks_step)]))) > 0
+
+    def _find_step(self) -> None:
+        """Choose the length of the finite-difference step, with all ranks."""
+        with torch.inference_mode(False), self.space.together():
+            longest = first_step(self.parameters, self.space)
+            self._derivative.step = fitting_step(self._difference_over, self.gradient(), longest, self.space)
+
+    def _difference_over(self, vector: Tensor, step: float | None) -> Tensor:
+        with self._batches.mean(self.size) as total:
+            self._derivative.add_differences(total, vector, step)
+        return total.sum
+
     def _difference(self, vector: Tensor) -> Tensor:
         """The product by finite differences."""
-        with torch.inference_mode(False), self._batches.mean(self.size) as total:
-            self._derivative.add_differences(total, vector)
-        return total.sum
+        if self._derivative.step is None:
+            self._find_step()
+        with torch.inference_mode(False):
+            return self._difference_over(vector, None)

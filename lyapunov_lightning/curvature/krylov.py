@@ -154,7 +154,7 @@ class KrylovBasis:
         row.copy_(self.space.random(self._generator) if direction is None else direction)
         row.div_(self.space.norm(row))
         for _ in range(2):
-            self._orthogonalise(row, self.length)
+            self.space.take_out(row, self._rows(self.length))
             row.div_(self.space.norm(row))
 
     def expand(self) -> None:
@@ -162,8 +162,8 @@ class KrylovBasis:
         length, space = self.length, self.space
         row = self._room(length + 1)
         row.copy_(self._operator.matvec(self._room(length)))
-        column = self._orthogonalise(row, length + 1) + self._orthogonalise(row, length + 1)
-        numbers = space.agreed(torch.cat([column, space.norm(row).reshape(1)]))
+        found, norm = space.orthogonalise(row, self._rows(length + 1))
+        numbers = space.agreed(torch.cat([found, norm.reshape(1)]))
         if not bool(torch.isfinite(numbers).all()):
             raise NonFiniteCurvatureError(
                 "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
@@ -253,14 +253,6 @@ class KrylovBasis:
         """The first rows, in blocks."""
         starts = range(0, count, _BLOCK)
         return [block[: count - start] for start, block in zip(starts, self._blocks, strict=False)]
-
-    def _orthogonalise(self, vector: Tensor, count: int) -> Tensor:
-        """Take the components along the first rows out of a vector, in place; returns them."""
-        rows = self._rows(count)
-        parts = [self.space.inner(block, vector) for block in rows]
-        for block, part in zip(rows, parts, strict=True):
-            self.space.subtract(vector, part, block)
-        return torch.cat(parts) if parts else vector.new_zeros(0)
 
 
 def both_ends(length: int, largest: int, smallest: int) -> Tensor:

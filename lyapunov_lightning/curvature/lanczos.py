@@ -203,7 +203,7 @@ def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None,
     if space.size <= _SMALL:
         return space.size
     least = 32 if target.largest else _LOWER_END_ALONE
-    affordable = max_basis_bytes // (space.size * space.dtype.itemsize)
+    affordable = max_basis_bytes // space.vector_bytes
     return min(max(least, 2 * target.count + 16), max(affordable, target.count + 4), space.size)
 
 

@@ -204,7 +204,9 @@ class SymmetricOperator(ABC):
             columns = dense[:, start : start + _COLUMNS]
             block = torch.zeros_like(columns)
             block[start : start + _COLUMNS].fill_diagonal_(1)
-            columns.copy_(self.matmat(block))
+            own = torch.stack([self.space.cut(column) for column in block.T], dim=1)
+            for column, product in zip(columns.T, self.matmat(own).T, strict=True):
+                column.copy_(self.space.whole(product))
         return dense
 
     def to_scipy(self) -> Any:
@@ -261,10 +263,11 @@ class SymmetricOperator(ABC):
         return self @ other
 
     def _times(self, tensor: Tensor) -> Tensor:
-        if tensor.is_complex() or tensor.ndim not in (1, 2) or len(tensor) != self.size:
+        length = self.space.length
+        if tensor.is_complex() or tensor.ndim not in (1, 2) or len(tensor) != length:
             raise ValueError(
-                f"An operator of shape {self.shape} multiplies real vectors of shape ({self.size},) and blocks of"
-                f" columns of shape ({self.size}, k), got {tensor.dtype} of shape {tuple(tensor.shape)}."
+                f"An operator of shape {self.shape} multiplies real vectors of shape ({length},) and blocks of"
+                f" columns of shape ({length}, k), got {tensor.dtype} of shape {tuple(tensor.shape)}."
             )
         tensor = tensor.detach().to(dtype=self.dtype, device=self.device)
         return self.matvec(tensor) if tensor.ndim == 1 else self.matmat(tensor)
@@ -305,18 +308,18 @@ class ScaledOperator(SymmetricOperator):
     """
 
     def __init__(self, operator: LinearOperator, scale: Tensor, shift: Tensor | float | None = None) -> None:
-        if scale.shape != (operator.size,):
-            raise ValueError(f"`scale` should have shape ({operator.size},), got {tuple(scale.shape)}.")
+        length = space_of(operator).length
+        if scale.shape != (length,):
+            raise ValueError(f"`scale` should have shape ({length},), got {tuple(scale.shape)}.")
         super().__init__(space_of(operator), getattr(operator, "layout", None), getattr(operator, "names", ()))
         self._operator = operator
         self._scale = scale.detach().to(dtype=self.dtype, device=self.device)
         self._shift = None
         if shift is not None:
             self._shift = torch.as_tensor(shift).detach().to(dtype=self.dtype, device=self.device)
-            if self._shift.ndim and self._shift.shape != (self.size,):
-                raise ValueError(
-                    f"`shift` should be a number or have shape ({self.size},), got {tuple(self._shift.shape)}."
-                )
+            if self._shift.ndim and self._shift.shape != (length,):
+                given = tuple(self._shift.shape)
+                raise ValueError(f"`shift` should be a number or have shape ({length},), got {given}.")
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product ``s ⊙ A(s ⊙ v) + t ⊙ v``."""

@@ -113,6 +113,7 @@ class LyapunovIteration:
         *,
         lr: float = 0.0,
         momentum: float = 0.0,
+        space: VectorSpace | None = None,
     ) -> LyapunovEstimate:
         """Move the perturbation once: one gradient.
 
@@ -121,6 +122,7 @@ class LyapunovIteration:
             gradient_here: The gradient at ``θ``, shape ``(n,)``, of the same loss on the same batch.
             lr: Learning rate ``α`` of the training map.
             momentum: Its heavy-ball momentum ``m``.
+            space: The space of the vectors, if they are not plain tensors of their whole length.
 
         Raises:
             ValueError: If the training map is followed without a positive `lr`.
@@ -129,7 +131,8 @@ class LyapunovIteration:
         """
         if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
-        q = self._perturbation_like(gradient_here)
+        space = _space_like(gradient_here) if space is None else space
+        q = self._perturbation_like(gradient_here, space)
         curvature_q = gradient(q) - gradient_here
         velocity: Tensor | None = None
         if self._map == "ascent":
@@ -139,7 +142,7 @@ class LyapunovIteration:
             moved = torch.add(q, velocity, alpha=lr)
         else:
             moved = torch.sub(q, curvature_q, alpha=lr)
-        rayleigh, rest, length, turned = self._measured(q, curvature_q, moved)
+        rayleigh, rest, length, turned = self._measured(space, q, curvature_q, moved)
         growth = math.copysign(length / self._delta_q, turned)
         exponent = math.log(abs(growth)) if growth else -math.inf
         if self._map == "ascent":
@@ -163,10 +166,13 @@ class LyapunovIteration:
             num_gradients=1,
         )
 
-    def _measured(self, q: Tensor, curvature_q: Tensor, moved: Tensor) -> tuple[float, float, float, float]:
+    def _measured(
+        self, space: VectorSpace, q: Tensor, curvature_q: Tensor, moved: Tensor
+    ) -> tuple[float, float, float, float]:
         """What one iteration tells, in one transfer from the device.
 
         Args:
+            space: The space of the vectors.
             q: The perturbation.
             curvature_q: The difference of gradients along it, which is written over.
             moved: The perturbation after the iteration.
@@ -176,7 +182,6 @@ class LyapunovIteration:
             the iteration, and its component along the one before, of which only the sign counts.
 
         """
-        space = _space_like(q)
         rayleigh = space.inner(q, curvature_q) / self._delta_q / self._delta_q
         space.subtract(curvature_q, rayleigh[None], q[None])
         rest = space.norm(curvature_q) / self._delta_q
@@ -186,9 +191,10 @@ class LyapunovIteration:
             raise _not_finite(self._delta_q)
         return values[0], values[1], values[2], values[3]
 
-    def restart(self, direction: Tensor) -> None:
+    def restart(self, direction: Tensor, space: VectorSpace | None = None) -> None:
         """Go on with a perturbation along another direction, of shape ``(n,)``, and at rest."""
-        self._perturbation = direction * (self._delta_q / torch.linalg.vector_norm(direction))
+        space = _space_like(direction) if space is None else space
+        self._perturbation = direction * (self._delta_q / space.norm(direction)).to(direction)
         self._velocity = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,12 +208,10 @@ class LyapunovIteration:
         self._perturbation = state["perturbation"]
         self._velocity = state["velocity"]
 
-    def _perturbation_like(self, gradient: Tensor) -> Tensor:
+    def _perturbation_like(self, gradient: Tensor, space: VectorSpace) -> Tensor:
         if self._perturbation is None or self._perturbation.shape != gradient.shape:
-            generator = torch.Generator().manual_seed(self._seed)
-            random = torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype, device="cpu")
-            self._perturbation = random * (self._delta_q / torch.linalg.vector_norm(random))
-            self._velocity = None
+            self.restart(space.random(torch.Generator().manual_seed(self._seed)), space)
+            assert self._perturbation is not None
         self._perturbation = self._perturbation.to(gradient)
         if self._velocity is not None:
             self._velocity = self._velocity.to(gradient)
@@ -293,7 +297,12 @@ class LyapunovSpectrum:
         self.beta = 1.0
 
     def step(
-        self, gradient: Callable[[Tensor], Tensor], gradient_here: Tensor, *, lr: float = 0.0
+        self,
+        gradient: Callable[[Tensor], Tensor],
+        gradient_here: Tensor,
+        *,
+        lr: float = 0.0,
+        space: VectorSpace | None = None,
     ) -> LyapunovSpectrumEstimate:
         """Move all perturbations once: k gradients.
 
@@ -301,6 +310,7 @@ class LyapunovSpectrum:
             gradient: Maps a displacement ``q`` of shape ``(n,)`` to the gradient at ``θ + q``.
             gradient_here: The gradient at ``θ``, shape ``(n,)``, of the same loss on the same batch.
             lr: Learning rate ``α`` of the training map.
+            space: The space of the vectors, if they are not plain tensors of their whole length.
 
         Raises:
             ValueError: If the training map is followed without a positive `lr`, or there are fewer parameters than
@@ -310,8 +320,8 @@ class LyapunovSpectrum:
         """
         if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
-        directions = self._directions(gradient_here)
-        space = _space_like(gradient_here)
+        space = _space_like(gradient_here) if space is None else space
+        directions = self._directions(gradient_here, space)
         step = self.beta if self._map == "ascent" else -lr
         moved = space.empty(self._count)
         found: list[Tensor] = []
@@ -363,14 +373,13 @@ class LyapunovSpectrum:
         self._num_steps = state["num_steps"]
         self.beta = state["beta"]
 
-    def _directions(self, gradient: Tensor) -> Tensor:
+    def _directions(self, gradient: Tensor, space: VectorSpace) -> Tensor:
         """The unit vectors of the perturbations, one row each."""
-        if len(gradient) < self._count:
+        if space.size < self._count:
             raise ValueError(
-                f"`num_perturbations` should be at most the number of parameters {len(gradient)}, got {self._count}."
+                f"`num_perturbations` should be at most the number of parameters {space.size}, got {self._count}."
             )
         if self._perturbations is None or self._perturbations.shape[1] != len(gradient):
-            space = _space_like(gradient)
             self._perturbations = space.empty(self._count)
             self._begin(space, torch.ones(self._count, dtype=torch.bool, device="cpu"))
         self._perturbations = self._perturbations.to(gradient)

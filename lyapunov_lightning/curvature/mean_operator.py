@@ -45,6 +45,15 @@ class MeanOperator(SymmetricOperator):
         """Say what is averaged: the values of an objective at batches, with their weights."""
         self._batches = FixedBatches(objective, batches, self.space, weights, self._ranks)
 
+    @property
+    def num_samples(self) -> float:
+        """Samples of this rank's batches, the sum of their weights; known once they were evaluated."""
+        return sum(map(self._batches.weight, range(len(self._batches))))
+
+    def follow(self, solver: object) -> None:
+        """Be part of an operator of which this is a solver, if any; see `Ranks.solver`."""
+        self._ranks.solver = solver
+
     def matvec(self, vector: Tensor) -> Tensor:
         """The product.
 

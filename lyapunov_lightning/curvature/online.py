@@ -151,7 +151,7 @@ class OnlineEigenpair:
     def _fitted(self, space: VectorSpace) -> Tensor:
         """The storage; it begins with a random vector, at first and where parameters were frozen or unfrozen since."""
         before = self._rows
-        if before is not None and before.shape[1] == space.size:
+        if before is not None and before.shape[1] == space.length:
             if len(before) == self._cycle + 1 and before.device == space.device and before.dtype == space.dtype:
                 return before
             self._rows = space.empty(self._cycle + 1)

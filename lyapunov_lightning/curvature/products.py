@@ -7,7 +7,8 @@ In the order in which ``method="auto"`` prefers them:
   costs about three (B. Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
 - *forward over reverse*: the directional derivative of the gradient in forward mode. Exact as well, keeps no graph.
 - *finite difference*: ``(g(θ + εv) - g(θ - εv)) / 2ε``. Needs a single backward only, so it works with kernels that
-  cannot be differentiated twice; it sees the curvature smoothed over ``ε``, the kinks of a ReLU network among it.
+  cannot be differentiated twice; it sees the curvature smoothed over ``ε``, the kinks of a ReLU network among it. How
+  long ``ε`` should be is found out by `lyapunov_lightning.curvature.difference_step`.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lyapunov_lightning.curvature.derivative_errors import of_a_second_derivative
+from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.fixed_batches import Evaluation
 from lyapunov_lightning.curvature.kept_graphs import GradientGraph, KeptGraphs
 from lyapunov_lightning.curvature.mean_loss import MeanLoss
@@ -215,32 +217,37 @@ class FiniteDifference:
     Args:
         loss: The mean loss.
         layout: How the parameters form a vector.
-        step: The distance to both sides, in parameter space.
+        step: The distance to both sides, in parameter space; to be set before there are products if None.
+
+    Attributes:
+        step: This distance.
 
     """
 
     name = "finite_difference"
 
-    def __init__(self, loss: MeanLoss, layout: FlatLayout, step: float) -> None:
+    def __init__(self, loss: MeanLoss, layout: FlatLayout, step: float | None) -> None:
         self._loss = loss
         self._layout = layout
         self._space = layout.space()
         self.step = step
 
-    def prepared(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+    def prepared(self, vector: Tensor, step: float | None = None) -> tuple[Tensor, Tensor]:
         """The displacement to one side, and what the difference is to be multiplied by; both stay on the device."""
+        step = step or self.step
+        assert step is not None
         self._layout.split(vector)  # which refuses other shapes
         norm = self._space.norm(vector)
-        displacement = vector * (self.step / torch.where(norm > 0, norm, 1))
-        return displacement, norm / (2 * self.step)
+        displacement = vector * (step / torch.where(norm > 0, norm, 1))
+        return displacement, norm / (2 * step)
 
     def products(self, index: int, directions: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """The products for one batch, each by two gradients."""
         return [self._product(index, *direction) for direction in directions]
 
     def _product(self, index: int, displacement: Tensor, factor: Tensor) -> Tensor:
-        ahead = self._loss.batch_gradient(index, displacement)
-        behind = self._loss.batch_gradient(index, -displacement)
+        ahead = self._displaced_gradient(index, displacement)
+        behind = self._displaced_gradient(index, -displacement)
         return ahead.sub_(behind).mul_(factor)
 
     def gradient(self, index: int) -> Tensor:
@@ -249,3 +256,25 @@ class FiniteDifference:
 
     def refresh(self) -> None:
         """Nothing is kept."""
+
+    def check(self, index: int) -> None:
+        """Make sure that one batch has what is needed: a gradient that is precise enough.
+
+        Raises:
+            MeasurementError: If it is rounded to half precision.
+
+        """
+        self._displaced_gradient(index, self._layout.zeros())
+
+    def _displaced_gradient(self, index: int, displacement: Tensor) -> Tensor:
+        with self._loss.batches.evaluated(index, self._loss.displaced(displacement)) as evaluation:
+            with torch._C.DisableTorchFunction():  # this is no part of the loss
+                narrow = dtypes_behind(evaluation.loss) & {torch.float16, torch.bfloat16}
+            if narrow:
+                raise MeasurementError(
+                    "Finite differences are lost in the rounding of half precision: the loss, or a part of it, is"
+                    f" computed in {' and '.join(sorted(map(str, narrow)))}. Compute it in float32, without autocast,"
+                    " or use `method='double_backward'`."
+                )
+            gradient = self._loss.gradient_of(evaluation)
+        return self._layout.flatten(gradient)

@@ -8,9 +8,17 @@ of DNN loss and the SGD step length", sec. 4, where the rows are eigenvectors an
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.vectors import VectorSpace
+
 
 def scaled_in_subspace(
-    vector: Tensor, rows: Tensor, *, inside: float, outside: float, shift: Tensor | None = None
+    vector: Tensor,
+    rows: Tensor,
+    *,
+    inside: float,
+    outside: float,
+    shift: Tensor | None = None,
+    space: VectorSpace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale a vector by one factor within a subspace and by another one across it.
 
@@ -21,6 +29,7 @@ def scaled_in_subspace(
         outside: The factor across.
         shift: What is added before and taken away after, ``P(u + s) − s``, of shape ``(n,)``; such as the weight decay
             that an optimizer will add to the scaled vector.
+        space: Their space, if they are not plain tensors of their whole length.
 
     Returns:
         The scaled vector, and the share of the squared norm that was taken out, ``‖u − P(u)‖² / ‖u‖²``, a scalar.
@@ -34,11 +43,12 @@ def scaled_in_subspace(
 
     """
     whole = vector if shift is None else vector + shift
-    coefficients = rows @ whole
+    space = VectorSpace(len(whole), whole.dtype, whole.device) if space is None else space
+    coefficients = space.inner(rows, whole)
     scaled = whole * outside + (inside - outside) * (coefficients @ rows)
     if shift is not None:
         scaled -= shift
     scaled = torch.where(coefficients.isfinite().all(), scaled, vector)
-    total, within = whole.square().sum(), coefficients.square().sum()
+    total, within = space.inner(whole, whole), coefficients.square().sum()
     removed = (1 - inside) ** 2 * within + (1 - outside) ** 2 * (total - within).clamp_min(0)
     return scaled, removed / total.clamp_min(torch.finfo(total.dtype).tiny)

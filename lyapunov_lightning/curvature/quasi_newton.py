@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.arguments import check_positive
 from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
+from lyapunov_lightning.curvature.vectors import VectorSpace
 
 _SHORTEST_MEMORY, _EARLY_MEMORY = 3.0, 33.0
 """Updates over which slope and curvature are averaged: at the very start, when they change fast, few; then half of all
@@ -230,7 +230,9 @@ class CheckedSharpness:
         self._iteration = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed)
         self._average: float | None = None
 
-    def step(self, gradient: Callable[[Tensor], Tensor], here: Tensor) -> Sharpness | None:
+    def step(
+        self, gradient: Callable[[Tensor], Tensor], here: Tensor, space: VectorSpace | None = None
+    ) -> Sharpness | None:
         """One iteration at the present parameters.
 
         Where the number of parameters is another one than before, since some were frozen or unfrozen, a new vector
@@ -239,6 +241,7 @@ class CheckedSharpness:
         Args:
             gradient: Maps a displacement of shape ``(n,)`` to the gradient there.
             here: The gradient at the present parameters.
+            space: The space of the vectors, if they are not plain tensors of their whole length.
 
         Returns:
             The estimate, or None where the curvature is nowhere positive.
@@ -247,16 +250,17 @@ class CheckedSharpness:
             NonFiniteCurvatureError: If a gradient is not finite.
 
         """
-        estimate = self._iteration.step(gradient, here)
-        norm = float(torch.linalg.vector_norm(here))
+        space = VectorSpace(len(here), here.dtype, here.device) if space is None else space
+        estimate = self._iteration.step(gradient, here, space=space)
+        norm = float(space.norm(here))
         along_gradient = 0.0
         if norm > 0:
             probe = here * (self._delta_q / norm)
-            along_gradient = float(probe @ (gradient(probe) - here)) / self._delta_q**2
+            along_gradient = float(space.inner(probe, gradient(probe) - here)) / self._delta_q**2
         tracked = max(estimate.eigenvalue, estimate.curvature)
         refuted = along_gradient > max(_CLEARLY * tracked, 0.0)
         if refuted:
-            self._iteration.restart(here)
+            self._iteration.restart(here, space)
         newest = max(tracked, along_gradient)
         if not (math.isfinite(newest) and newest > 0):
             return None
@@ -264,13 +268,20 @@ class CheckedSharpness:
         self._average = _AVERAGING * past + (1 - _AVERAGING) * newest
         return Sharpness(max(self._average, newest), newest, along_gradient, estimate.exponent, refuted)
 
-    def settle(self, gradient: Callable[[Tensor], Tensor], here: Tensor, max_iterations: int) -> Sharpness | None:
+    def settle(
+        self,
+        gradient: Callable[[Tensor], Tensor],
+        here: Tensor,
+        max_iterations: int,
+        space: VectorSpace | None = None,
+    ) -> Sharpness | None:
         """Iterations at one and the same point until the estimate has settled, after a first one at most as many.
 
         Args:
             gradient: Maps a displacement of shape ``(n,)`` to the gradient there.
             here: The gradient at the present parameters.
             max_iterations: How many at most, after the first.
+            space: As for `step`.
 
         Returns:
             The last estimate, or None where the curvature is nowhere positive.
@@ -279,11 +290,11 @@ class CheckedSharpness:
             NonFiniteCurvatureError: If a gradient is not finite.
 
         """
-        sharpness = self.step(gradient, here)
+        sharpness = self.step(gradient, here, space)
         for _ in range(max_iterations):
             if sharpness is not None and sharpness.is_settled:
                 break
-            sharpness = self.step(gradient, here)
+            sharpness = self.step(gradient, here, space)
         return sharpness
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,8 +82,7 @@ class Ranks:
         if self._reduce is None:
             yield
             return
-        if self._present_blocks():
-            self._exchange([])
+        self.meet()
         failure: Exception | None = None
         try:
             yield
@@ -158,17 +157,76 @@ class Ranks:
         numbers = numbers.to("cpu", torch.float64)
         if self._reduce is None:
             return numbers
-        return torch.tensor(self._exchange(numbers.tolist()), dtype=torch.float64, device="cpu")
+        num_ranks, sums = self._exchange(numbers.tolist())
+        return torch.tensor(sums, dtype=torch.float64, device="cpu") / num_ranks
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """The sums over the ranks of a few numbers, of which each rank has its part.
+
+        Args:
+            numbers: Shape ``(n,)``, on any device.
+
+        Returns:
+            Shape ``(n,)``, in float64 on the CPU, the same on all ranks.
+
+        Raises:
+            PeerFailureError: If another rank has failed.
+
+        """
+        numbers = numbers.to("cpu", torch.float64)
+        if self._reduce is None:
+            return numbers
+        return torch.tensor(self._exchange(numbers.tolist())[1], dtype=torch.float64, device="cpu")
+
+    def meet(self) -> None:
+        """Make sure that no rank has failed, before a collective in which one that has could not say so.
+
+        Raises:
+            PeerFailureError: If one has, where the ranks are `together`.
+
+        """
+        if self._reduce is not None and self._present_blocks():
+            self._exchange([])
+
+    def joining(self, compute: Callable[[], None], collective: Callable[[bool], int]) -> None:
+        """Compute something, and then take part in a collective whether that went well or not.
+
+        Args:
+            compute: What may fail on this rank alone.
+            collective: Enters a collective that tells the ranks of failures: takes whether this rank has failed, and
+                returns how many have.
+
+        Raises:
+            PeerFailureError: If another rank failed; what failed on this one is raised as it is.
+
+        """
+        failure: Exception | None = None
+        try:
+            compute()
+        except Exception as error:
+            failure = error  # raised below, once the other ranks know of it
+        try:
+            num_failed = collective(failure is not None)
+        except Exception:
+            self._give_up()
+            raise
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # as in `summing`
+        if num_failed:
+            raise PeerFailureError(num_failed)
 
     def _present_blocks(self) -> list[_Block]:
         """The blocks in which these ranks are together, the innermost one last."""
         return [block for block in _blocks.get() if block.ranks._reduce == self._reduce]
 
-    def _exchange(self, numbers: list[float]) -> list[float]:
-        """The mean of some numbers over the ranks, in as many messages as they need, and one at least."""
+    def _exchange(self, numbers: list[float]) -> tuple[float, list[float]]:
+        """How many ranks there are, and the sums of some numbers over them, in as many messages as they need."""
         blocks = self._present_blocks()
         room = _MESSAGE - 2
-        means: list[float] = []
+        all_sums: list[float] = []
         for start in range(0, max(len(numbers), 1), room):
             num_failed = blocks[-1].num_failed if blocks else 0
             if not num_failed:
@@ -179,8 +237,8 @@ class Ranks:
                 if blocks:
                     blocks[-1].num_failed = num_failed
                 raise PeerFailureError(num_failed)
-            means.extend(total / present for total in sums[: len(part)])
-        return means
+            all_sums.extend(sums[: len(part)])
+        return present, all_sums
 
     def _send(self, numbers: list[float]) -> list[float]:
         blocks = self._present_blocks()
@@ -192,11 +250,15 @@ class Ranks:
         return received
 
     def _sum(self, buffer: Tensor) -> None:
-        """Sum over the ranks; where that itself fails nothing more is sent, since nobody knows who took part."""
+        """Sum over the ranks."""
         assert self._reduce is not None
         try:
             self._reduce(buffer)
         except Exception:
-            for block in self._present_blocks():
-                block.num_failed = 1
+            self._give_up()
             raise
+
+    def _give_up(self) -> None:
+        """Where a collective itself has failed nothing more is sent, since nobody knows who took part."""
+        for block in self._present_blocks():
+            block.num_failed = 1

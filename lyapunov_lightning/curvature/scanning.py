@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.landscape import LineScan, NoisyLoss, noisy_loss, scan_line
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 
 Units = Literal["gradient", "norm"]
 
@@ -100,19 +100,19 @@ def random_directions(operator: LinearOperator, count: int, seed: int = 0) -> It
         yield Direction(curvature, vector)
 
 
-def parameter_norm(operator: HessianOperator) -> float:
-    """The norm of all parameters together, without a copy of them."""
-    return math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in operator.parameters))
+def parameter_norm(operator: LossHessian) -> float:
+    """The norm of all parameters together."""
+    return float(operator.space.norm(operator.layout.flatten(operator.parameters)))
 
 
-def noisy_start(operator: HessianOperator, gradient: Tensor) -> NoisyLoss:
+def noisy_start(operator: LossHessian, gradient: Tensor) -> NoisyLoss:
     """The loss at the present parameters and its rounding, along a line on which the parameters hardly change.
 
     Raises:
         NonFiniteCurvatureError: If the loss or the gradient is not finite.
 
     """
-    norm = float(torch.linalg.vector_norm(gradient))
+    norm = float(operator.space.norm(gradient))
     size = parameter_norm(operator)
     start = noisy_loss(
         lambda distances: operator.values_along(gradient, distances),
@@ -125,7 +125,7 @@ def noisy_start(operator: HessianOperator, gradient: Tensor) -> NoisyLoss:
 
 
 def scan_direction(
-    operator: HessianOperator,
+    operator: LossHessian,
     direction: Direction,
     gradient: Tensor,
     start: NoisyLoss,
@@ -162,7 +162,7 @@ def scan_direction(
         (4.0, 0.25)
 
     """
-    component = float(gradient @ direction.vector)
+    component = float(operator.space.inner(gradient, direction.vector))
     slope, downhill = abs(component), -1.0 if component > 0 else 1.0
 
     def loss_along(distances: Sequence[float]) -> Tensor:
@@ -182,7 +182,7 @@ def scan_direction(
 
 
 def scan_steps(
-    operator: HessianOperator,
+    operator: LossHessian,
     vector: Tensor,
     start_loss: float,
     components: Sequence[float],
@@ -211,7 +211,7 @@ def scan_steps(
 
 
 def batch_components(
-    operator: HessianOperator, vector: Tensor, max_batches: int, *, rank: int = 0, world_size: int = 1
+    operator: LossHessian, vector: Tensor, max_batches: int, *, rank: int = 0, world_size: int = 1
 ) -> list[float]:
     """The mini-batch gradients' components along a vector, those of all ranks in turn, up to so many.
 
@@ -226,15 +226,16 @@ def batch_components(
     slots = max_batches * world_size
     number = 0
 
-    def in_own_slot(gradient: Tensor) -> Tensor:
+    def in_own_slot(components: Tensor, _: Tensor) -> Tensor:
         nonlocal number
-        entries = torch.zeros(2, slots, dtype=gradient.dtype, device=gradient.device)
+        entries = components.new_zeros(2, slots)
         slot = number * world_size + rank
-        entries[0, slot], entries[1, slot] = gradient @ vector, 1.0
+        entries[0, slot], entries[1, slot] = components[0], 1.0
         number += 1
         return entries.view(-1)
 
-    means = operator.mean_over_batches(in_own_slot, 2 * slots, max_batches).view(2, slots).cpu().double()
+    means = operator.mean_over_batches(vector[None], in_own_slot, 2 * slots, max_batches)
+    means = means.view(2, slots).cpu().double()
     taken = means[1] > 0  # the mean of a slot is its entry over the number of all batches
     components: list[float] = (means[0, taken] / means[1, taken]).tolist()
     return components[:max_batches]

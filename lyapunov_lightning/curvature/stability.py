@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator, SymmetricOperator, space_of
-from lyapunov_lightning.curvature.vectors import FlatLayout
+from lyapunov_lightning.curvature.vectors import FlatLayout, local_of
 
 _Group = Mapping[str, Any]
 _State = Mapping[str, Any]
@@ -351,7 +351,10 @@ def _in_numbers(
     read for itself waits for all work that is queued there.
     """
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    states = [dict(optimizer.state.get(parameter, {})) for parameter in parameters]
+    states = [
+        {name: local_of(value) for name, value in optimizer.state.get(parameter, {}).items()}
+        for parameter in parameters
+    ]
     settings = chain.from_iterable(
         value if isinstance(value, tuple) else (value,) for group in groups for value in group.values()
     )
@@ -399,7 +402,10 @@ def _squares(
             kept = [ratios[place] for place in places]
             found: _Tensors = torch._foreach_mul(torch._foreach_reciprocal(divisors), kept)
         else:
-            found = [torch.full_like(parameters[p], ratios[p], dtype=layout.dtype, requires_grad=False) for p in places]
+            found = [
+                torch.full_like(local_of(parameters[p]), ratios[p], dtype=layout.dtype, requires_grad=False)
+                for p in places
+            ]
         for place, square in zip(places, found, strict=True):
             squares[place] = square
     return squares

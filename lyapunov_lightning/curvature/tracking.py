@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.lyapunov import LyapunovEstimate, LyapunovIteration
 from lyapunov_lightning.curvature.power import power_iteration
+from lyapunov_lightning.curvature.vectors import VectorSpace
 
 Solver = Literal["lanczos", "power"]
 End = Literal["largest", "smallest", "both"]
@@ -39,7 +40,7 @@ class ExtremeTracker:
     def measure(self, operator: LinearOperator) -> Eigenpairs:
         """The eigenpairs of the operator as it is now; the largest one first where both ends are asked for."""
         start = self._start
-        if start is not None and start.shape[-1] != operator.size:
+        if start is not None and start.shape[-1] != space_of(operator).length:
             start = None  # parameters were frozen or unfrozen since
         # Another seed each time: what one search overlooked, the next one is to see.
         seed = self._seed + self._count
@@ -137,7 +138,13 @@ class ExponentTracker:
         self._training = LyapunovIteration(map="sgd", delta_q=delta_q, seed=seed) if end != "largest" else None
 
     def measure(
-        self, gradient: Callable[[Tensor], Tensor], here: Tensor, *, lr: float = 0.0, momentum: float = 0.0
+        self,
+        gradient: Callable[[Tensor], Tensor],
+        here: Tensor,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.0,
+        space: VectorSpace | None = None,
     ) -> EndExponents | None:
         """Follow the perturbations through some iterations.
 
@@ -146,6 +153,7 @@ class ExponentTracker:
             here: The gradient at the present parameters.
             lr: Learning rate of the training map; at 0 nothing moves, and it is not followed.
             momentum: Its heavy-ball momentum.
+            space: The space of the vectors, if they are not plain tensors of their whole length.
 
         Returns:
             What was found; None if no map could be followed.
@@ -154,10 +162,10 @@ class ExponentTracker:
         ascent = training = None
         if self._ascent is not None:
             for _ in range(self._iterations):
-                ascent = self._ascent.step(gradient, here)
+                ascent = self._ascent.step(gradient, here, space=space)
         if self._training is not None and lr > 0:
             for _ in range(self._iterations):
-                training = self._training.step(gradient, here, lr=lr, momentum=momentum)
+                training = self._training.step(gradient, here, lr=lr, momentum=momentum, space=space)
         estimates = tuple(estimate for estimate in (ascent, training) if estimate is not None)
         if not estimates:
             return None

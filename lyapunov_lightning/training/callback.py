@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -9,17 +10,27 @@ from torch import Tensor
 from typing_extensions import override
 
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.products import Method
+from lyapunov_lightning.curvature.sharding import ShardedSpace
+from lyapunov_lightning.curvature.vectors import VectorSpace
 from lyapunov_lightning.training.batches import StartPosition
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import Data, HessianConfig, Schedule, ScheduleState
-from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.distributed import failing_together, ranks_of
 from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
 from lyapunov_lightning.training.recording import Charts, Record, Recorder, show_charts
+from lyapunov_lightning.training.replay import trainable_parameters
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.series import SeriesFile
+from lyapunov_lightning.training.sharded import put_away, space_of_parameters
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
+from lyapunov_lightning.training.vector_states import (
+    converted_vectors,
+    cut_vectors,
+    gathered_vectors,
+    without_vectors,
+)
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
@@ -32,7 +43,11 @@ _FRACTION = 0.05
 
 
 class Stateful(Protocol):
-    """A part of a callback that goes on where it was in a resumed run."""
+    """A part of a callback that goes on where it was in a resumed run.
+
+    Vectors of the model's size stand in its state under one of the names `VECTORS`: they are gathered for a checkpoint
+    where the model is sharded.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept: tensors, numbers, strings, None, and lists and dictionaries of these."""
@@ -106,6 +121,8 @@ class CurvatureCallback(Callback):
             type(self).__name__, self.group, log_prefix, None if table is None else SeriesFile(table)
         )
         self._shared: SharedMeasurements | None = None
+        self._space: VectorSpace | None = None
+        self._is_restored = False
 
     @property
     def results(self) -> list[Any]:
@@ -123,7 +140,7 @@ class CurvatureCallback(Callback):
         """Where the search for the eigenpairs starts."""
         return self._start.vector
 
-    def measure(self, hessian: HessianOperator, step: Step) -> Result | None:
+    def measure(self, hessian: LossHessian, step: Step) -> Result | None:
         """Measure before a step.
 
         Args:
@@ -193,8 +210,15 @@ class CurvatureCallback(Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         owner = type(self).__name__
+        put_away(pl_module)
         check_objective(owner, trainer, pl_module, self.config)  # again: Lightning may have converted layers since
         check_parameters(owner, pl_module, self.config)
+        self._space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks_of(trainer))
+        if self._is_restored and isinstance(self._space, ShardedSpace):
+            self._convert(
+                partial(converted_vectors, length=self._space.size, convert=partial(cut_vectors, self._space))
+            )
+        self._is_restored = False
         if self.request is not None:
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
         peers = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]
@@ -214,9 +238,11 @@ class CurvatureCallback(Callback):
         step = self.shared.step(trainer, pl_module, batch, batch_idx)
         if self not in step.due:
             return
+        self._fit_vectors(trainer, pl_module)
         # A failure ends the measurement, on all ranks, and not the run.
         with self._recorder.measurement(trainer) as record, failing_together(trainer):
             hessian = self.shared.hessian(step, self.config)
+            self._say(self.shared.take_note())
             if hessian is None:
                 self.on_missing_data(step)
             else:
@@ -265,12 +291,33 @@ class CurvatureCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._stateful().items()}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._stateful().items()}
+        if isinstance(self._space, ShardedSpace):
+            state = converted_vectors(state, self._space.length, partial(gathered_vectors, self._space))
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self._stateful().items():
             part.load_state_dict(state_dict[name])
+        self._is_restored = True
+
+    def _convert(self, converted: Callable[[Any], Any]) -> None:
+        """Let the parts go on with other vectors."""
+        for part in self._stateful().values():
+            state = part.state_dict()
+            own = converted(state)
+            if own is not state:
+                part.load_state_dict(own)
+
+    def _fit_vectors(self, trainer: Any, pl_module: Any) -> None:
+        """Give up all vectors of a sharded model whose parameters are others than before: all ranks together."""
+        if isinstance(self._space, ShardedSpace):
+            put_away(pl_module)
+            space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks_of(trainer))
+            if not space.is_like(self._space):
+                self._convert(without_vectors)
+            self._space = space
 
     def on_missing_data(self, step: Step) -> None:
         """A measurement was due, and the fixed data are not complete yet."""

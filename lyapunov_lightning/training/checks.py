@@ -13,6 +13,7 @@ from lyapunov_lightning.training.copying import Copier
 from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
 from lyapunov_lightning.training.namespaces import names_in
 from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.sharded import cause_against
 from lyapunov_lightning.training.standard_copies import Exhausted
 
 
@@ -29,13 +30,7 @@ def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianCon
         MisconfigurationException: With the cause and the remedy.
 
     """
-    strategy = trainer.strategy
-    whole = either("strategies.SingleDeviceStrategy") + either("strategies.DDPStrategy")
-    if not isinstance(strategy, whole) or isinstance(strategy, either("strategies.DeepSpeedStrategy")):
-        raise MisconfigurationException(
-            f"`{owner}` needs the whole of the parameters on every device, which {type(strategy).__name__} does not"
-            " keep. Train on a single device or with `strategy='ddp'`."
-        )
+    _check_strategy(owner, trainer.strategy)
     synchronises = trainer.world_size > 1 and config.mode != "eval"
     if synchronises and any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
         raise MisconfigurationException(
@@ -52,6 +47,9 @@ def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) ->
         MisconfigurationException: With the cause and the remedy.
 
     """
+    against = cause_against(pl_module)
+    if against is not None:
+        raise MisconfigurationException(f"`{owner}` cannot measure {type(pl_module).__name__}: {against}.")
     parameters = trainable_parameters(pl_module)
     if not parameters:
         raise MisconfigurationException(
@@ -86,6 +84,27 @@ def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:
         raise MisconfigurationException(
             f"`{owner}` cannot find {num_eigenvalues} eigenvalues of a model with {size} trainable parameters. Ask for"
             " fewer."
+        )
+
+
+def _check_strategy(owner: str, strategy: Any) -> None:
+    """Refuse a strategy that keeps the parameters where a replay cannot have them."""
+    name = type(strategy).__name__
+    if isinstance(strategy, either("strategies.FSDPStrategy")):
+        raise MisconfigurationException(
+            f"`{owner}` cannot measure the flat parameters of {name} (FSDP1), of which PyTorch computes no second"
+            " derivatives. Use `strategy=ModelParallelStrategy(...)` with `fully_shard` in `configure_model` (FSDP2)."
+        )
+    known = (
+        *either("strategies.SingleDeviceStrategy"),
+        *either("strategies.DDPStrategy"),
+        *either("strategies.ModelParallelStrategy"),
+    )
+    if not isinstance(strategy, known) or isinstance(strategy, either("strategies.DeepSpeedStrategy")):
+        raise MisconfigurationException(
+            f"`{owner}` cannot have the whole of the parameters from {name}, which keeps and gathers them in its own"
+            " way. Train on a single device, with `strategy='ddp'`, or sharded with `ModelParallelStrategy` and"
+            " `fully_shard` (FSDP2)."
         )
 
 

@@ -35,6 +35,12 @@ class HessianConfig:
         batch_size_fn: Maps a batch to the number of its samples, by which batches and ranks are weighted. By default
             the ``batch_size`` that the step passes to ``self.log``, else the batch as Lightning reads it.
         seed: Seed of everything random in the measurement.
+        max_gather_bytes: Of a model that is sharded over the ranks (FSDP2), how much memory each rank may spend on
+            parameters and vectors that are gathered for a product: eight times the parameters for products on gathered
+            parameters, five times for those through one layer after the other; with less there are finite differences
+            of sharded gradients. By default half of what is free when the first measurement is made.
+        offload: Whether Krylov bases and eigenvectors are kept in the CPU's memory, for models beside which the device
+            has no room for them. Every product then moves a vector there and back.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -55,6 +61,8 @@ class HessianConfig:
     loss_fn: LossFn | None = None
     batch_size_fn: Callable[[Any], int] | None = None
     seed: int = 0
+    max_gather_bytes: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.data is not None:
@@ -74,6 +82,10 @@ class HessianConfig:
                 raise ValueError(f"`{name}` should be a function, got {function!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"`seed` should be an int, got {self.seed!r}.")
+        if self.max_gather_bytes is not None:
+            check_int("max_gather_bytes", self.max_gather_bytes, least=0)
+        if not isinstance(self.offload, bool):
+            raise ValueError(f"`offload` should be a bool, got {self.offload!r}.")
 
     def filled(self, *, data: Data, fraction: float, mode: Mode, method: Method | None = None) -> "HessianConfig":
         """The same with the user's own choices for what is left open.

@@ -33,7 +33,7 @@ def of_first_rank(trainer: Any, value: Any) -> Any:
 
 def any_rank(trainer: Any, flag: bool) -> bool:
     """Whether a condition holds on one of the ranks at least; all of them have to ask together."""
-    return bool(_ranks(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)
+    return bool(ranks_of(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)
 
 
 def failing_together(trainer: Any) -> AbstractContextManager[None]:
@@ -48,10 +48,11 @@ def failing_together(trainer: Any) -> AbstractContextManager[None]:
         PeerFailureError: If the block failed on another rank; what failed on this one is raised as it is.
 
     """
-    return _ranks(trainer).together()
+    return ranks_of(trainer).together()
 
 
-def _ranks(trainer: Any) -> Ranks:
+def ranks_of(trainer: Any) -> Ranks:
+    """The ranks of a trainer."""
     reduce = sum_over_ranks(trainer)
     return Ranks() if reduce is None else Ranks(reduce, trainer.strategy.root_device)
 

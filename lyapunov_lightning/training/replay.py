@@ -7,9 +7,12 @@ random numbers are the operator's to keep.
 """
 
 import contextvars
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,11 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
-from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
 from lyapunov_lightning.curvature.fixed_batches import Evaluation
+from lyapunov_lightning.curvature.randomness import RandomState
 from lyapunov_lightning.training.copying import Copier
 from lyapunov_lightning.training.lightning_names import either, in_library_of
 from lyapunov_lightning.training.namespaces import redirected, replaced_namespaces
+from lyapunov_lightning.training.sharded import unsharded
 from lyapunov_lightning.training.trainer_view import view_of
 
 Mode = Literal["train", "eval"]
@@ -53,8 +58,8 @@ class TrainingObjective:
 
     The loss is, in this order, `loss_fn` if given, the module's own method ``curvature_loss(batch)`` if it has one, and
     what ``training_step`` returns, each after the module's ``on_train_batch_start``. It is the raw loss: not divided by
-    ``accumulate_grad_batches`` and not scaled for half precision; the precision plugin's context is entered as in
-    training.
+    ``accumulate_grad_batches`` and not scaled for half precision. The precision plugin's context is entered as in
+    training, but for that of mixed precision: the weights are in float32 there, and so the loss is computed in it.
 
     Args:
         trainer: The trainer that fits the module.
@@ -63,6 +68,9 @@ class TrainingObjective:
         loss_fn: Maps the module and a batch to a scalar mean loss.
         batch_size_fn: Maps a batch to the number of its samples.
         names: The parameters that it is a function of; all trainable ones if None.
+
+    Attributes:
+        whole: For each parameter that is sharded over ranks the whole tensor, which stands for it on the replicas.
 
     """
 
@@ -83,6 +91,8 @@ class TrainingObjective:
         self._mode = mode
         self._loss_fn = loss_fn
         self._batch_size_fn = batch_size_fn
+        self._is_wide = True
+        self.whole: Mapping[Tensor, Tensor] = {}
         named = trainable_parameters(pl_module)
         if names is not None:
             named = {name: parameter for name, parameter in named.items() if name in names}
@@ -105,15 +115,27 @@ class TrainingObjective:
             MeasurementError: If the step returned no loss.
 
         """
-        with replica(self._trainer, self._pl_module, self._mode) as twin:
+        changed = {} if values is None else dict(zip(self.parameters, values, strict=True))
+        whole = {p: torch.empty_like(tensor) if p in changed else tensor for p, tensor in self.whole.items()}
+        versions = [tensor._version for tensor in self.whole.values()]
+        with replica(self._trainer, self._pl_module, self._mode, whole) as twin:
             leaves = [twin.copier(parameter) for parameter in self.parameters]
             if values is not None:
                 with torch.no_grad():
                     for leaf, value in zip(leaves, values, strict=True):
                         leaf.copy_(value)
-            batch = twin.copier(probe.batch)
-            loss = _loss_of(_context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
+            loss = self._evaluated_on(twin, probe)
+            if versions != [tensor._version for tensor in self.whole.values()]:
+                raise MeasurementError(
+                    "The training step writes to its parameters, which sharded ones do not allow for in a replay. Write"
+                    " to them outside of the step, such as in `on_train_batch_end`."
+                )
             yield Evaluation(loss, leaves, lambda: self._num_samples(probe.batch, twin.logged_sizes), twin)
+
+    def _evaluated_on(self, twin: "Replica", probe: ProbeBatch) -> Tensor:
+        """The loss of a batch on a replica."""
+        batch = twin.copier(probe.batch)
+        return _loss_of(_context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
 
     def _loss(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
         module, trainer = twin.module, twin.module._trainer
@@ -123,16 +145,42 @@ class TrainingObjective:
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         if module.on_train_batch_start(batch, probe.batch_idx) == -1:
             raise MeasurementError("The module's `on_train_batch_start` skips the rest of the epoch, and so the step.")
-        with trainer.precision_plugin.train_step_context():
-            if self._loss_fn is not None:
-                with redirected(self._loss_fn, twin.copier) as loss_fn:
-                    return loss_fn(module, batch)
-            if hasattr(module, "curvature_loss"):
-                return module.curvature_loss(batch)
-            takes_index = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
-            if takes_index(module.training_step, "batch_idx", min_args=2):
-                return module.training_step(batch, probe.batch_idx)
-            return module.training_step(batch)
+        plugin = trainer.precision_plugin
+        if not self._is_wide or not isinstance(plugin, either("plugins.precision.MixedPrecision")):
+            with plugin.train_step_context():
+                return self._step(twin, batch, probe)
+        randomness = RandomState.capture()
+        try:
+            return self._step(twin, batch, probe)
+        except Exception as error:
+            if not _is_of_dtypes(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The twin has seen a part of the step already, once. From now on it sees one step only.
+        randomness.restore()
+        with plugin.train_step_context():
+            output = self._step(twin, batch, probe)
+        self._is_wide = False
+        warnings.warn(
+            "The step of a training in mixed precision cannot be computed in float32, so its curvature is measured in"
+            f" half precision, which makes it noisy. PyTorch says: {reason}",
+            CurvatureWarning,
+            stacklevel=2,
+        )
+        return output
+
+    def _step(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
+        """What is differentiated, of the function, the method or the step that gives the loss."""
+        module = twin.module
+        if self._loss_fn is not None:
+            with redirected(self._loss_fn, twin.copier) as loss_fn:
+                return loss_fn(module, batch)
+        if hasattr(module, "curvature_loss"):
+            return module.curvature_loss(batch)
+        takes_index = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
+        if takes_index(module.training_step, "batch_idx", min_args=2):
+            return module.training_step(batch, probe.batch_idx)
+        return module.training_step(batch)
 
     def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
         """The size of a batch: as told, as the step itself told `self.log`, or as Lightning reads it."""
@@ -164,13 +212,16 @@ class Replica:
 
 
 @contextmanager
-def replica(trainer: Any, pl_module: Any, mode: Mode = "train") -> Iterator[Replica]:
+def replica(
+    trainer: Any, pl_module: Any, mode: Mode = "train", whole: Mapping[Tensor, Tensor] = MappingProxyType({})
+) -> Iterator[Replica]:
     """Make a twin of a module, on which its training step can be run without any effect on the training.
 
     Args:
         trainer: The trainer that fits the module.
         pl_module: The module, not wrapped for distributed training.
         mode: ``"eval"`` switches the twin's modules to evaluation, ``"train"`` leaves them as they are.
+        whole: What the twin has in the place of parameters that are sharded; its parameters share the memory.
 
     Yields:
         The twin. Class attributes and globals hold copies as long as the block lasts.
@@ -186,13 +237,19 @@ def replica(trainer: Any, pl_module: Any, mode: Mode = "train") -> Iterator[Repl
     outgoing = {getattr(family, name): silent for family in families for name in _OUTGOING}
     copier = Copier(replaced=outgoing)
     with torch._C.DisableTorchFunction():  # copying is none of the operations that a mode may replace
+        for parameter, tensor in whole.items():
+            is_made = tensor.requires_grad and not tensor.is_leaf  # of shards, as whose function it is wanted
+            copier.note(parameter, tensor if is_made else nn.Parameter(tensor.detach(), parameter.requires_grad))
         view = view_of(trainer, copier)
         module = copier(pl_module)
+        if whole:
+            for original in pl_module.modules():
+                unsharded(copier.copy_of(original), original)
     module._trainer = view
     view.strategy._lightning_module = view.strategy.model = module
     for inner in copier.modules:
         _isolate(inner, mode)
-    gradients = [(t, copier.copy_of(t)) for t in pl_module.parameters() if t.grad is not None]
+    gradients = [(t, copier.copy_of(t)) for t in pl_module.parameters() if t.grad is not None and t not in whole]
     with ExitStack() as stack:
         stack.callback(copier.forget)
         stack.enter_context(replaced_namespaces(copier))
@@ -281,6 +338,23 @@ def _read_batch_size(pl_module: Any, batch: Any) -> int:
             f"The number of samples in a batch of type {type(batch).__name__} is not known. Pass `batch_size=` to"
             " `self.log` in the training step, or `HessianConfig(batch_size_fn=...)`."
         ) from error
+
+
+def _is_of_dtypes(error: Exception) -> bool:
+    """Whether a step may have failed for want of half precision, as kernels do that know nothing else.
+
+    What they say differs from one to the next, and some assert it without a word.
+    """
+    if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+        return False
+    return isinstance(error, AssertionError) or _OF_DTYPES.search(str(error)) is not None
+
+
+_OF_DTYPES = re.compile(
+    r"dtype|scalar type|data type|float type|tensor type|\bhalf\b|b?float16|\bb?fp?16\b|'Float'|available kernel"
+    r"|no operator found",
+    re.IGNORECASE,
+)
 
 
 def _loss_of(output: Any) -> Tensor:

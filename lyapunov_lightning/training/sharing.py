@@ -14,13 +14,18 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.hessian import HessianOperator
 from lyapunov_lightning.curvature.lanczos import lanczos
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.vectors import VectorSpace
 from lyapunov_lightning.training.batches import ProbeData, StartPosition
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.distributed import failing_together, sum_over_ranks
+from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.operators import Operators, Problem
 from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.replay import TrainingObjective
+from lyapunov_lightning.training.sharded import put_away
+
+_OFFLOADED_BASIS_BYTES = 2**34
+"""Bound on a Krylov basis of the default size in the CPU's memory: that of 33 vectors of 130 million numbers."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Step:
 class _Shared:
     """The operator of one configuration at one step, and its eigenpairs once somebody asks for them."""
 
-    operator: HessianOperator
+    operator: LossHessian
     waiting: list[Participant]
     wanted: list[tuple[EigenRequest, Tensor | None]]
     pairs: Eigenpairs | None = None
@@ -133,7 +138,7 @@ class SharedMeasurements:
     def __init__(self, callbacks: Sequence[Participant]) -> None:
         self.callbacks = callbacks
         self._data: dict[HessianConfig, ProbeData] = {}
-        self._fell_back: set[HessianConfig] = set()
+        self._operators = Operators()
         self._shared: dict[HessianConfig, _Shared] = {}
         self._step: Step | None = None
         self._key: Any = None
@@ -166,7 +171,7 @@ class SharedMeasurements:
             self._step, self._key = Step(trainer, pl_module, batch, batch_idx, due), key
         return self._step
 
-    def hessian(self, step: Step, config: HessianConfig) -> HessianOperator | None:
+    def hessian(self, step: Step, config: HessianConfig) -> LossHessian | None:
         """The Hessian at the present parameters; None while the fixed data are not complete."""
         shared = self._shared.get(config)
         if shared is None:
@@ -178,7 +183,7 @@ class SharedMeasurements:
             shared = self._shared[config] = _Shared(operator, sharing, wanted)
         return shared.operator
 
-    def block(self, step: Step, config: HessianConfig, names: Collection[str] | None = None) -> HessianOperator | None:
+    def block(self, step: Step, config: HessianConfig, names: Collection[str] | None = None) -> LossHessian | None:
         """A diagonal block of the Hessian; None while the fixed data are not complete.
 
         Args:
@@ -195,24 +200,14 @@ class SharedMeasurements:
             batches = data.batches(step.batch, step.batch_idx)
             if batches is None:
                 return None
-            assert config.mode is not None  # see `HessianConfig.filled`
-            objective = TrainingObjective(
-                trainer,
-                step.pl_module,
-                mode=config.mode,
-                loss_fn=config.loss_fn,
-                batch_size_fn=config.batch_size_fn,
-                names=names,
-            )
+            put_away(step.pl_module)
             with data.randomness(trainer.global_rank):
-                return HessianOperator(
-                    objective,
-                    objective.parameters,
-                    batches,
-                    method="finite_difference" if config in self._fell_back else config.method,
-                    reduce=sum_over_ranks(trainer),
-                    on_fallback=lambda: self._fell_back.add(config),  # what fails at one step fails at the next
-                )
+                return self._operators.make(Problem(trainer, step.pl_module, config, batches, names))
+
+    def take_note(self) -> str | None:
+        """What the user is to know of how products are computed, said once."""
+        note, self._operators.note = self._operators.note, None
+        return note
 
     def eigenpairs(self, step: Step, callback: Participant) -> Eigenpairs:
         """The eigenpairs that a callback requests, computed with those of all others that share its operator.
@@ -233,7 +228,9 @@ class SharedMeasurements:
             raise MeasurementError(f"The measurement that is shared with another callback failed: {shared.failure}")
         pairs = None if request.acts else shared.pairs
         if pairs is None:
-            arguments = _joined(wanted, shared.operator.size)
+            arguments = _joined(wanted, shared.operator.space)
+            if callback.config.offload:
+                arguments["max_basis_bytes"] = _OFFLOADED_BASIS_BYTES
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
                     # Another seed each time: what one search overlooked, the next one is to see.
@@ -255,8 +252,9 @@ class SharedMeasurements:
                 del self._shared[callback.config]
 
 
-def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], size: int) -> dict[str, Any]:
+def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], space: VectorSpace) -> dict[str, Any]:
     """The arguments for `lanczos` that serve all requests."""
+    size = space.size
     fitting = [(request, vectors) for request, vectors in wanted if request.largest + request.smallest <= size]
     _, start = max(fitting, key=lambda item: item[0].largest + item[0].smallest)
     largest = max(request.largest for request, _ in fitting)
@@ -264,7 +262,7 @@ def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], size: int) -> 
     if largest + smallest > size:
         largest, smallest = size, 0  # all of them, which serves everyone
     bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
-    if start is not None and len(start) != size:
+    if start is not None and len(start) != space.length:
         start = None  # parameters were frozen or unfrozen since
     values_only = all(request.values_only for request, _ in fitting)
     return {

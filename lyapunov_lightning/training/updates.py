@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
-from lyapunov_lightning.curvature.hessian import HessianOperator
+from lyapunov_lightning.curvature.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.projection import scaled_in_subspace
-from lyapunov_lightning.curvature.vectors import FlatLayout
-from lyapunov_lightning.training.distributed import sum_over_ranks
+from lyapunov_lightning.curvature.vectors import FlatLayout, VectorSpace, local_of
+from lyapunov_lightning.training.distributed import any_rank, sum_over_ranks
 from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.sharded import is_sharded, num_parts
 
 _ROUNDING = 1e-5
 """Relative distance up to which two gradients are the same but for rounding."""
@@ -39,7 +40,7 @@ class OwnGradient:
         """Whether to wait for the backward pass: a single rank (no average over ranks) and no mismatch so far."""
         return trainer.world_size == 1 and self._fits is not False
 
-    def take(self, trainer: Any, operator: HessianOperator) -> Tensor:
+    def take(self, trainer: Any, operator: LossHessian) -> Tensor:
         """The gradient at the present parameters, right after the backward pass of a step's first batch."""
         own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
         if trainer.accumulate_grad_batches > 1:
@@ -70,8 +71,8 @@ class ObservedUpdate:
 
     """
 
-    def __init__(self, operator: HessianOperator) -> None:
-        self._parameters = operator.parameters
+    def __init__(self, operator: LossHessian) -> None:
+        self._parameters = list(map(local_of, operator.parameters))
         self._layout = operator.layout
         self._before = [parameter.detach().clone() for parameter in self._parameters]
         self._after: list[Tensor] = []
@@ -112,23 +113,25 @@ class LastUpdate:
     def __init__(self) -> None:
         self.vector: Tensor | None = None
         self.lr = 0.0
+        self._size = 0
         self._parameters: Sequence[Tensor] = ()
         self._before: Tensor | None = None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Before the step."""
         self.vector = None
+        self._size = _size_of(parameters)
         self._parameters, self._before = parameters, FlatLayout(parameters).flatten(parameters)
 
     def end(self, lr: float) -> None:
         """After the step."""
         if self._before is not None:
             after = FlatLayout(self._parameters).flatten(self._parameters)
-            self.take(after.sub_(self._before).div_(lr), lr)
+            self.take(after.sub_(self._before).div_(lr), lr, self._parameters)
 
-    def take(self, vector: Tensor, lr: float) -> None:
-        """A step that was observed elsewhere."""
-        self.vector, self.lr = vector, lr
+    def take(self, vector: Tensor, lr: float, parameters: Sequence[Tensor]) -> None:
+        """A step of some parameters that was observed elsewhere."""
+        self.vector, self.lr, self._size = vector, lr, _size_of(parameters)
         self._parameters, self._before = (), None
 
     def forget(self) -> None:
@@ -142,33 +145,40 @@ class LastUpdate:
         Weight decay that the optimizer adds to the gradient belongs to it.
 
         Returns:
-            Shape ``(4,)``, on the device: the slope ``-gᵀu``, ``uᵀu``, and the sums of the moduli of the update and of
-            the parameters. None if there is no step, or the parameters are others.
+            Shape ``(4,)``, on the device, to be averaged over the ranks: the slope ``-gᵀu``, ``uᵀu``, and the sums of
+            the moduli of the update and of the parameters. None if there is no step, or the parameters are others.
 
         """
         if self.vector is None:
             return None
-        layout = FlatLayout(parameters)
-        if len(self.vector) != layout.size:
+        if self._size != _size_of(parameters):
             return None
+        layout = FlatLayout(parameters)
+        parts = num_parts(parameters)
         gradient = layout.flatten([parameter.grad for parameter in parameters])
         decay = coupled_decay(optimizer, parameters, layout)
         if decay is not None:
             gradient += decay * layout.flatten(parameters)
-        size = torch.stack([parameter.detach().abs().sum().to(gradient) for parameter in parameters]).sum()
-        return torch.stack([-(gradient @ self.vector), self.vector @ self.vector, self.vector.abs().sum(), size])
+        size = torch.stack([local_of(p).detach().abs().sum().to(gradient) for p in parameters]).sum()
+        found = [-(gradient @ self.vector), self.vector @ self.vector, self.vector.abs().sum(), size]
+        return torch.stack(found) * parts  # each rank has its part of the sums
 
     def state_dict(self) -> dict[str, Any]:
-        """The update, on the CPU, and its learning rate."""
-        return {"vector": None if self.vector is None else self.vector.cpu(), "lr": self.lr}
+        """The update, on the CPU, its learning rate, and the size of the model."""
+        return {"vector": None if self.vector is None else self.vector.cpu(), "lr": self.lr, "size": self._size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.vector, self.lr = state["vector"], state["lr"]
+        self.vector, self.lr, self._size = state["vector"], state["lr"], state["size"]
 
     def to(self, device: torch.device) -> None:
         """Move what a checkpoint held to where the training is."""
         self.vector = None if self.vector is None else self.vector.to(device)
+
+
+def _size_of(parameters: Sequence[Tensor]) -> int:
+    """Numbers of all ranks, of parameters that are sharded."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 class LearningRates:
@@ -242,12 +252,10 @@ def coupled_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    return layout.flatten([torch.full_like(p, rates.get(id(p), 0.0)) for p in parameters])
+    return layout.flatten([torch.full_like(local_of(p), rates.get(id(p), 0.0)) for p in parameters])
 
 
-def slope_and_curvature(
-    operator: HessianOperator, update: Tensor, optimizer: torch.optim.Optimizer
-) -> tuple[float, float]:
+def slope_and_curvature(operator: LossHessian, update: Tensor, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """How the objective that an optimizer descends, its weight decay included, changes along an update.
 
     Args:
@@ -262,13 +270,15 @@ def slope_and_curvature(
         NonFiniteCurvatureError: If one of them is not finite.
 
     """
+    update = update.to(operator.device)
     product = operator.matvec(update)
     gradient = operator.gradient()  # free where the product has kept its graph
     decay = coupled_decay(optimizer, operator.parameters, operator.layout)
     if decay is not None:
         gradient = gradient + decay * operator.layout.flatten(operator.parameters)
         product = product + decay * update
-    slope, curvature = -float(gradient @ update), float(update @ product)
+    space = operator.space
+    slope, curvature = -float(space.inner(gradient, update)), float(space.inner(update, product))
     if not (math.isfinite(slope) and math.isfinite(curvature)):
         raise NonFiniteCurvatureError(
             f"The slope ({slope}) or the curvature ({curvature}) along the update is not finite."
@@ -278,7 +288,13 @@ def slope_and_curvature(
 
 @torch.no_grad()
 def scale_gradients(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], rows: Tensor, *, inside: float, outside: float
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    rows: Tensor,
+    space: VectorSpace,
+    *,
+    inside: float,
+    outside: float,
 ) -> Tensor:
     """Scale the gradient that SGD takes its step from, its weight decay included, within a subspace and across it.
 
@@ -288,6 +304,7 @@ def scale_gradients(
         optimizer: The optimizer, about to take its step.
         parameters: The parameters.
         rows: Shape ``(k, n)``: orthonormal rows, which span the subspace.
+        space: Their space.
         inside: The factor within.
         outside: The factor across.
 
@@ -298,13 +315,18 @@ def scale_gradients(
     layout = FlatLayout(parameters)
     gradient = layout.flatten([parameter.grad for parameter in parameters])
     changed, removed = scaled_in_subspace(
-        gradient, rows.to(gradient), inside=inside, outside=outside, shift=_decay_to_come(optimizer, parameters)
+        gradient,
+        rows.to(gradient),
+        inside=inside,
+        outside=outside,
+        shift=_decay_to_come(optimizer, parameters),
+        space=space,
     )
     for parameter, piece in zip(parameters, layout.split(changed), strict=True):
         if parameter.grad is not None:
             if parameter.grad.layout is not torch.strided:
                 parameter.grad = parameter.grad.to_dense()  # what is projected is not sparse any more
-            parameter.grad.copy_(piece)
+            local_of(parameter.grad).copy_(piece)
     return removed
 
 
@@ -324,13 +346,14 @@ def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
 def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -> bool:
     """Add a displacement to the trainable parameters.
 
-    In a distributed run it is the mean of the ranks' displacements, so that their parameters stay the same bit by bit.
+    In a distributed run it is the mean of the ranks' displacements, so that their parameters stay the same bit by bit;
+    where the parameters are sharded, each rank moves its part.
     All of them have to call this together. Nothing moves if one of them has none, such as where its measurement failed.
 
     Args:
         trainer: The trainer.
         pl_module: The module.
-        displacement: Shape ``(size,)``, in the order of the trainable parameters; None if there is none.
+        displacement: Shape ``(length,)``, in the order of the trainable parameters; None if there is none.
 
     Returns:
         Whether the displacement was made.
@@ -339,7 +362,10 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
     parameters = list(trainable_parameters(pl_module).values())
     layout = FlatLayout(parameters)
     reduce = sum_over_ranks(trainer)
-    if reduce is not None:
+    if is_sharded(parameters):
+        if any_rank(trainer, displacement is None):
+            return False
+    elif reduce is not None:
         buffer = torch.zeros(layout.size + 1, dtype=layout.dtype, device=layout.device)
         if displacement is None:
             buffer[-1] = 1
@@ -353,5 +379,5 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
         return True
     with torch.no_grad():
         for parameter, piece in zip(parameters, layout.split(displacement), strict=True):
-            parameter.add_(piece)
+            local_of(parameter).add_(piece)
     return True

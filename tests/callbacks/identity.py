@@ -29,6 +29,7 @@ _OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nud
 
 _NOT_STATE = re.compile(
     r"_trainer|_fabric|_metric_attributes|_jit|_compiler_ctx|_parameters|_buffers|_modules|.*hooks.*|_example_input.*"
+    r"|_torchdynamo_wrapper_id"
 )
 """Attributes of modules that are the frameworks' own, or are compared elsewhere."""
 
@@ -72,6 +73,7 @@ def train(
     precision: str = "32-true",
     validate: bool = False,
     user_callbacks: Callable[[], Sequence[Callback]] = list,
+    plugins: Sequence[Any] = (),
 ) -> Outcome:
     """Train a fresh module from a fixed seed.
 
@@ -85,6 +87,7 @@ def train(
         precision: The trainer's.
         validate: Whether to validate in the midst of the epochs.
         user_callbacks: Makes further callbacks, whose state is compared.
+        plugins: The trainer's; one for the precision goes before `precision`.
 
     """
     pl.seed_everything(7, verbose=False)
@@ -96,7 +99,8 @@ def train(
             accelerator="cpu",
             max_steps=steps,
             max_epochs=-1,
-            precision=precision,
+            precision=None if plugins else precision,
+            plugins=list(plugins) or None,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=0.5,
             log_every_n_steps=3,

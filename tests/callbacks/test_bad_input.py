@@ -37,7 +37,7 @@ from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regressio
         ),
         ({"schedule": 5}, "`schedule` should be a Schedule, got 5."),
         ({"hessian": {"mode": "eval"}}, "`hessian` should be a HessianConfig, got {'mode': 'eval'}."),
-        ({"estimator": "arpack"}, "`estimator` should be one of lanczos, lyapunov, power, got 'arpack'."),
+        ({"estimator": "arpack"}, "`estimator` should be one of lanczos, lyapunov, power, critical, got 'arpack'."),
         ({"end": "top"}, "`end` should be one of largest, smallest, both, got 'top'."),
         ({"end": None}, "`end` should be one of largest, smallest, both, got None."),
         ({"tol": -1}, "`tol` should be a positive float, got -1."),
@@ -200,17 +200,17 @@ def on(strategy: Any, world_size: int = 2) -> Any:
     return SimpleNamespace(strategy=strategy, world_size=world_size)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, deepspeed, model_parallel])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, deepspeed])
 @pytest.mark.parametrize("loss_fn", [None, squared_error])
-def test_strategy_that_shards_parameters_is_refused(strategy: Any, loss_fn: Any) -> None:
+def test_strategy_that_hides_parameters_is_refused(strategy: Any, loss_fn: Any) -> None:
     built = strategy()
-    message = f"`CurvatureProbe` needs the whole.*{type(built).__name__} does not.*`strategy='ddp'`"
+    message = f"`CurvatureProbe` cannot .*{type(built).__name__}.*ModelParallelStrategy.*`fully_shard`"
     with pytest.raises(MisconfigurationException, match=message):
         check_objective("CurvatureProbe", on(built), SmallRegressor(), HessianConfig(loss_fn=loss_fn))
 
 
-@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy])
-def test_strategy_that_keeps_whole_parameters_is_accepted(strategy: Any) -> None:
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy, DDPStrategy, model_parallel])
+def test_strategy_that_gives_parameters_is_accepted(strategy: Any) -> None:
     check_objective("CurvatureProbe", on(strategy()), SmallRegressor(), HessianConfig())
 
 

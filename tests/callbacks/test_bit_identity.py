@@ -73,6 +73,10 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "lyapunov", "end": "both", "iterations": 2}, {}),
         ({"estimator": "power"}, {}),
         ({"estimator": "power", "end": "both", "every_n_steps": 13}, {}),
+        ({"estimator": "critical", "every_n_steps": 1}, {}),
+        ({"estimator": "critical", "mode": "eval"}, {}),
+        ({"estimator": "critical", "data": "fixed", "num_batches": 2}, {}),
+        ({"estimator": "critical", "loss_fn": module_loss}, {}),
         ({"method": "forward_over_reverse", "every_n_steps": 8}, {}),
         ({"method": "finite_difference", "every_n_steps": 8}, {}),
         ({"mode": "eval"}, {}),
@@ -93,6 +97,9 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "lyapunov", "end": "both"}, ACCUMULATED),
         ({"data": "fixed", "max_overhead": 0.3}, ACCUMULATED),
         ({"estimator": "lyapunov"}, BF16 | ACCUMULATED),
+        ({"estimator": "critical"}, BF16 | ACCUMULATED),
+        ({"estimator": "critical"}, ADAM),
+        ({"estimator": "critical", "every_n_steps": 5}, VALIDATED),
         ({"end": "both"}, BF16 | ACCUMULATED),
         ({"end": "both"}, ADAM),
         ({"estimator": "power", "every_n_steps": 4}, ADAM | BF16),
@@ -112,7 +119,7 @@ def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
     at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // probe["every_n_steps"]
-    name = "curvature_details/residual"
+    name = "curvature_details/forward_passes" if "critical" in probe.values() else "curvature_details/residual"
     assert len(with_probe.data_seen) >= 50
     assert len(with_probe.curve(f"{prefix}{name}")) >= at_least
 
@@ -122,9 +129,11 @@ def test_several_probes_leave_the_run_bit_identical() -> None:
         CurvatureProbe(1, log_prefix="a"),
         CurvatureProbe(2, "lyapunov", "both", log_prefix="b"),
         CurvatureProbe(2, end="both", log_prefix="c"),
+        CurvatureProbe(2, "critical", log_prefix="d"),
     ]
     with_probes = train(probes)
     assert_identical(run_without(), with_probes)
+    assert len(with_probes.curve("d/curvature_details/forward_passes")) == 26
     assert [len(with_probes.curve(f"{prefix}/curvature_details/residual")) for prefix in "abc"] == [52, 26, 26]
 
 
@@ -140,7 +149,7 @@ def fails_halfway(module: BusyModule, batch: Any) -> Tensor:
     raise RuntimeError("halfway")
 
 
-@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "power"])
+@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "power", "critical"])
 def test_failing_probe_leaves_the_run_bit_identical(estimator: str) -> None:
     with pytest.warns(CurvatureWarning, match="halfway"):
         with_probe = train(CurvatureProbe(1, estimator, hessian=HessianConfig(loss_fn=fails_halfway)))
@@ -356,7 +365,7 @@ class OwnLoggers(WithState):
         return 0.0
 
 
-@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov"])
+@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "critical"])
 @pytest.mark.parametrize(
     "module",
     [
@@ -382,7 +391,8 @@ class OwnLoggers(WithState):
 def test_whatever_the_training_step_does_is_taken_back(module: type[WithState], estimator: str) -> None:
     with_probe = train(CurvatureProbe(2, estimator), module=module, steps=20)
     assert_identical(run_without(module=module, steps=20), with_probe)
-    assert len(with_probe.curve("curvature_details/residual")) == 10
+    name = "forward_passes" if estimator == "critical" else "residual"
+    assert len(with_probe.curve(f"curvature_details/{name}")) == 10
 
 
 def test_printing_in_the_training_step_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,8 +95,11 @@ def test_statistics_of_the_batch_gradients_count_each_batch_once(how: str, max_b
     used = gradients[:max_batches]
     operator = problem.operator(**METHODS[how])
     for _ in range(2):  # without and with kept graphs
-        statistics = operator.mean_over_batches(lambda g: torch.stack([g @ g, g.sum()]), 2, max_batches)
-        expected = torch.stack([torch.stack([g @ g, g.sum()]) for g in used]).mean(dim=0)
+        rows = torch.stack([vector(operator.size), torch.ones(operator.size, dtype=torch.float64)])
+        statistics = operator.mean_over_batches(
+            rows, lambda components, norm: torch.cat([components.square(), norm[None]]), 3, max_batches
+        )
+        expected = torch.stack([torch.cat([(rows @ g).square(), g.norm()[None]]) for g in used]).mean(dim=0)
         assert torch.allclose(statistics, expected, rtol=1e-12)
         operator.matvec(vector(operator.size))
 
@@ -247,7 +250,7 @@ def test_values_and_gradients_are_evaluated_with_the_kernels_of_the_products(how
         measure()
         measure(direction)
     operator.values_along(direction, [1.0])
-    operator.mean_over_batches(torch.Tensor.sum, 1)
+    operator.mean_over_batches(direction[None], lambda components, _: components, 1)
     assert set(seen) == {how == "finite_difference"}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -213,6 +213,40 @@ def test_finite_differences_do_not_depend_on_the_length_of_the_vector() -> None:
     assert not operator.matvec(torch.zeros_like(direction)).any()
 
 
+@pytest.mark.parametrize("step", [None, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finite_differences_of_a_loss_in_half_precision_are_refused(dtype: torch.dtype, step: float | None) -> None:
+    """Also of one that is in half precision in a part only; what is no part of the loss counts for nothing."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    batch = vector(15).view(5, 3)
+
+    def loss(batch: Tensor, is_rounded: bool = True) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            model(batch.float())
+        with torch.autocast("cpu", dtype, enabled=is_rounded):
+            hidden = model[0](batch.to(dtype).float())
+        return model[2](hidden.float().tanh()).square().mean()
+
+    rounded_one = HessianOperator(loss, model.parameters(), [batch], method="finite_difference", step=step)
+    with pytest.raises(MeasurementError, match=rf"rounding of half precision.*{dtype}.*autocast.*double_backward"):
+        rounded_one.matvec(vector(rounded_one.size))
+    wide = HessianOperator(lambda b: loss(b, False), model.parameters(), [batch], method="finite_difference", step=step)
+    assert wide.matvec(vector(wide.size)).isfinite().all()
+
+
+def test_auto_does_not_fall_back_where_the_loss_is_in_half_precision() -> None:
+    weight = vector(9).view(3, 3).float().requires_grad_()
+
+    def loss(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return OnceDifferentiableTanh.apply(batch @ weight).float().square().mean()
+
+    operator = HessianOperator(loss, [weight], [vector(15).view(5, 3).float()])
+    with pytest.raises(MeasurementError, match="rounding of half precision"):
+        operator.matvec(vector(9))
+    assert operator.method == "double_backward"
+
+
 def test_finite_differences_of_half_precision_parameters_are_refused() -> None:
     narrow, _ = rounded(mlp, torch.bfloat16)
     operator = narrow.operator(method="finite_difference")
@@ -381,7 +415,7 @@ def test_products_in_a_solver_wait_for_nothing(how: str) -> None:
     assert reads.number == 0
 
 
-@every_method
+@pytest.mark.parametrize("how", EXACT)
 def test_an_autocast_region_around_a_product_is_that_of_the_loss_alone(how: str) -> None:
     """The loss is rounded, as the region asks for; what is done with its derivatives is not."""
     weight = (0.1 * vector(64)).view(8, 8).float().requires_grad_()
@@ -405,5 +439,4 @@ def test_an_autocast_region_around_a_product_is_that_of_the_loss_alone(how: str)
         assert torch.equal(gradient, expected.gradient())
         assert value == expected.value()
     exact = HessianOperator(plain, [weight], [inputs], method="double_backward").matvec(direction)
-    if how != "finite_difference":
-        assert relative_error(product, exact.double()) <= 0.02
+    assert relative_error(product, exact.double()) <= 0.02

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lyapunov_lightning.curvature.vectors import FlatLayout, VectorSpace, unique_tensors
+from lyapunov_lightning.curvature import vectors
+from lyapunov_lightning.curvature.vectors import FlatLayout, RandomNumbers, VectorSpace, unique_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -256,3 +257,25 @@ def test_vectors_that_are_not_finite_are_not_adopted(entries: list[float]) -> No
 
 def test_finite_vectors_are_adopted_although_their_sum_overflows() -> None:
     assert space(3).adopt(torch.full((3,), 3e38), "start").shape == (1, 3)
+
+
+# Random numbers.
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(parts=st.lists(st.integers(0, 40), max_size=8), drawn=st.integers(1, 50))
+def test_random_numbers_are_the_same_in_any_pieces(parts: list[int], drawn: int) -> None:
+    """Also where more of them are asked for than are drawn at a time."""
+    total = sum(parts)
+
+    def numbers() -> RandomNumbers:
+        generator = torch.Generator().manual_seed(3)
+        return RandomNumbers(lambda count: torch.randn(count, generator=generator, dtype=torch.float64), total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "_DRAWN", drawn)
+        whole = numbers().take(total)
+        one_by_one = numbers()
+        pieces = [one_by_one.take(part) for part in parts]
+    assert len(whole) == total
+    assert torch.equal(torch.cat([torch.empty(0, dtype=torch.float64), *pieces]), whole)

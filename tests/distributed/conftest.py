@@ -16,7 +16,7 @@ import torch
 from tests.distributed import ranks
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240
+PATIENCE = 400
 """Seconds for all checks together, after which the ranks are taken to hang."""
 
 Outcomes = Callable[[str], list[Any]]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, LossAlongEigvecScanner, SpectrumTracker
 from lyapunov_lightning.callbacks import spectrum_tracker
-from lyapunov_lightning.training import config, recording, sharing, spacing
+from lyapunov_lightning.training import config, operators, recording, sharing, spacing
 from tests.distributed.models import (
     STEPS,
     PlannedError,
@@ -84,7 +84,7 @@ def failing_once(module: Any, name: str, only: bool) -> Iterator[None]:
 def failing_parts(rank: int) -> dict[str, Any]:
     """Trainings in which one rank fails alone before its first product, or after the last one."""
     found = {}
-    with failing_once(sharing, "TrainingObjective", only=rank == 1):
+    with failing_once(operators, "HessianOperator", only=rank == 1):
         probe = CurvatureProbe(1, tol=0.5)
         found["objective"] = observed(probe, unequal_shards(rank), use_distributed_sampler=False)
     with tempfile.TemporaryDirectory() as folder, failing_once(spectrum_tracker, "save_vectors", only=rank == 0):

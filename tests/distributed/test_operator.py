@@ -68,6 +68,9 @@ def test_a_product_is_one_flat_collective(outcomes):
     for found in outcomes("collectives"):
         assert [length == size + 2 for _, length in found["lanczos"]].count(True) == found["products"] > 0
         for what, calls in found["of one operation"].items():
+            if what == "first finite_difference":  # before which the step is found
+                assert len(calls) > 10
+                calls = calls[-1:]
             assert [name for name, _ in calls] == ["all_reduce"], what
             assert size <= calls[0][1] <= size + 8, what
 

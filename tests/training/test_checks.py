@@ -44,7 +44,7 @@ ONE_DEVICE = trainer_with(SingleDeviceStrategy())
 @pytest.mark.parametrize(
     ("trainer", "module", "mode", "message"),
     [
-        (trainer_with(FSDPStrategy()), Task(mlp()), "train", "FSDPStrategy does not.*single device"),
+        (trainer_with(FSDPStrategy()), Task(mlp()), "train", "FSDPStrategy \\(FSDP1\\).*`fully_shard`"),
         (ONE_DEVICE, Manual(), "train", "manual optimization.*curvature_loss"),
         (ONE_DEVICE, TakesTheIterator(mlp()), "train", "dataloader_iter.*take `batch`"),
         (trainer_with(DDPStrategy(), 2), Task(nn.SyncBatchNorm(4)), "train", "SyncBatchNorm.*mode=.eval."),

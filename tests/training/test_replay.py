@@ -1,5 +1,6 @@
 """The replayed training loss is the loss of the step and a function of the parameters."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lyapunov_lightning.curvature import HessianOperator, MeasurementError
+from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError
 from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
 from tests.curvature.zoo import Cube
@@ -50,7 +52,7 @@ class SeenLosses(Callback):
 
 
 @pytest.mark.parametrize("kind", [Task, WithoutIndex, WithIndex, RenamedIndex, DictOutput])
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-true"}, {"accumulate_grad_batches": 4}], ids=str)
 def test_replayed_loss_is_the_loss_of_the_step_bit_by_bit(fit, loader, kind, settings):
     seen = SeenLosses()
     _, replayed = fit(kind(noisy()), loader(num_samples=24), replay, callbacks=(seen,), **settings)
@@ -58,14 +60,70 @@ def test_replayed_loss_is_the_loss_of_the_step_bit_by_bit(fit, loader, kind, set
     assert torch.equal(torch.stack(replayed), torch.stack(seen.losses))
 
 
-def test_precision_context_of_the_training_is_entered(fit, loader):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_the_loss_of_a_training_in_mixed_precision_is_computed_in_float32(fit, loader, precision):
     class Watching(Task):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            is_entered = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-            return super().training_step(batch, batch_idx) * float(is_entered)
+            self.trained_in = self.net(batch[0]).dtype
+            return super().training_step(batch, batch_idx)
 
-    _, [replayed] = fit(Watching(mlp()), loader(num_samples=4), replay, precision="bf16-mixed")
-    assert replayed > 0
+    module = Watching(mlp())
+    again = copy.deepcopy(module)
+    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+    _, [replayed] = fit(module, loader(num_samples=4), replay, plugins=MixedPrecision(precision, "cpu", scaler))
+    assert module.trained_in == (torch.float16 if scaler else torch.bfloat16)
+    _, [wide] = fit(again, loader(num_samples=4), replay)
+    assert torch.equal(replayed, wide)
+
+
+def test_autocast_of_the_module_itself_is_left_to_it(fit, loader):
+    class Rounding(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                self.seen = super().training_step(batch, batch_idx)
+            return self.seen
+
+    seen = SeenLosses()
+    _, replayed = fit(Rounding(mlp()), loader(num_samples=4), replay, callbacks=(seen,), precision="bf16-mixed")
+    assert torch.equal(torch.stack(replayed), torch.stack(seen.losses))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("expected scalar type BFloat16 but found Float"),
+        RuntimeError("FlashAttention only support fp16 and bf16 data type"),
+        RuntimeError("No available kernel. Aborting execution."),
+        NotImplementedError("\"fused_kernel\" not implemented for 'Float'"),
+        AssertionError(),
+    ],
+    ids=str,
+)
+def test_a_step_that_fails_in_float32_is_replayed_as_it_is_trained(fit, loader, error):
+    """With the random numbers of the training, although the first attempt has drawn some."""
+
+    class Half(Task):
+        def loss(self, batch: Any) -> Tensor:
+            scale = torch.rand(())
+            if self.net(batch[0]).dtype != torch.bfloat16:
+                raise error
+            return super().loss(batch) * scale
+
+    seen = SeenLosses()
+    with pytest.warns(CurvatureWarning, match="cannot be computed in float32"):
+        _, replayed = fit(Half(noisy()), loader(num_samples=8), replay, callbacks=(seen,), precision="bf16-mixed")
+    assert torch.equal(torch.stack(replayed), torch.stack(seen.losses))
+
+
+def test_what_fails_in_float32_for_another_reason_is_raised(fit, loader):
+    class Failing(Task):
+        def loss(self, batch: Any) -> Tensor:
+            if not torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("the disk is full")
+            return super().loss(batch)
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fit(Failing(mlp()), loader(num_samples=8), replay, precision="bf16-mixed")
 
 
 def test_loss_fn_goes_before_curvature_loss_and_that_before_training_step(fit, loader):

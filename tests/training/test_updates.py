@@ -155,9 +155,9 @@ def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> N
 def test_an_update_of_other_parameters_is_not_seen() -> None:
     module = Bowl()
     last = LastUpdate()
-    last.take(torch.ones(3, dtype=torch.float64), 0.1)
+    last.take(torch.ones(3, dtype=torch.float64), 0.1, [torch.ones(3)])
     assert last.seen(list(module.parameters()), torch.optim.SGD(module.parameters())) is None
-    last.take(torch.ones(6, dtype=torch.float64), 0.1)
+    last.take(torch.ones(6, dtype=torch.float64), 0.1, [torch.ones(6)])
     last.forget()
     assert last.seen(list(module.parameters()), torch.optim.SGD(module.parameters())) is None
 
@@ -299,7 +299,9 @@ def test_change_is_linear_along_any_orthonormal_vectors(
     before = flat.flatten(parameters)
     whole = flat.flatten([parameter.grad for parameter in parameters]) + decay * before
     optimizer = torch.optim.SGD(parameters, lr=0.5, weight_decay=decay)
-    removed = scale_gradients(optimizer, parameters, rows, inside=inside, outside=outside)
+    removed = scale_gradients(
+        optimizer, parameters, rows, FlatLayout(parameters).space(), inside=inside, outside=outside
+    )
     optimizer.step()
     update = (flat.flatten(parameters) - before) / -0.5
     torch.testing.assert_close(rows @ update, inside * (rows @ whole), rtol=1e-9, atol=1e-9)
@@ -316,7 +318,8 @@ def test_parameters_without_gradient_keep_none_and_do_not_decay() -> None:
     rows = torch.ones(1, 6, dtype=torch.float64) / math.sqrt(6)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0, weight_decay=0.5)
     whole = torch.cat([1 + 0.5 * module.first.detach().reshape(-1), torch.zeros(2, dtype=torch.float64)])
-    scale_gradients(optimizer, list(module.parameters()), rows, inside=0.0, outside=1.0)
+    space = FlatLayout(list(module.parameters())).space()
+    scale_gradients(optimizer, list(module.parameters()), rows, space, inside=0.0, outside=1.0)
     assert module.second.grad is None
     expected = (whole - rows[0] * (rows[0] @ whole))[:4] - 0.5 * module.first.detach().reshape(-1)
     torch.testing.assert_close(module.first.grad.reshape(-1), expected)

@@ -1,0 +1,463 @@
+"""Models whose parameters are sharded over the ranks, measured and acted upon."""
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
+
+from lyapunov_lightning import (
+    CurvatureProbe,
+    HessianConfig,
+    LossAlongEigvecScanner,
+    NegativeCurvatureTracker,
+    NudgedSGDHook,
+    QuasiNewtonLRController,
+    SpectrumTracker,
+    measure,
+)
+from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
+from lyapunov_lightning.curvature import lanczos, power_iteration, spectral_density, stochastic_moments
+from lyapunov_lightning.training.checks import check_objective
+from lyapunov_lightning.training.kept_copy import KeptCopy
+from lyapunov_lightning.training.operators import Operators, Problem
+from lyapunov_lightning.training.replay import ProbeBatch
+from lyapunov_lightning.training.sharded import put_away
+from tests.distributed.models import PlannedError, own_entries, said, strategy, trainer_of, warned
+from tests.distributed.ranks import check
+from tests.distributed.sharded_models import Decoder, sharded_strategy, texts, transformer
+from tests.training.live import RememberingLogger
+
+PARAMETERS = sum(p.numel() for p in transformer().parameters())
+
+FIXED = HessianConfig("fixed", num_batches=2)
+STEP = HessianConfig("batch")
+
+CALLBACKS: dict[str, Any] = {
+    "probe": lambda: CurvatureProbe(1, end="both", tol=1e-8),
+    "lyapunov": lambda: CurvatureProbe(1, "lyapunov", end="both"),
+    "critical": lambda: CurvatureProbe(1, "critical"),
+    "spectrum": lambda: SpectrumTracker(
+        2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}
+    ),
+    "layerwise": lambda: SpectrumTracker(
+        2, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS)
+    ),
+    "differences": lambda: SpectrumTracker(2, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0)),
+    "benettin": lambda: SpectrumTracker(1, 2, 1, estimator="benettin"),
+    "negative": lambda: NegativeCurvatureTracker(2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8),
+    "descent": lambda: NegativeCurvatureTracker(2, 1, hessian=STEP, descent=Descent(0.1, 0.05), tol=1e-8),
+    "scanner": lambda: LossAlongEigvecScanner(2, random=1, hessian=FIXED, tol=1e-8, units="norm"),
+    "controller": lambda: QuasiNewtonLRController(),
+    "inverse_sharpness": lambda: QuasiNewtonLRController(rule="inverse_sharpness"),
+    "nudge": lambda: NudgedSGDHook(2, k=2, hessian=FIXED, tol=1e-10),
+}
+
+
+def loader_of(rank: int, sizes: Sequence[int] = (4, 4), num_batches: int = 3) -> DataLoader:
+    return DataLoader(texts(num_batches * sizes[rank], seed=rank), sizes[rank])
+
+
+def whole_parameters(module: Any) -> list[Tensor]:
+    for inner in module.modules():
+        if hasattr(inner, "reshard"):
+            inner.reshard()
+    found = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
+    return [tensor.detach().clone() for tensor in found]
+
+
+def trained(
+    rank: int, *callbacks: Any, module: Any = None, sizes: Sequence[int] = (4, 4), num_batches: int = 3, **settings: Any
+) -> Any:
+    """A training, sharded if nothing else is said, and what became of it."""
+    logger = RememberingLogger()
+    module = Decoder() if module is None else module
+    settings = {"strategy": sharded_strategy(), "logger": logger, "use_distributed_sampler": False, **settings}
+    validation, path = settings.pop("val_dataloaders", None), settings.pop("ckpt_path", None)
+    with warned() as messages:
+        trainer = trainer_of(*callbacks, **settings)
+        trainer.fit(module, loader_of(rank, sizes, num_batches), validation, ckpt_path=path)
+    return {
+        "parameters": whole_parameters(module),
+        "results": [callback.results for callback in callbacks if hasattr(callback, "results")],
+        "logged": own_entries(logger),
+        "warned": messages,
+        "steps": trainer.global_step,
+    }
+
+
+@check
+def sharded_callbacks(rank: int) -> dict[str, Any]:
+    """The callbacks on shards, and on copies of the whole model."""
+    return {
+        name: {
+            kind: trained(rank, make(), strategy=of_kind(), module=Decoder())
+            for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy))
+        }
+        for name, make in CALLBACKS.items()
+    }
+
+
+class Unfreezing(pl.Callback):
+    """Lets a bias of one number a rank train from the second step on."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._set(pl_module, False)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self._set(pl_module, True)
+
+    def _set(self, pl_module: Any, is_trained: bool) -> None:
+        pl_module.net.blocks[0].second_norm.bias.requires_grad_(is_trained)
+
+
+@check
+def sharded_unfreezing(rank: int) -> dict[str, Any]:
+    """Parameters that come to the trained ones in mid-run, of which the ranks have different numbers."""
+    found = {}
+    for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy)):
+        callbacks = [CALLBACKS[name]() for name in ("probe", "spectrum", "negative", "controller")]
+        if kind == "copied":  # which does not bear parameters that are frozen when it begins
+            of_kind = partial(strategy, find_unused_parameters=True)
+        found[kind] = trained(rank, Unfreezing(), *callbacks, strategy=of_kind())
+    return found
+
+
+# What a reading callback leaves behind.
+
+IDENTITY: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "resharded": (
+        {"optimizer": torch.optim.AdamW, "lr": 0.01, "dropout": 0.1},
+        [CALLBACKS[name] for name in ("probe", "critical", "spectrum", "negative", "scanner")],
+    ),
+    "kept whole": (
+        {"sharding": {"reshard_after_forward": False}, "checkpointed": True, "dropout": 0.1},
+        [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
+    ),
+    "by differences": ({"dropout": 0.1}, [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))]),
+    "two copies": ({"copies": 2, "lr": 0.05}, [CALLBACKS["probe"]]),
+}
+"""Modules, and callbacks that read beside their training."""
+
+
+class Randomness(pl.Callback):
+    """Draws random numbers at every step, as a training with augmentation does."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.drawn.append(torch.randn(2))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.gradients += [p.grad.to_local().clone() for p in pl_module.parameters() if p.grad is not None]
+
+
+@check
+def sharded_identity(rank: int) -> dict[str, Any]:
+    """The same training without and with the reading callbacks, with validation in between."""
+    found: dict[str, Any] = {}
+    for name, (options, reading) in IDENTITY.items():
+        for kind in ("without", "with"):
+            torch.manual_seed(5 + rank)
+            watching = Randomness()
+            callbacks = [make() for make in reading] if kind == "with" else []
+            run = trained(
+                rank,
+                watching,
+                *callbacks,
+                module=Decoder(**options),
+                sizes=(3, 3),
+                val_dataloaders=loader_of(rank, num_batches=1),
+                val_check_interval=1,
+                accumulate_grad_batches=1 + (name == "resharded"),
+            )
+            found.setdefault(name, {})[kind] = {
+                "parameters": run["parameters"],
+                "gradients": watching.gradients,
+                "drawn": watching.drawn,
+                "steps": run["steps"],
+                "measurements": sum(map(len, run["results"])),
+                "warned": run["warned"],
+            }
+    return found
+
+
+# Numbers.
+
+
+class Looking(pl.Callback):
+    """Has a look at the operator before one step."""
+
+    def __init__(self, look: Any, at_step: int = 1, hessian: HessianConfig = STEP) -> None:
+        self.look, self.at_step, self.hessian = look, at_step, hessian
+        self.found: Any = None
+        self.batch: Any = None
+        self.parameters: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx != self.at_step:
+            return
+        put_away(pl_module)
+        operators = Operators()
+        config = self.hessian.filled(data="batch", fraction=1.0, mode="train")
+        problem = Problem(trainer, pl_module, config, [ProbeBatch(batch, batch_idx, True)])
+        operators.make(problem)
+        self.batch, self.note = batch, operators.note
+        self.found = self.look(operators.make(problem))  # in the way that was found
+        self.parameters = whole_parameters(pl_module)
+
+
+def looked_at(rank: int, look: Any, module: Any = None, **options: Any) -> dict[str, Any]:
+    looking = Looking(look, **options)
+    # After validation the outermost module is still gathered, at values that may be of before the step.
+    validation = {"val_dataloaders": loader_of(rank, num_batches=1), "val_check_interval": 1}
+    trained(rank, looking, module=module, sizes=(5, 3), num_batches=2, **validation)
+    return {"found": looking.found, "batch": looking.batch, "parameters": looking.parameters, "note": looking.note}
+
+
+def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
+    space = operator.space
+    direction = space.random(torch.Generator().manual_seed(1))
+    pairs = lanczos(operator, largest=3, smallest=2, tol=tol)
+    vectors = torch.stack([space.whole(row) for row in pairs.vectors])
+    moments = stochastic_moments(operator, num_probes=4, known=pairs)
+    return {
+        "products": torch.stack([space.whole(operator.matvec(d)) for d in (direction, pairs.vectors[0])]),
+        "direction": space.whole(direction),
+        "gradient": space.whole(operator.gradient()),
+        "displaced gradient": space.whole(operator.gradient(0.01 * direction)),
+        "values": operator.values_along(direction, [0.0, 0.01, -0.02]),
+        "value": operator.value(0.01 * direction),
+        "pairs": (pairs.values, pairs.num_matvecs, bool(pairs.converged.all())),
+        "vectors": vectors,
+        "power": power_iteration(operator, tol=1e-1).values,
+        "trace": (moments.trace.value, moments.frobenius_norm.value),
+        "density": spectral_density(operator, num_probes=2, num_steps=6).nodes,
+        "components": operator.mean_over_batches(
+            pairs.vectors[:2], lambda components, norm: torch.cat([components.abs(), norm.reshape(1)]), 3
+        ),
+        "lengths": (space.size, space.length, pairs.vectors.shape[1]),
+        "check": operator.check(),
+        "method": operator.method,
+    }
+
+
+WAYS: dict[str, tuple[HessianConfig, float]] = {
+    "gathered": (STEP, 1e-9),
+    "layerwise": (HessianConfig("batch", max_gather_bytes=6 * 8 * PARAMETERS), 1e-9),
+    "shards": (HessianConfig("batch", max_gather_bytes=0), 1e-4),
+    "offloaded": (HessianConfig("batch", offload=True), 1e-9),
+}
+"""The ways to a product, and how well eigenpairs can be known by them."""
+
+
+@check
+def sharded_numbers(rank: int) -> dict[str, Any]:
+    """Everything that is computed, of ranks with unequal numbers of samples."""
+    found = {
+        way: looked_at(rank, partial(numbers_of, tol=tol), Decoder(checkpointed=way != "gathered"), hessian=config)
+        for way, (config, tol) in WAYS.items()
+    }
+    # Measured in the precision of the parameters, whatever they are trained in.
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    found["float32"] = looked_at(rank, partial(numbers_of, tol=1e-4), Decoder(dtype=torch.float32, sharding=policy))
+    found["two copies"] = looked_at(rank, numbers_of, Decoder(copies=2))
+    return found
+
+
+# What goes wrong.
+
+
+ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
+"""Of which memory which way is taken."""
+
+FAILURES: dict[str, tuple[tuple[int, ...], str, str]] = {
+    "one rank": ((1,), "after", "gathered"),
+    "all ranks": ((0, 1), "after", "gathered"),
+    "all ranks, on shards": ((0, 1), "after", "shards"),
+    **{
+        f"one rank, {where}, {way}": ((1,), where, way)
+        for where in ("forward", "backward")
+        for way in ("layerwise", "shards")
+    },
+}
+"""Which ranks fail in the second measurement, where, and in which way to a product."""
+
+
+@check
+def sharded_failures(rank: int) -> dict[str, Any]:
+    """Losses that fail on one rank in the middle of products, or on all of them, in a training that goes on."""
+    calls = 0
+
+    def failing(ranks: tuple[int, ...], where: str = "after") -> Any:
+        def loss_fn(module: Any, batch: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            fails = rank in ranks and module.trainer.global_step == 1
+            if fails and where == "forward":  # a replica, so that nothing is left of the hook
+                module.net.blocks[0].down.register_forward_hook(raise_planned)
+            loss = module.loss(batch)
+            if fails and where == "backward" and loss.requires_grad:
+                loss.register_hook(raise_planned)
+            if fails and where == "after":
+                raise PlannedError("planned")
+            return loss
+
+        return loss_fn
+
+    found: dict[str, Any] = {"plain": trained(rank)}
+    for name, (ranks, where, way) in FAILURES.items():
+        config = HessianConfig("batch", loss_fn=failing(ranks, where), max_gather_bytes=ROOM[way])
+        found[name] = trained(rank, CurvatureProbe(1, hessian=config), SpectrumTracker(1, 2, hessian=config))
+    found["calls"] = calls
+    return found
+
+
+def raise_planned(*_: Any) -> None:
+    raise PlannedError("planned")
+
+
+# Resuming.
+
+RESUMED: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("probe", "spectrum", "negative", "controller")},
+    "lyapunov": {"lr": 0.05},
+    "nudge": {"optimizer": partial(torch.optim.SGD, momentum=0.5)},
+}
+"""Callbacks, with the options of the modules that they watch."""
+
+
+@check
+def sharded_resume(rank: int) -> dict[str, Any]:
+    """Trainings that go on from sharded checkpoints, and one from a whole checkpoint."""
+    folder = Path(shared_folder())
+    found: dict[str, Any] = {}
+    for name, options in RESUMED.items():
+        for is_sharded in (True, False) if name == "nudge" else (True,):
+            path = folder / f"{name}-{is_sharded}.ckpt"
+            kind = {"save_distributed_checkpoint": is_sharded}
+            runs = [
+                trained(
+                    rank,
+                    *callbacks,
+                    module=Decoder(**options),
+                    num_batches=2,
+                    max_epochs=2,
+                    strategy=sharded_strategy(**kind),
+                    ckpt_path=start,
+                )
+                for callbacks, start in (
+                    ([CALLBACKS[name](), Saving(path)], None),
+                    ([CALLBACKS[name]()], path),
+                )
+            ]
+            found[f"{name}, {'sharded' if is_sharded else 'whole'}"] = dict(
+                zip(("straight", "resumed"), runs, strict=True)
+            )
+    return found
+
+
+class Saving(pl.Callback):
+    """Writes a checkpoint at the end of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def shared_folder() -> str:
+    """A new folder that all ranks know."""
+    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    return str(names[0])
+
+
+class GoingBack(pl.Callback):
+    """Copies a training before its second step, and brings it back before the third."""
+
+    def __init__(self) -> None:
+        self.copy = KeptCopy()
+        self.noted: list[list[Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = trainer.optimizers[0]
+        if batch_idx == 1:
+            self.copy.take(1, pl_module, optimizer)
+            self.copy.confirm()
+        elif batch_idx == 2:
+            self.noted.append(whole_parameters(pl_module))
+            assert self.copy.restore(optimizer) == 1
+        if batch_idx:
+            state = [value for entry in optimizer.state.values() for value in entry.values()]
+            state = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in state]
+            self.noted.append(whole_parameters(pl_module) + [value.clone() for value in state])
+
+
+@check
+def sharded_copies(rank: int) -> list[list[Tensor]]:
+    """Parameters and the optimizer's state before a step, after it, and brought back."""
+    going_back = GoingBack()
+    trained(rank, going_back, module=Decoder(optimizer=torch.optim.AdamW, lr=0.1))
+    return going_back.noted
+
+
+@check
+def sharded_measure(rank: int) -> dict[str, Any]:
+    """One shot of a model in parts and of copies of the whole."""
+    options: dict[str, Any] = {"largest": 2, "smallest": 1, "lines": 1}
+    return {
+        kind: measure(
+            Decoder(),
+            DataLoader(texts(12, seed=3), 3),
+            trainer=trainer_of(strategy=of_kind(), use_distributed_sampler=False),
+            **options,
+        )
+        for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy))
+    }
+
+
+# What is refused.
+
+
+@check
+def sharded_refusals(rank: int) -> dict[str, str]:
+    """What a callback says of models that are spread over the ranks in other ways."""
+
+    class HalfSharded(Decoder):
+        def configure_model(self) -> None:
+            self.net = transformer()
+            for block in self.net.blocks:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+    class TensorParallel(Decoder):
+        def configure_model(self) -> None:
+            self.net = transformer()
+            for block in self.net.blocks:
+                plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+                parallelize_module(block, self.device_mesh["tensor_parallel"], plan)
+
+    across = sharded_strategy(data_parallel_size=1, tensor_parallel_size=2)
+    fsdp1 = FSDPStrategy(process_group_backend="gloo")
+    return {
+        "half sharded": said(lambda: trained(rank, CurvatureProbe(1), module=HalfSharded())),
+        "tensor parallel": said(lambda: trained(rank, CurvatureProbe(1), module=TensorParallel(), strategy=across)),
+        "fsdp1": said(
+            lambda: check_objective("CurvatureProbe", SimpleNamespace(strategy=fsdp1), Decoder(), HessianConfig())
+        ),
+    }
