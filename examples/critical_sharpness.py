@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback
 
-from examples.data import Digits
-from examples.models import MLP, Classifier
+from examples.edge_of_stability import train
 from lyapunov_lightning import CurvatureProbe
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.figures.stability import draw_loss
@@ -67,30 +66,16 @@ class AlongUpdates(Callback):
             self.values[step] = float(update @ hessian.matvec(update) / -(hessian.gradient() @ update))
 
 
-def train(
+def probed(
     optimizer: partial[torch.optim.Optimizer], every_n_steps: int, max_steps: int
 ) -> tuple[CurvatureProbe, CurvatureProbe, AlongUpdates]:
     """Train with an optimizer; the probe of eigenvalues, the critical one, and the reference."""
-    seed_everything(0, verbose=False)
     probes = (
         CurvatureProbe(every_n_steps, log_prefix="eigenvalue"),
         CurvatureProbe(every_n_steps, "critical", log_prefix="critical"),
     )
     reference = AlongUpdates(every_n_steps)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=max_steps,
-        logger=False,
-        default_root_dir="logs",
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[*probes, reference],
-    )
-    network = MLP(in_features=64, hidden=[64, 64], activation="tanh")
-    trainer.fit(Classifier(network, loss="squared_error", optimizer=optimizer), Digits())
+    train(optimizer, max_steps, *probes, reference, progress_bar=False)
     return *probes, reference
 
 
@@ -143,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PICTURE, help="the picture to draw")
     options = parser.parse_args()
     for name, optimizer in OPTIMIZERS.items():
-        eigenvalues, critical, reference = train(optimizer, options.every_n_steps, options.max_steps)
+        eigenvalues, critical, reference = probed(optimizer, options.every_n_steps, options.max_steps)
         known = [result for result in critical.results if result.critical_sharpness is not None]
         later = [result.forward_passes for result in critical.results[1:]]
         print(f"\n{name}: {len(known)} of {len(critical.results)} measurements have a value,", end=" ")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from examples.data import Digits
 from examples.models import MLP, Classifier
@@ -26,10 +26,11 @@ OPTIMIZERS = {
 }
 
 
-def ratios(optimizer: partial[torch.optim.Optimizer], max_steps: int) -> tuple[list[int], list[float]]:
-    """Train with an optimizer; the steps that were measured, and the stability ratio at each."""
+def train(
+    optimizer: partial[torch.optim.Optimizer], max_steps: int, *callbacks: Callback, progress_bar: bool = True
+) -> None:
+    """Train a small network on the digits with an optimizer, the same one every time."""
     seed_everything(0, verbose=False)
-    probe = CurvatureProbe(every_n_steps=10)
     network = MLP(in_features=64, hidden=[64, 64], activation="tanh")
     trainer = Trainer(
         accelerator="cpu",
@@ -40,9 +41,16 @@ def ratios(optimizer: partial[torch.optim.Optimizer], max_steps: int) -> tuple[l
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[probe],
+        enable_progress_bar=progress_bar,
+        callbacks=list(callbacks),
     )
     trainer.fit(Classifier(network, loss="squared_error", optimizer=optimizer), Digits())
+
+
+def ratios(optimizer: partial[torch.optim.Optimizer], max_steps: int) -> tuple[list[int], list[float]]:
+    """Train with an optimizer; the steps that were measured, and the stability ratio at each."""
+    probe = CurvatureProbe(every_n_steps=10)
+    train(optimizer, max_steps, probe)
     known = [result for result in probe.results if result.stability_ratio is not None]  # Adam has no scales at step 0
     return [result.step for result in known], [result.stability_ratio for result in known]
 

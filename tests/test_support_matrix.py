@@ -21,7 +21,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call
 from torch.nn import functional
@@ -32,6 +31,7 @@ from torch.utils.data import Dataset, TensorDataset
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature import CurvatureWarning
 from tests.callbacks.identity import Outcome, assert_identical, train
+from tests.curvature.helpers import OnceDifferentiableTanh
 from tests.training.live import flat, hessian_of
 
 ROOT = Path(__file__).parent.parent
@@ -173,23 +173,9 @@ class InAutocast(nn.Module):
             return self.network(inputs)
 
 
-class _OnceTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return gradient * (1 - y.square())
-
-
 class OnceTanh(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
-        return _OnceTanh.apply(inputs)
+        return OnceDifferentiableTanh.apply(inputs)
 
 
 class OnlyHalf(nn.Module):

@@ -18,12 +18,11 @@ from lyapunov_lightning.figures import subspace_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, Schedule
-from lyapunov_lightning.training.distributed import failing_together, ranks_of
+from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.optimizers import check_uniform_sgd, check_unscaled
 from lyapunov_lightning.training.progress import watched
 from lyapunov_lightning.training.recording import Charts
 from lyapunov_lightning.training.replay import trainable_parameters
-from lyapunov_lightning.training.sharded import space_of_parameters
 from lyapunov_lightning.training.sharing import Step
 from lyapunov_lightning.training.updates import scale_gradients
 
@@ -224,8 +223,10 @@ class NudgedSGDHook(CurvatureCallback):
         if not self._inside == self._outside == 1:
             parameters = list(named.values())
             vectors = self._directions.on(parameters[0].device)
-            space = space_of_parameters(parameters, ranks_of(trainer))
-            removed = scale_gradients(optimizer, parameters, vectors, space, inside=self._inside, outside=self._outside)
+            assert self._space is not None  # since the start of the training
+            removed = scale_gradients(
+                optimizer, parameters, vectors, self._space, inside=self._inside, outside=self._outside
+            )
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0 and math.isfinite(removed):
             self._recorder.log(trainer, {"nudge/removed_fraction": float(removed)})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.vectors import VectorSpace, space_like
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def subspace_overlap(old: Tensor, new: Tensor, space: VectorSpace | None = None)
             f" {tuple(old.shape)} and {tuple(new.shape)}."
         )
     # Row by row, to need no second copy in full.
-    cosines = [new @ row.to(new) if space is None else space.inner(new, row.to(new)) for row in old]
+    space = space_like(new[0]) if space is None else space
+    cosines = [space.inner(new, row.to(new)) for row in old]
     return float(torch.stack(cosines).square().sum()) / min(len(old), len(new))
 
 

@@ -51,7 +51,7 @@ class GatheredHessian(ShardedHessian):
             total = torch.zeros(size + 1, dtype=torch.float64, device="cpu")
             while True:
                 gradient = next(gradients, None)
-                if float(self._ranks.summed(torch.tensor([float(gradient is not None)]))) == 0:
+                if not self._ranks.sum_of(gradient is not None):
                     break
                 components = self._components_of_own(gradient, vectors)
                 if gradient is not None:

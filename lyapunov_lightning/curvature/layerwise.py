@@ -84,6 +84,7 @@ class LayerwiseHessian(ShardedHessian):
         self._samples_of = samples_of
         self._num_batches = num_batches
         self._collectives = collectives
+        self._counts: dict[int | None, float] = {}
 
     @override
     def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
@@ -127,6 +128,7 @@ class LayerwiseHessian(ShardedHessian):
 
     def _count(self, index: int | None = None) -> float:
         """Samples of all ranks, in one batch of each or in all of them."""
-        indices = range(self._num_batches) if index is None else [index]
-        samples = sum(map(self._samples_of, indices))
-        return float(self._ranks.summed(torch.tensor([samples], dtype=torch.float64)))
+        if index not in self._counts:  # they stay what they are
+            indices = range(self._num_batches) if index is None else [index]
+            self._counts[index] = self._ranks.sum_of(sum(map(self._samples_of, indices)))
+        return self._counts[index]

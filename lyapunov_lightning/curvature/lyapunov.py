@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.vectors import VectorSpace, space_like
 
 LyapunovMap = Literal["ascent", "sgd"]
 End = Literal["largest", "smallest"]
@@ -131,7 +131,7 @@ class LyapunovIteration:
         """
         if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
-        space = _space_like(gradient_here) if space is None else space
+        space = space_like(gradient_here) if space is None else space
         q = self._perturbation_like(gradient_here, space)
         curvature_q = gradient(q) - gradient_here
         velocity: Tensor | None = None
@@ -193,7 +193,7 @@ class LyapunovIteration:
 
     def restart(self, direction: Tensor, space: VectorSpace | None = None) -> None:
         """Go on with a perturbation along another direction, of shape ``(n,)``, and at rest."""
-        space = _space_like(direction) if space is None else space
+        space = space_like(direction) if space is None else space
         self._perturbation = direction * (self._delta_q / space.norm(direction)).to(direction)
         self._velocity = None
 
@@ -320,7 +320,7 @@ class LyapunovSpectrum:
         """
         if self._map == "sgd" and not lr > 0:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
-        space = _space_like(gradient_here) if space is None else space
+        space = space_like(gradient_here) if space is None else space
         directions = self._directions(gradient_here, space)
         step = self.beta if self._map == "ascent" else -lr
         moved = space.empty(self._count)
@@ -417,10 +417,6 @@ def _orthonormalised(space: VectorSpace, rows: Tensor, index: int, before: Tenso
         lengths.append(space.norm(row))
         row.div_(lengths[-1].clamp_min(torch.finfo(row.dtype).tiny))
     return lengths[0] * lengths[1], space.inner(row, before)
-
-
-def _space_like(vector: Tensor) -> VectorSpace:
-    return VectorSpace(len(vector), vector.dtype, vector.device)
 
 
 def _end(map: LyapunovMap, multiplier: float) -> End:

@@ -8,7 +8,7 @@ of DNN loss and the SGD step length", sec. 4, where the rows are eigenvectors an
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.vectors import VectorSpace, space_like
 
 
 def scaled_in_subspace(
@@ -43,7 +43,7 @@ def scaled_in_subspace(
 
     """
     whole = vector if shift is None else vector + shift
-    space = VectorSpace(len(whole), whole.dtype, whole.device) if space is None else space
+    space = space_like(whole) if space is None else space
     coefficients = space.inner(rows, whole)
     scaled = whole * outside + (inside - outside) * (coefficients @ rows)
     if shift is not None:

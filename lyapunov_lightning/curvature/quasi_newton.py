@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.arguments import check_positive
 from lyapunov_lightning.curvature.lyapunov import LyapunovIteration
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.vectors import VectorSpace, space_like
 
 _SHORTEST_MEMORY, _EARLY_MEMORY = 3.0, 33.0
 """Updates over which slope and curvature are averaged: at the very start, when they change fast, few; then half of all
@@ -250,7 +250,7 @@ class CheckedSharpness:
             NonFiniteCurvatureError: If a gradient is not finite.
 
         """
-        space = VectorSpace(len(here), here.dtype, here.device) if space is None else space
+        space = space_like(here) if space is None else space
         estimate = self._iteration.step(gradient, here, space=space)
         norm = float(space.norm(here))
         along_gradient = 0.0

@@ -178,6 +178,10 @@ class Ranks:
             return numbers
         return torch.tensor(self._exchange(numbers.tolist())[1], dtype=torch.float64, device="cpu")
 
+    def sum_of(self, number: float) -> float:
+        """The sum of one number over the ranks, see `summed`."""
+        return float(self.summed(torch.tensor([number], dtype=torch.float64, device="cpu")))
+
     def meet(self) -> None:
         """Make sure that no rank has failed, before a collective in which one that has could not say so.
 

@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
@@ -134,8 +133,7 @@ class ShardedHessian(SymmetricOperator):
         solver = self._ranks.solver
         if solver is None or solver is not self._trusted:
             versions = [tensor._version for tensor in self._watched]
-            is_stale = float(versions != self._versions)
-            if float(self._ranks.summed(torch.tensor([is_stale]))) > 0:
+            if self._ranks.sum_of(versions != self._versions):
                 self._own = None  # its memory is that of the parameters
                 self._own = self._make()
                 self._versions = versions

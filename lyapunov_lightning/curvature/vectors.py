@@ -228,6 +228,11 @@ class VectorSpace:
             yield
 
 
+def space_like(vector: Tensor) -> VectorSpace:
+    """The space of plain vectors like this one, of shape ``(size,)``."""
+    return VectorSpace(len(vector), vector.dtype, vector.device)
+
+
 class RandomNumbers:
     """A sequence of random numbers, of which a part can be had without keeping all that come before.
 

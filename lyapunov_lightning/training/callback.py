@@ -238,9 +238,9 @@ class CurvatureCallback(Callback):
         step = self.shared.step(trainer, pl_module, batch, batch_idx)
         if self not in step.due:
             return
-        self._fit_vectors(trainer, pl_module)
         # A failure ends the measurement, on all ranks, and not the run.
         with self._recorder.measurement(trainer) as record, failing_together(trainer):
+            self._fit_vectors(trainer, pl_module)
             hessian = self.shared.hessian(step, self.config)
             self._say(self.shared.take_note())
             if hessian is None:

@@ -116,8 +116,8 @@ class ReshardedMeanLoss:
                 self._batches.evaluated(min(index, self._own - 1), shards) as evaluation,
             ):
                 own = self._weight(index)
-                self._collectives.note(lambda: self._summed(0.0))
-                weight = self._summed(own)
+                self._collectives.note(lambda: self._ranks.sum_of(0.0))
+                weight = self._ranks.sum_of(own)
                 if evaluation.loss.requires_grad:
                     (evaluation.loss * (own * self._num_ranks / weight)).backward()  # the ranks' mean is taken then
                 gradients = [leaf.grad for leaf in evaluation.leaves]
@@ -143,9 +143,6 @@ class ReshardedMeanLoss:
         sums = self._ranks.summed(sums)
         return sums[:-1] / sums[-1]
 
-    def _summed(self, number: float) -> float:
-        return float(self._ranks.summed(torch.tensor([number], dtype=torch.float64)))
-
     def _weight(self, index: int) -> float:
         """The samples of this rank's batch; none where it only takes part."""
         return self._batches.weight(index) if index < self._own else 0.0
@@ -160,6 +157,6 @@ class ReshardedMeanLoss:
 def _largest(count: int, ranks: Ranks) -> int:
     """The largest of the ranks' numbers."""
     number = 0
-    while float(ranks.summed(torch.tensor([float(count > number)], dtype=torch.float64))):
+    while ranks.sum_of(count > number):
         number += 1
     return number

@@ -22,7 +22,6 @@ from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.operators import Operators, Problem
 from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.sharded import put_away
 
 _OFFLOADED_BASIS_BYTES = 2**34
 """Bound on a Krylov basis of the default size in the CPU's memory: that of 33 vectors of 130 million numbers."""
@@ -200,7 +199,6 @@ class SharedMeasurements:
             batches = data.batches(step.batch, step.batch_idx)
             if batches is None:
                 return None
-            put_away(step.pl_module)
             with data.randomness(trainer.global_rank):
                 return self._operators.make(Problem(trainer, step.pl_module, config, batches, names))
 
