@@ -49,9 +49,9 @@ from benchmarks.timing import Sample
 from benchmarks.transformers import LanguageModel
 from examples.data import PennTreebank
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, SpectrumTracker
-from lyapunov_lightning.callbacks.results import TrackedSpectrum
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.curvature import spectral_density
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.training.sharing import Step
 
 WARM, PLAIN = 2, 2

@@ -29,7 +29,7 @@ from benchmarks.problems import Problem, drawn, images, train
 from benchmarks.transformers import gpt2_like, llama_like
 from examples.models import MLP, LeNet
 from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, MeasurementError, lanczos
-from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+from lyapunov_lightning.training.replica.objective import ProbeBatch, TrainingObjective
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "precision.md"
 METHODS = ("double_backward", "forward_over_reverse", "finite_difference")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision
 
-from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+from lyapunov_lightning.training.replica.objective import ProbeBatch, TrainingObjective
 
 
 class Classifier(pl.LightningModule):

@@ -20,7 +20,7 @@ from torch.nn import functional
 from examples.data import Cifar10
 from examples.models import LeNet
 from lyapunov_lightning.curvature import HessianOperator, LinearOperator, lanczos
-from lyapunov_lightning.curvature.tracking import End, ExtremeTracker
+from lyapunov_lightning.curvature.tracking.extremes import End, ExtremeTracker
 
 TOL = 0.02
 EVERY = 10

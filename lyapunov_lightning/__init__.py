@@ -13,10 +13,11 @@ if TYPE_CHECKING:
         SpectrumTracker,
     )
     from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-    from lyapunov_lightning.curvature.learning_rate import LRBounds
+    from lyapunov_lightning.curvature.acting.pace import LRBounds
     from lyapunov_lightning.one_shot import measure
     from lyapunov_lightning.spectrum_result import SpectrumResult
-    from lyapunov_lightning.training.config import HessianConfig, Schedule
+    from lyapunov_lightning.training.config import HessianConfig
+    from lyapunov_lightning.training.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -39,8 +40,8 @@ __all__ = [
 _PLACES = {
     "Descent": "callbacks.negative_curvature_tracker",
     "HessianConfig": "training.config",
-    "LRBounds": "curvature.learning_rate",
-    "Schedule": "training.config",
+    "LRBounds": "curvature.acting.pace",
+    "Schedule": "training.schedule",
     "SpectrumResult": "spectrum_result",
     "measure": "one_shot",
 }

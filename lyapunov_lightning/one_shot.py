@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lyapunov_lightning.curvature.arguments import check_int
-from lyapunov_lightning.curvature.density import spectral_density
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.lanczos import lanczos
+from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.curvature.linear import LinearOperator
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.scanning import Direction, noisy_start, parameter_norm, scan_direction
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lanczos import lanczos
+from lyapunov_lightning.curvature.stochastic.density import spectral_density
 from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.data.loaders import seeded
 from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.fsdp import put_away
 from lyapunov_lightning.training.lightning_names import Callback, either, in_library_of
-from lyapunov_lightning.training.loaders import seeded
-from lyapunov_lightning.training.operators import Operators, Problem
-from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.replay import ProbeBatch
-from lyapunov_lightning.training.sharded import put_away
+from lyapunov_lightning.training.operators import Operators
+from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
+from lyapunov_lightning.training.reporting.progress import watched
 
 _TOL = 1e-3
 """Relative residual of the eigenpairs."""

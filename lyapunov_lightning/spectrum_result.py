@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.density import SpectralDensity
+from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture

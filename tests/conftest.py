@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from lyapunov_lightning.training import outlets
+from lyapunov_lightning.training.reporting import outlets
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_cli.py", "tests/test_examples.py", "tests/curvature/test_lanczos.py")
+TESTS = ("tests/test_cli.py", "tests/test_examples.py", "tests/curvature/solvers/test_lanczos.py")
 
 OF_BOTH = {"lyapunov_lightning/__init__.py", "lyapunov_lightning/py.typed"}
 OF_WHEEL = {f"lyapunov_lightning/_examples/{name}" for name in ("__init__.py", "data.py", "configs/quickstart.yaml")}

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, QuasiNewtonLRController, SpectrumTracker
-from lyapunov_lightning.training import progress
+from lyapunov_lightning.training.reporting import progress
 
 LIBRARIES = [lightning.pytorch, pytorch_lightning]
 

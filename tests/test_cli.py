@@ -1,6 +1,5 @@
 """The command line: what it says of itself, of the callbacks and of errors, the command `measure`, the examples."""
 
-import configparser
 import os
 import subprocess
 import sys
@@ -251,13 +250,3 @@ def test_examples_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "is there already" in error_of(capsys, "examples", "there")
     assert (written / "data.py").read_text() == "mine"
     assert not (written / "models.py").exists()
-
-
-def test_every_package_is_in_the_distribution() -> None:
-    """The list in `setup.cfg` is written by hand, since `examples` is mapped into the package."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    found = [path.parent for path in (ROOT / "lyapunov_lightning").rglob("__init__.py")]
-    names = [".".join(path.relative_to(ROOT).parts) for path in found]
-    assert sorted(config["options"]["packages"].split()) == sorted([*names, "lyapunov_lightning._examples"])
-    assert config["options"]["package_dir"].split() == ["lyapunov_lightning._examples", "=", "examples"]

@@ -215,13 +215,15 @@ _PUT_TOGETHER = {
     "lyapunov_lightning/callbacks/curvature_probe.py": [
         "the sharpness has been above the stability limit since step …"
     ],
-    "lyapunov_lightning/curvature/mean_loss.py": ["The loss reaches a parameter in a way that cannot be substituted"],
+    "lyapunov_lightning/curvature/loss/mean_loss.py": [
+        "The loss reaches a parameter in a way that cannot be substituted"
+    ],
     "lyapunov_lightning/training/callback.py": [
         "The fixed data of … are the … of this training, kept on the way, since …",
         "the training data are a …, of which only a single DataLoader can be read twice",
         "an IterableDataset, …, cannot be read beside the training",
     ],
-    "lyapunov_lightning/training/recording.py": [],  # hands on what the others say
+    "lyapunov_lightning/training/reporting/recording.py": [],  # hands on what the others say
 }
 """What is said by messages whose text is not where they are raised, by the file in which they are."""
 
@@ -277,7 +279,8 @@ def test_every_tag_is_on_its_page() -> None:
         "quasi_newton": "quasi_newton_lr_controller",
         "nudge": "nudged_sgd_hook",
     }
-    tags = set(_TAG.findall((ROOT / "lyapunov_lightning" / "callbacks" / "results.py").read_text()))
+    sources = (ROOT / "lyapunov_lightning" / "callbacks" / "results").glob("*.py")
+    tags = {tag for path in sources for tag in _TAG.findall(path.read_text())}
     assert len(tags) >= 60
     for group, name in sorted(tags):
         page = f"docs/callbacks/{owners[group]}.md"

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from examples.papers.common import median, one_key, with_strength
 from examples.papers.record import Record
 from examples.papers.verdicts import Numbers
-from lyapunov_lightning.callbacks.results import LearningRateResult, ProbeResult, TrackedSpectrum
-from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
+from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
+from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
 from lyapunov_lightning.figures.style import BLUE, INK, OCHRE, RED, TEAL, Picture, curve, new_picture
 
 ALGORITHM_1, EXACT = 0, 1

@@ -15,7 +15,9 @@ from typing_extensions import override
 from examples.papers.common import median, one_key, running_mean, with_strength
 from examples.papers.record import Record
 from examples.papers.verdicts import Numbers
-from lyapunov_lightning.callbacks.results import NegativeResult, ScanResult, TrackedSpectrum
+from lyapunov_lightning.callbacks.results.negative import NegativeResult
+from lyapunov_lightning.callbacks.results.scan import ScanResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.curvature import HessianOperator, lanczos, quadratic_fit
 from lyapunov_lightning.figures.style import (
     BLUE,
@@ -35,8 +37,9 @@ from lyapunov_lightning.figures.style import (
 )
 from lyapunov_lightning.figures.ticks import fitting_axis, linear_axis, log_axis, symlog_axis
 from lyapunov_lightning.training.callback import CurvatureCallback
-from lyapunov_lightning.training.config import HessianConfig, Schedule
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.results import Result
+from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
 End = Literal["top", "bottom"]

@@ -11,7 +11,9 @@ from examples.models import SimpleCNN
 from examples.papers.common import running_mean
 from examples.papers.record import Record
 from examples.papers.verdicts import Numbers
-from lyapunov_lightning.callbacks.results import NudgeResult, ScanResult, TrackedSpectrum
+from lyapunov_lightning.callbacks.results.nudge import NudgeResult
+from lyapunov_lightning.callbacks.results.scan import ScanResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.figures.style import (
     BLUE,
     COLOURS,

@@ -9,26 +9,28 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import ProbeResult
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.critical import CriticalSharpness
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, diagnose
+from lyapunov_lightning.curvature.directions.critical import CriticalSharpness
 from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
 from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
-from lyapunov_lightning.curvature.tracking import End, ExponentTracker, ExtremeTracker
+from lyapunov_lightning.curvature.tracking.exponents import ExponentTracker
+from lyapunov_lightning.curvature.tracking.extremes import End, ExtremeTracker
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig, Schedule
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
-from lyapunov_lightning.training.losses import LossSeries
-from lyapunov_lightning.training.optimizers import check_training_map
-from lyapunov_lightning.training.progress import progress, watched
-from lyapunov_lightning.training.recording import Charts, Record
+from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient
+from lyapunov_lightning.training.optimizers.requirements import check_training_map
+from lyapunov_lightning.training.reporting.losses import LossSeries
+from lyapunov_lightning.training.reporting.progress import progress, watched
+from lyapunov_lightning.training.reporting.recording import Charts, Record
+from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import EigenRequest, Step
-from lyapunov_lightning.training.updates import OwnGradient
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import Row, ScanResult, finite
+from lyapunov_lightning.callbacks.results.scan import ScanResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.landscape import LineScan, Window
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.scanning import (
+from lyapunov_lightning.curvature.directions.landscape import LineScan, Window
+from lyapunov_lightning.curvature.directions.scanning import (
     SURFACE,
     Direction,
     DirectionScan,
@@ -26,6 +24,8 @@ from lyapunov_lightning.curvature.scanning import (
     scan_direction,
     scan_steps,
 )
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.stability import learning_rate
 from lyapunov_lightning.figures import (
     curvature_fit_figure,
@@ -36,8 +36,10 @@ from lyapunov_lightning.figures import (
     optimal_step_figure,
 )
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, non_default
-from lyapunov_lightning.training.config import HessianConfig, Schedule
-from lyapunov_lightning.training.recording import Charts
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.reporting.recording import Charts
+from lyapunov_lightning.training.results import Row, finite
+from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
 _GRADIENT_BATCHES = 10

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import NegativeResult
+from lyapunov_lightning.callbacks.results.negative import NegativeResult
+from lyapunov_lightning.curvature.acting.descent import negative_curvature_step
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.descent import negative_curvature_step
-from lyapunov_lightning.curvature.frozen import FrozenDirections
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.tracking.frozen import FrozenDirections
+from lyapunov_lightning.curvature.tracking.online import OnlineEigenpair, OnlineEstimate
 from lyapunov_lightning.figures import frozen_figure, negative_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState, checked_steps
-from lyapunov_lightning.training.optimizers import check_movable
-from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.recording import Charts
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.optimizers.moves import move_parameters
+from lyapunov_lightning.training.optimizers.requirements import check_movable
+from lyapunov_lightning.training.reporting.progress import watched
+from lyapunov_lightning.training.reporting.recording import Charts
+from lyapunov_lightning.training.schedule import Schedule, ScheduleState, checked_steps
 from lyapunov_lightning.training.sharing import EigenRequest, Step
-from lyapunov_lightning.training.updates import move_parameters
 
 Estimator = Literal["lanczos", "online"]
 

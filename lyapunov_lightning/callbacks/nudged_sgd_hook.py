@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import NudgeResult
-from lyapunov_lightning.curvature.alignment import subspace_overlap
+from lyapunov_lightning.callbacks.results.nudge import NudgeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.directions.alignment import subspace_overlap
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.figures import subspace_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
-from lyapunov_lightning.training.config import HessianConfig, Schedule
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.optimizers import check_uniform_sgd, check_unscaled
-from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.recording import Charts
-from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.optimizers.moves import scale_gradients
+from lyapunov_lightning.training.optimizers.requirements import check_uniform_sgd, check_unscaled
+from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.progress import watched
+from lyapunov_lightning.training.reporting.recording import Charts
+from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import Step
-from lyapunov_lightning.training.updates import scale_gradients
 
 Variant = Literal["nudge", "top_only", "no_top"]
 

@@ -10,26 +10,28 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import LearningRateResult
+from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
+from lyapunov_lightning.curvature.acting.loss_watch import Verdict
+from lyapunov_lightning.curvature.acting.pace import LRBounds, Pace, annealing
+from lyapunov_lightning.curvature.acting.step_length import CheckedSharpness, StepLength, longest_descent
 from lyapunov_lightning.curvature.arguments import check_choice
-from lyapunov_lightning.curvature.learning_rate import LRBounds, Pace, annealing
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.loss_watch import Verdict
-from lyapunov_lightning.curvature.lyapunov import H0_CONVENTION
-from lyapunov_lightning.curvature.quasi_newton import CheckedSharpness, StepLength, longest_descent
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
 from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig, Schedule
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
-from lyapunov_lightning.training.losses import LossSeries, loss_in
-from lyapunov_lightning.training.optimizers import check_steerable, gain_of_momentum
-from lyapunov_lightning.training.progress import progress
-from lyapunov_lightning.training.recording import Record
-from lyapunov_lightning.training.replay import trainable_parameters
-from lyapunov_lightning.training.safeguard import Safeguard
+from lyapunov_lightning.training.optimizers.learning_rates import LearningRates
+from lyapunov_lightning.training.optimizers.requirements import check_steerable, gain_of_momentum
+from lyapunov_lightning.training.optimizers.safeguard import Safeguard
+from lyapunov_lightning.training.optimizers.updates import LastUpdate, ObservedUpdate, slope_and_curvature
+from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.losses import LossSeries, loss_in
+from lyapunov_lightning.training.reporting.progress import progress
+from lyapunov_lightning.training.reporting.recording import Record
+from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import Step
-from lyapunov_lightning.training.updates import LastUpdate, LearningRates, ObservedUpdate, slope_and_curvature
 
 Rule = Literal["along_update", "inverse_sharpness"]
 

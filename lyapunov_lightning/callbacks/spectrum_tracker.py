@@ -8,27 +8,29 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.results import TrackedSpectrum
-from lyapunov_lightning.curvature.alignment import KeptSubspace, gradient_alignment
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.blocks import BlockTrackers, parameter_blocks
-from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
-from lyapunov_lightning.curvature.trace import stochastic_moments
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.directions.alignment import gradient_alignment
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
+from lyapunov_lightning.curvature.stochastic.density import SpectralDensity, spectral_density
+from lyapunov_lightning.curvature.stochastic.trace import stochastic_moments
+from lyapunov_lightning.curvature.tracking.blocks import BlockTrackers, parameter_blocks
+from lyapunov_lightning.curvature.tracking.subspace import KeptSubspace
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
-from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
-from lyapunov_lightning.training.optimizers import check_training_map
-from lyapunov_lightning.training.progress import watched
-from lyapunov_lightning.training.recording import Charts
-from lyapunov_lightning.training.replay import trainable_parameters
-from lyapunov_lightning.training.series import check_safetensors, save_vectors
+from lyapunov_lightning.training.optimizers.requirements import check_training_map
+from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.progress import watched
+from lyapunov_lightning.training.reporting.recording import Charts
+from lyapunov_lightning.training.reporting.series import check_safetensors, save_vectors
+from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
 Estimator = Literal["lanczos", "benettin"]

@@ -42,4 +42,4 @@ def _source() -> Path:
     """Where the examples are: in the package that is installed from a wheel, beside it in a clone."""
     package = Path(lyapunov_lightning.__file__).parent
     inside = package / "_examples"
-    return inside if inside.is_dir() else package.parent / "examples"
+    return inside if (inside / "configs").is_dir() else package.parent / "examples"

@@ -3,38 +3,36 @@
 Nothing here knows of Lightning; it works with any function of tensors.
 """
 
-from lyapunov_lightning.curvature.checks import OperatorCheck, check_operator
-from lyapunov_lightning.curvature.density import SpectralDensity, spectral_density
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.directions.landscape import LineScan, QuadraticFit, Window, quadratic_fit, scan_line
+from lyapunov_lightning.curvature.directions.line_search import LineSearch, first_minimum
 from lyapunov_lightning.curvature.errors import (
     CurvatureWarning,
     MeasurementError,
     NonFiniteCurvatureError,
     PeerFailureError,
 )
-from lyapunov_lightning.curvature.estimates import Estimate
-from lyapunov_lightning.curvature.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
-from lyapunov_lightning.curvature.hessian import HessianOperator
-from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.curvature.landscape import (
-    LineScan,
-    LineSearch,
-    QuadraticFit,
-    Window,
-    first_minimum,
-    quadratic_fit,
-    scan_line,
-)
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator, SymmetricOperator
-from lyapunov_lightning.curvature.lyapunov import (
+from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
+from lyapunov_lightning.curvature.operators.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
+from lyapunov_lightning.curvature.operators.hessian import HessianOperator
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lanczos import lanczos
+from lyapunov_lightning.curvature.solvers.lyapunov import (
     LyapunovEstimate,
     LyapunovIteration,
     LyapunovSpectrum,
     LyapunovSpectrumEstimate,
 )
-from lyapunov_lightning.curvature.online import OnlineEigenpair, OnlineEstimate
-from lyapunov_lightning.curvature.power import power_iteration
-from lyapunov_lightning.curvature.trace import DiagonalEstimate, Moments, stochastic_diagonal, stochastic_moments
+from lyapunov_lightning.curvature.solvers.power import power_iteration
+from lyapunov_lightning.curvature.stochastic.density import SpectralDensity, spectral_density
+from lyapunov_lightning.curvature.stochastic.estimates import Estimate
+from lyapunov_lightning.curvature.stochastic.trace import (
+    DiagonalEstimate,
+    Moments,
+    stochastic_diagonal,
+    stochastic_moments,
+)
+from lyapunov_lightning.curvature.tracking.online import OnlineEigenpair, OnlineEstimate
 
 __all__ = [
     "CurvatureWarning",

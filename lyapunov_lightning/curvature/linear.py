@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lyapunov_lightning.curvature.vectors import FlatLayout, VectorSpace
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
 _COLUMNS = 16
 """How many columns of the identity are multiplied at a time."""

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator, SymmetricOperator, space_of
-from lyapunov_lightning.curvature.vectors import FlatLayout, local_of
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 
 _Group = Mapping[str, Any]
 _State = Mapping[str, Any]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from lyapunov_lightning.curvature.landscape import Window
+from lyapunov_lightning.curvature.directions.landscape import Window
 from lyapunov_lightning.figures.style import (
     BLUE,
     GREY,

@@ -10,27 +10,28 @@ from torch import Tensor
 from typing_extensions import override
 
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.products import Method
-from lyapunov_lightning.curvature.sharding import ShardedSpace
-from lyapunov_lightning.curvature.vectors import VectorSpace
-from lyapunov_lightning.training.batches import StartPosition
+from lyapunov_lightning.curvature.loss.products import Method
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
-from lyapunov_lightning.training.config import Data, HessianConfig, Schedule, ScheduleState
+from lyapunov_lightning.training.config import Data, HessianConfig
+from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
+from lyapunov_lightning.training.fsdp import put_away, space_of_parameters
 from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
-from lyapunov_lightning.training.recording import Charts, Record, Recorder, show_charts
-from lyapunov_lightning.training.replay import trainable_parameters
+from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder, show_charts
+from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result, Results
-from lyapunov_lightning.training.series import SeriesFile
-from lyapunov_lightning.training.sharded import put_away, space_of_parameters
-from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
-from lyapunov_lightning.training.vector_states import (
+from lyapunov_lightning.training.schedule import Schedule, ScheduleState
+from lyapunov_lightning.training.sharded.vector_states import (
     converted_vectors,
     cut_vectors,
     gathered_vectors,
     without_vectors,
 )
+from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture

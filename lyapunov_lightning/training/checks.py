@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.copying import Copier
+from lyapunov_lightning.training.fsdp import cause_against
 from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
-from lyapunov_lightning.training.namespaces import names_in
-from lyapunov_lightning.training.replay import trainable_parameters
-from lyapunov_lightning.training.sharded import cause_against
-from lyapunov_lightning.training.standard_copies import Exhausted
+from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.handlers import Exhausted
+from lyapunov_lightning.training.replica.namespaces import names_in
+from lyapunov_lightning.training.replica.replica import trainable_parameters
 
 
 def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianConfig) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lyapunov_lightning.curvature.ranks import Ranks
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
 
 def sum_over_ranks(trainer: Any) -> Callable[[Tensor], None] | None:

@@ -1,6 +1,7 @@
 """What a measurement returns: numbers in fields, and the tags under which they are logged."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -66,3 +67,17 @@ class Results(Generic[R]):
 def ranked(tag: str, values: Sequence[float]) -> dict[str, float]:
     """Values under numbered tags, ``{tag}_1`` and so on."""
     return {f"{tag}_{rank}": float(value) for rank, value in enumerate(values, 1)}
+
+
+Row = tuple[float | None, ...]
+"""Numbers, and None where there is none or it is not finite."""
+
+
+def finite(value: float) -> float | None:
+    """A number, or None if it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def known(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The values that are known, by tag."""
+    return {tag: float(value) for tag, value in values.items() if value is not None}

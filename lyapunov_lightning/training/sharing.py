@@ -12,16 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.lanczos import lanczos
-from lyapunov_lightning.curvature.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.vectors import VectorSpace
-from lyapunov_lightning.training.batches import ProbeData, StartPosition
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lanczos import lanczos
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.data.batches import ProbeData, StartPosition
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.operators import Operators, Problem
-from lyapunov_lightning.training.progress import watched
+from lyapunov_lightning.training.operators import Operators
+from lyapunov_lightning.training.replica.objective import Problem
+from lyapunov_lightning.training.reporting.progress import watched
 
 _OFFLOADED_BASIS_BYTES = 2**34
 """Bound on a Krylov basis of the default size in the CPU's memory: that of 33 vectors of 130 million numbers."""

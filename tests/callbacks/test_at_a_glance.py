@@ -27,7 +27,7 @@ from lyapunov_lightning import (
     SpectrumTracker,
 )
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
-from lyapunov_lightning.training import recording
+from lyapunov_lightning.training.reporting import recording
 from tests.modules import SmallRegressor, regression_data, regression_loader
 
 

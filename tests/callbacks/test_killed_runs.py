@@ -30,7 +30,7 @@ from lyapunov_lightning import (
     QuasiNewtonLRController,
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-from lyapunov_lightning.curvature.learning_rate import LRBounds
+from lyapunov_lightning.curvature.acting.pace import LRBounds
 from tests.modules import SmallRegressor, regression_data
 
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lyapunov_lightning import CurvatureProbe, HessianConfig, NegativeCurvatureTracker, Schedule, SpectrumTracker
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.training.config import ScheduleState
+from lyapunov_lightning.training.schedule import ScheduleState
 from tests.callbacks.identity import Outcome, assert_identical, train
 from tests.callbacks.negative_runs import EVERY_STEP, WHOLE, Dense, fit, tracker
 from tests.modules import SmallRegressor, dense_hessian, regression_data, regression_loader

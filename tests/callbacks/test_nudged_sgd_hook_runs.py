@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, NudgedSGDHook, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks import nudged_sgd_hook
-from lyapunov_lightning.callbacks.results import NudgeResult
+from lyapunov_lightning.callbacks.results.nudge import NudgeResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.nudging import VARIANTS, Gradients, Quadratic, fit, hook, seeded, sgd, two_groups, weights
 from tests.modules import SmallRegressor

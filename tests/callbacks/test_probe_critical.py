@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, QuasiNewtonLRController
-from lyapunov_lightning.callbacks.results import ProbeResult
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.training.config import ScheduleState
+from lyapunov_lightning.training.schedule import ScheduleState
 from tests.callbacks.probing import Fit, sgd, two_groups
 from tests.modules import SmallRegressor, dense_hessian, regression_loader
 

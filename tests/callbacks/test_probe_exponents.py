@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
-from lyapunov_lightning.training.replay import TrainingObjective
+from lyapunov_lightning.training.replica.objective import TrainingObjective
 from tests.callbacks.probing import Fit, Reference, all_near, name_of, sgd, two_groups
 from tests.modules import SmallRegressor, regression_loader
 

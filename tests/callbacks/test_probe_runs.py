@@ -90,7 +90,7 @@ class Time(Callback):
 def test_measurements_take_their_share_of_the_time(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, clock = Reference(), Time()
     monkeypatch.setattr("lyapunov_lightning.training.spacing.time", clock)
-    monkeypatch.setattr("lyapunov_lightning.training.recording._clock", clock.measure)
+    monkeypatch.setattr("lyapunov_lightning.training.reporting.recording._clock", clock.measure)
     probe = CurvatureProbe(schedule=Schedule(max_overhead=0.25), tol=1e-3)
     found = fit(SmallRegressor(), reference, probe, clock, max_steps=100).logger.curve("curvature/lambda_max")
     assert list(found)[:2] == [0, 5]

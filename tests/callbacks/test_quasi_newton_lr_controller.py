@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning import HessianConfig, QuasiNewtonLRController
+from lyapunov_lightning.curvature.acting.pace import LRBounds
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.curvature.learning_rate import LRBounds
 from tests.callbacks.identity import train
 from tests.callbacks.steering import OPTIMIZERS, RULES, assert_identical_but_for_writes, fit, seeded, weights
 from tests.modules import BusyModule, SmallRegressor, dense_hessian, regression_data, regression_loader

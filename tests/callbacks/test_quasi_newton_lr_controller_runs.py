@@ -30,9 +30,9 @@ from lyapunov_lightning import (
     SpectrumTracker,
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-from lyapunov_lightning.callbacks.results import LearningRateResult
+from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
+from lyapunov_lightning.curvature.acting.pace import LRBounds
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.curvature.learning_rate import LRBounds
 from tests.callbacks.steering import OPTIMIZERS, RULES, fit, seeded, weights
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_loader
 

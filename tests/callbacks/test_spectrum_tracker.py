@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks import spectrum_tracker
-from lyapunov_lightning.callbacks.results import TrackedSpectrum
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.lightning_names import MisconfigurationException

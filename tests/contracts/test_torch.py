@@ -1,8 +1,8 @@
 """What the package takes for granted of PyTorch, private names among it.
 
-What PyTorch cannot differentiate twice, and how that is repaired, is tested in ``tests/curvature/test_torch_compat.py``
-and ``tests/curvature/test_checkpointing.py``; here are the names and habits on which repairs and replicas rest. When a
-new version breaks one of these, the message says which part of the package depends on it.
+What PyTorch cannot differentiate twice, and how that is repaired, is tested in ``test_operations.py`` and
+``test_checkpointing.py`` of ``tests/curvature/compat``; here are the names and habits on which repairs and replicas
+rest. When a new version breaks one of these, the message says which part of the package depends on it.
 """
 
 import copyreg

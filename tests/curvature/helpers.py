@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from lyapunov_lightning.curvature import HessianOperator, MeasurementError
-from lyapunov_lightning.curvature.fixed_batches import Evaluation
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
 from tests.problems import PROBLEMS, Batch, Problem
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning.curvature import HessianOperator, ScaledOperator, SymmetricOperator, lanczos
 from lyapunov_lightning.curvature.linear import parameters_of
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from tests.curvature.helpers import DenseOperator, random_vectors, relative_error, symmetric_matrix
 from tests.problems import mlp
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
-from lyapunov_lightning.curvature.vectors import FlatLayout
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from tests.curvature.helpers import DenseOperator
 
 LR = 0.05

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, LossAlongEigvecScanner, SpectrumTracker
 from lyapunov_lightning.callbacks import spectrum_tracker
-from lyapunov_lightning.training import config, operators, recording, sharing, spacing
+from lyapunov_lightning.training import config, operators, sharing, spacing
+from lyapunov_lightning.training.reporting import recording
 from tests.distributed.models import (
     STEPS,
     PlannedError,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from lyapunov_lightning.training.batches import ProbeData
+from lyapunov_lightning.training.data.batches import ProbeData
 from tests.distributed.ranks import TIMEOUT, WORLD_SIZE
 from tests.training.live import RememberingLogger
 

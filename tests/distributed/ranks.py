@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lyapunov_lightning.training import outlets
+from lyapunov_lightning.training.reporting import outlets
 
 WORLD_SIZE = 2
 TIMEOUT = timedelta(seconds=60)

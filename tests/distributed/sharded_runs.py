@@ -29,10 +29,10 @@ from lyapunov_lightning import (
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 from lyapunov_lightning.curvature import lanczos, power_iteration, spectral_density, stochastic_moments
 from lyapunov_lightning.training.checks import check_objective
-from lyapunov_lightning.training.kept_copy import KeptCopy
-from lyapunov_lightning.training.operators import Operators, Problem
-from lyapunov_lightning.training.replay import ProbeBatch
-from lyapunov_lightning.training.sharded import put_away
+from lyapunov_lightning.training.fsdp import put_away
+from lyapunov_lightning.training.operators import Operators
+from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
+from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
 from tests.distributed.models import PlannedError, own_entries, said, strategy, trainer_of, warned
 from tests.distributed.ranks import check
 from tests.distributed.sharded_models import Decoder, sharded_strategy, texts, transformer

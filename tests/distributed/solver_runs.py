@@ -20,12 +20,12 @@ from lyapunov_lightning.curvature import (
     spectral_density,
     stochastic_moments,
 )
-from lyapunov_lightning.curvature.checks import check_operator
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.linear import SymmetricOperator
-from lyapunov_lightning.curvature.ranks import Ranks
-from lyapunov_lightning.curvature.trace import stochastic_diagonal
-from lyapunov_lightning.curvature.vectors import VectorSpace
+from lyapunov_lightning.curvature.operators.checks import check_operator
+from lyapunov_lightning.curvature.stochastic.trace import stochastic_diagonal
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from tests.distributed.operator_runs import counted_collectives, shards, small_network
 from tests.distributed.ranks import check
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lyapunov_lightning.curvature.tracking import ExponentTracker, ExtremeTracker
+from lyapunov_lightning.curvature.tracking.exponents import ExponentTracker
+from lyapunov_lightning.curvature.tracking.extremes import ExtremeTracker
 from tests.distributed import measurement_runs as runs
 from tests.distributed.models import STEP_BATCHES, STEPS
 from tests.distributed.references import (

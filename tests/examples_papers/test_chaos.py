@@ -7,7 +7,9 @@ import pytest
 
 from examples.papers import chaos
 from examples.papers.record import Record
-from lyapunov_lightning.callbacks.results import LearningRateResult, ProbeResult, TrackedSpectrum
+from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.figures.style import Picture
 
 RATES = [0.1] * 50 + [0.2] * 50

@@ -20,7 +20,9 @@ from examples.papers.negative import (
 )
 from examples.papers.record import Record
 from lyapunov_lightning import Schedule
-from lyapunov_lightning.callbacks.results import NegativeResult, ScanResult, TrackedSpectrum
+from lyapunov_lightning.callbacks.results.negative import NegativeResult
+from lyapunov_lightning.callbacks.results.scan import ScanResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.figures.style import Picture
 from lyapunov_lightning.training.results import Result
 

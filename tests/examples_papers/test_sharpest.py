@@ -11,7 +11,9 @@ from examples.papers import sharpest
 from examples.papers.experiments import load, names
 from examples.papers.record import Record
 from examples.papers.sharpest import KerasCNN
-from lyapunov_lightning.callbacks.results import NudgeResult, ScanResult, TrackedSpectrum
+from lyapunov_lightning.callbacks.results.nudge import NudgeResult
+from lyapunov_lightning.callbacks.results.scan import ScanResult
+from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
 from lyapunov_lightning.figures.style import Picture
 from lyapunov_lightning.training.results import Result
 

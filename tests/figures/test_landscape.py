@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lyapunov_lightning.curvature.landscape import QuadraticFit, Window
+from lyapunov_lightning.curvature.directions.landscape import QuadraticFit, Window
 from lyapunov_lightning.figures import (
     curvature_fit_figure,
     expected_change_figure,

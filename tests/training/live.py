@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lyapunov_lightning.curvature import HessianOperator
-from lyapunov_lightning.curvature.randomness import RandomState, preserved_randomness
-from lyapunov_lightning.training.replay import ProbeBatch, TrainingObjective
+from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
+from lyapunov_lightning.training.replica.objective import ProbeBatch, TrainingObjective
 
 
 class InsideTheStep(Callback):

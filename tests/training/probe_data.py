@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lyapunov_lightning.training.batches import ProbeData
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.replay import ProbeBatch
+from lyapunov_lightning.training.data.batches import ProbeData
+from lyapunov_lightning.training.replica.objective import ProbeBatch
 
 
 class Numbered(Dataset):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning.training.checks import check_objective, check_parameters
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.replay import TrainingObjective
+from lyapunov_lightning.training.replica.objective import TrainingObjective
 from tests.training.live import Task, hessian_of, mlp
 
 # Refusals.

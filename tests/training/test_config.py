@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning.training.config import HessianConfig, Schedule, ScheduleState
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 
 
 class Learner(pl.LightningModule):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyapunov_lightning.training import spacing
-from lyapunov_lightning.training.config import Schedule, ScheduleState
+from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 
 Cost = Callable[[int], float]
 

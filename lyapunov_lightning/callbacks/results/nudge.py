@@ -1,0 +1,40 @@
+"""What `NudgedSGDHook` did."""
+
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from lyapunov_lightning.training.results import Result, ranked
+
+
+@dataclass(frozen=True, kw_only=True)
+class NudgeResult(Result):
+    """What one measurement of `NudgedSGDHook` found.
+
+    Attributes:
+        eigenvalues: The largest ones, in descending order.
+        residual: The largest residual ``‖Hv − λv‖`` among them.
+        num_converged: How many of them met the tolerance, and are acted upon.
+        matvecs: Hessian-vector products spent.
+        subspace_overlap: ``‖V_old V_newᵀ‖²_F / k`` with the eigenvectors acted upon before; None if there were none, or
+            those of other parameters, or if there are no new ones.
+
+    """
+
+    eigenvalues: tuple[float, ...]
+    residual: float
+    num_converged: int
+    matvecs: int
+    subspace_overlap: float | None = None
+
+    @override
+    def scalars(self) -> dict[str, float]:
+        found = {
+            **ranked("nudge/lambda", self.eigenvalues),
+            "nudge_details/residual": self.residual,
+            "nudge_details/converged": self.num_converged / len(self.eigenvalues),
+            "nudge_details/matvecs": float(self.matvecs),
+        }
+        if self.subspace_overlap is not None:
+            found["nudge_details/subspace_overlap"] = self.subspace_overlap
+        return found

@@ -1,0 +1,94 @@
+"""What `SpectrumTracker` found."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from typing_extensions import override
+
+from lyapunov_lightning.training.results import Result, ranked
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedSpectrum(Result):
+    """What `SpectrumTracker` found; None or empty where it did not look.
+
+    Attributes:
+        largest, smallest: The eigenvalues of both ends, the outermost first, in the unit of the loss's second
+            derivative.
+        residual: The largest residual ``‖Hv − λv‖`` among them; an eigenvalue of the Hessian lies within it.
+        converged: The share of them that met the tolerance.
+        matvecs: Hessian-vector products spent on the Hessian as a whole, or differences of gradients.
+        negative_mass: Share of the negative ones in the sum of the moduli of the tracked eigenvalues, or of all
+            eigenvalues where the density is measured.
+        cosines_largest, cosines_smallest: Absolute cosine of the mini-batch gradients with each eigenvector, averaged
+            over ten mini-batches of the data.
+        gradient_in_top_subspace: Share of these gradients' squared norm in the span of the upper end's eigenvectors.
+        gradient_in_random_subspace: What a random vector has there.
+        subspace_overlap, subspace_overlap_first: Of that span with the one of the last and of the first measurement,
+            ``‖V_old V_newᵀ‖²_F / k``; 1 for the same.
+        trace, frobenius_norm: Stochastic estimates for the whole Hessian.
+        trace_error, frobenius_norm_error: Their standard errors.
+        lambda_max_of: The largest eigenvalue of each diagonal block, by name.
+        block_matvecs: Products spent on the blocks.
+        exponents_largest, exponents_smallest: The Lyapunov exponents of gradient ascent and of the training map.
+        paper_largest, paper_smallest: The eigenvalues in the paper's convention.
+        from_other_end: How many eigenvalues grow faster under these maps than what is left of their end, although they
+            are from the other one.
+
+    """
+
+    largest: tuple[float, ...] = ()
+    smallest: tuple[float, ...] = ()
+    residual: float | None = None
+    converged: float | None = None
+    matvecs: int = 0
+    negative_mass: float | None = None
+    cosines_largest: tuple[float, ...] = ()
+    cosines_smallest: tuple[float, ...] = ()
+    gradient_in_top_subspace: float | None = None
+    gradient_in_random_subspace: float | None = None
+    subspace_overlap: float | None = None
+    subspace_overlap_first: float | None = None
+    trace: float | None = None
+    trace_error: float | None = None
+    frobenius_norm: float | None = None
+    frobenius_norm_error: float | None = None
+    lambda_max_of: Mapping[str, float] = field(default_factory=dict)
+    block_matvecs: int | None = None
+    exponents_largest: tuple[float, ...] = ()
+    exponents_smallest: tuple[float, ...] = ()
+    paper_largest: tuple[float, ...] = ()
+    paper_smallest: tuple[float, ...] = ()
+    from_other_end: int | None = None
+
+    @property
+    def tracked_norm(self) -> float:
+        """The Frobenius norm of the tracked eigenvalues alone, as in the sharpest-directions paper."""
+        return math.hypot(*self.largest, *self.smallest)
+
+    @override
+    def scalars(self) -> dict[str, float]:
+        shown = ("trace", "frobenius_norm", "gradient_in_top_subspace", "subspace_overlap")
+        quality = ("residual", "converged", "matvecs", "block_matvecs", "trace_error", "frobenius_norm_error")
+        further = (
+            "tracked_norm",
+            "negative_mass",
+            "gradient_in_random_subspace",
+            "subspace_overlap_first",
+            "from_other_end",
+        )
+        found: dict[str, float | None] = {
+            **ranked("spectrum/lambda", self.largest),
+            **ranked("spectrum/lambda_min", self.smallest),
+            **{f"spectrum/lambda_max_{block}": value for block, value in self.lambda_max_of.items()},
+            **{f"spectrum/{name}": getattr(self, name) for name in shown},
+            **ranked("spectrum_details/gradient_cosine", self.cosines_largest),
+            **ranked("spectrum_details/gradient_cosine_min", self.cosines_smallest),
+            **ranked("spectrum_details/lyapunov_exponent", self.exponents_largest),
+            **ranked("spectrum_details/lyapunov_exponent_min", self.exponents_smallest),
+            **ranked("spectrum_details/paper_lambda", self.paper_largest),
+            **ranked("spectrum_details/paper_lambda_min", self.paper_smallest),
+            **{f"spectrum_details/{name}": getattr(self, name) for name in (*further, *quality)},
+        }
+        return {tag: float(value) for tag, value in found.items() if value is not None}

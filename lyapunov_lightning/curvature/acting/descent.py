@@ -1,0 +1,50 @@
+r"""A step along a direction of negative curvature, beside those of the optimizer.
+
+Along a unit vector :math:`v` with the slope :math:`c = g^\top v` and a negative curvature the loss falls to second
+order as well as to first, on the side where the slope is negative. A step of gradient descent along it has the length
+:math:`\eta|c|`; with a bound on that length it is the one that "Negative eigenvalues of the Hessian in deep neural
+networks", appendix C, alternates with the steps of the optimizer.
+"""
+
+import math
+from collections.abc import Callable
+
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+
+
+def negative_curvature_step(
+    slope: Callable[[], float], value: float, residual: float, *, lr: float, max_step: float
+) -> float:
+    """The step along the smallest eigenpair, where the curvature is certainly negative.
+
+    An eigenvalue of the Hessian lies within the residual of `value`. So one below zero is certain only while `value` is
+    below minus the residual.
+
+    Args:
+        slope: Computes the slope ``gᵀv`` along the unit vector, where it is needed.
+        value: The eigenvalue, as far as it is known.
+        residual: ``‖Hv − λv‖`` of the pair.
+        lr: Learning rate of the step.
+        max_step: Its greatest length.
+
+    Returns:
+        The factor of `vector` that makes it the step; 0 where a negative eigenvalue is not certain.
+
+    Raises:
+        NonFiniteCurvatureError: If the gradient is not finite.
+
+    Example::
+
+        >>> from lyapunov_lightning.curvature.acting.descent import negative_curvature_step
+        >>> negative_curvature_step(lambda: 0.5, -2.0, 0.1, lr=0.5, max_step=1.0)
+        -0.25
+        >>> negative_curvature_step(lambda: 0.5, -2.0, 3.0, lr=0.5, max_step=1.0)
+        0.0
+
+    """
+    if not value < -residual:
+        return 0.0
+    component = slope()
+    if not math.isfinite(component):
+        raise NonFiniteCurvatureError("The gradient at the present parameters is not finite.")
+    return -math.copysign(min(lr * abs(component), max_step), component)

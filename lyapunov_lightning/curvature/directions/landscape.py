@@ -1,0 +1,214 @@
+r"""The loss along a line, beside the quadratic that its derivatives promise.
+
+Along a unit vector :math:`u` that points downhill, the loss :math:`t \mapsto L(\theta + tu)` begins with the slope
+:math:`-|g^\top u|` and the curvature :math:`u^\top Hu`. How long that lasts is seen in two ways: the curvature of a
+quadratic fitted to the loss over a wider window, and the distance at which the loss is least, which a quadratic puts
+at slope over curvature and, where the curvature is negative, nowhere ("Negative eigenvalues of the Hessian in deep
+neural networks", secs. 2.3 and 2.4).
+
+Losses carry rounding errors, in float32 one of about 1e-7 of the loss, and the differences that matter here are often
+smaller. So the fit comes with its standard error, and the search for a minimum takes two losses for equal that are
+nearer to each other than the noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.directions.line_search import LineSearch, LossAlong, first_minimum
+
+_DISTINCT = 4.0
+"""How many standard deviations of the noise apart two losses are taken to differ: a search makes many comparisons."""
+
+_NOISE_POINTS = 9
+"""Evaluations that it takes to measure the noise: five fourth differences."""
+
+
+@dataclass(frozen=True)
+class NoisyLoss:
+    """A loss and how exactly it is known.
+
+    Attributes:
+        value: The loss.
+        noise: The standard deviation of its rounding errors.
+        num_evaluations: Evaluations of the loss that it took.
+
+    """
+
+    value: float
+    noise: float
+    num_evaluations: int
+
+
+@dataclass(frozen=True)
+class QuadraticFit:
+    """A quadratic fitted to the loss along a line.
+
+    Attributes:
+        curvature: Its second derivative, in the unit of the eigenvalues.
+        error: The standard error of the curvature that the noise of the losses causes.
+
+    """
+
+    curvature: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The loss over a piece of a line.
+
+    Attributes:
+        scale: The window's half width in the unit in which it was asked for.
+        distances: Shape ``(m,)``: where the loss was evaluated.
+        losses: Shape ``(m,)``: the loss there.
+        model: Shape ``(m,)``: the quadratic with the slope and the curvature of the loss at distance 0.
+        fit: The quadratic fitted to the losses.
+
+    """
+
+    scale: float
+    distances: Tensor
+    losses: Tensor
+    model: Tensor
+    fit: QuadraticFit
+
+    @property
+    def gap(self) -> float:
+        """The largest distance between the loss and the model."""
+        return float((self.losses - self.model).abs().max())
+
+
+@dataclass(frozen=True)
+class LineScan:
+    """All that is looked at along one line.
+
+    Attributes:
+        windows: The loss over each of the windows.
+        search: The first minimum that was seen.
+
+    """
+
+    windows: tuple[Window, ...]
+    search: LineSearch
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the loss."""
+        return self.search.num_evaluations + sum(len(window.distances) for window in self.windows)
+
+
+def scan_line(
+    loss_along: LossAlong,
+    start: NoisyLoss,
+    slope: float,
+    curvature: float,
+    *,
+    scales: Sequence[float],
+    unit: float = 1.0,
+    points: int = 11,
+    max_bracket: float = 1000.0,
+) -> LineScan:
+    """Look at the loss along a line that goes downhill.
+
+    Args:
+        loss_along: The loss at distances along the line.
+        start: The loss at distance 0.
+        slope: The modulus of the slope at distance 0; the loss falls in the positive direction.
+        curvature: The second derivative at distance 0.
+        scales: Half widths of the windows, in multiples of `unit`.
+        unit: A distance; windows of no width are left out.
+        points: Evaluations in each window, from one end to the other.
+        max_bracket: How far to search for a minimum, in multiples of slope over modulus of the curvature: where a
+            quadratic of positive curvature has its minimum.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature.directions.landscape import NoisyLoss, scan_line
+        >>> def loss_along(distances):
+        ...     t = torch.tensor(distances, dtype=torch.float64)
+        ...     return 3 - t + 2 * t**2
+        >>> scan = scan_line(loss_along, NoisyLoss(3.0, 0.0, 1), slope=1.0, curvature=4.0, scales=[0.1])
+        >>> round(scan.search.step, 6), round(scan.windows[0].fit.curvature, 6)
+        (0.25, 4.0)
+
+    """
+    widths = [(scale, scale * unit) for scale in scales if scale * unit > 0]
+    distances = [torch.linspace(-width, width, points, dtype=torch.float64) for _, width in widths]
+    flat = loss_along(torch.cat(distances).tolist()) if widths else torch.zeros(0, dtype=torch.float64)
+    losses = flat.split(points) if widths else ()
+    windows = tuple(
+        Window(
+            scale=scale,
+            distances=where,
+            losses=values,
+            model=start.value - slope * where + curvature / 2 * where.square(),
+            fit=quadratic_fit(where, values, noise=start.noise),
+        )
+        for (scale, _), where, values in zip(widths, distances, losses, strict=True)
+    )
+    natural = slope / abs(curvature) if curvature else slope
+    search = first_minimum(
+        loss_along,
+        start.value,
+        natural,
+        max_step=max_bracket * natural,
+        slope=slope,
+        curvature=curvature,
+        noise=_DISTINCT * start.noise,
+    )
+    return LineScan(windows, search)
+
+
+def quadratic_fit(distances: Tensor, losses: Tensor, *, noise: float = 0.0) -> QuadraticFit:
+    """The curvature of the quadratic that is nearest to the losses in least squares.
+
+    Args:
+        distances: Shape ``(m,)``, with at least 3 different ones.
+        losses: Shape ``(m,)``.
+        noise: Standard deviation of the losses.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature.directions.landscape import quadratic_fit
+        >>> t = torch.linspace(-1, 1, 5, dtype=torch.float64)
+        >>> round(quadratic_fit(t, 1 - t + 3 * t**2).curvature, 6)
+        6.0
+
+    """
+    unit = float(distances.abs().max())
+    powers = torch.stack([torch.ones_like(distances), distances / unit, (distances / unit).square()], dim=1)
+    row = torch.linalg.pinv(powers)[2] * (2 / unit**2)
+    middle = losses[distances.abs().argmin()]  # the row is orthogonal to constants, but for rounding
+    return QuadraticFit(float(row @ (losses - middle)), noise * float(row.norm()))
+
+
+def noisy_loss(loss_along: LossAlong, spacing: float, *, precision: float) -> NoisyLoss:
+    """The loss at distance 0 with the size of its rounding errors, from differences of its values at nearby points.
+
+    Over short distances the fourth differences of the loss itself all but vanish, and those of its errors stay (J. Moré
+    and S. Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33, 2011). Errors that happen to be the same at
+    all points do not show, so the noise is at least one unit in the last place of the loss.
+
+    Args:
+        loss_along: The loss at distances along a line.
+        spacing: The distance between two points, small beside those over which the loss bends.
+        precision: The last place in relation to the loss, such as ``torch.finfo(torch.float32).eps``.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature.directions.landscape import noisy_loss
+        >>> rough = lambda distances: (torch.tensor(distances, dtype=torch.float64) * 5e3).round() / 1e3
+        >>> 1e-4 < noisy_loss(rough, 1.1e-4, precision=1e-16).noise < 1e-3
+        True
+
+    """
+    losses = loss_along([spacing * index for index in range(_NOISE_POINTS)])
+    fourth = losses.diff(n=4).square().mean() / 70  # the sum of the squares of 1, -4, 6, -4, 1
+    value = float(losses[0])
+    return NoisyLoss(value, max(float(fourth.sqrt()), precision * abs(value)), len(losses))

@@ -1,0 +1,241 @@
+r"""The loss along directions in parameter space, in two units: the gradient's component, and steps of SGD.
+
+Along an eigenvector :math:`v` a step of length :math:`\alpha|g^\top v|` against the gradient's component is a step of
+gradient descent with learning rate :math:`\alpha`, so that the minimum of a quadratic loss is at
+:math:`\alpha = 1/\lambda` in every direction ("Negative eigenvalues of the Hessian in deep neural networks", secs. 2.3
+and 2.4). What SGD itself does along it is seen with the gradients of its mini-batches and its own learning rate ("On
+the relation between the sharpest directions of DNN loss and the SGD step length", sec. 3.2).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.directions.landscape import LineScan, NoisyLoss, noisy_loss, scan_line
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+
+Units = Literal["gradient", "norm"]
+
+SURFACE = range(-5, 6)
+"""The steps of SGD at which the loss is looked at, to both sides."""
+
+_NEARBY = 1e-5
+"""The distance, in relation to the norm of the parameters, between the points at which the rounding is measured."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A unit vector and the curvature along it.
+
+    Attributes:
+        curvature: ``vᵀHv``.
+        vector: The vector, of shape ``(size,)``.
+
+    """
+
+    curvature: float
+    vector: Tensor
+
+
+@dataclass(frozen=True)
+class DirectionScan:
+    """The loss along a direction.
+
+    Attributes:
+        curvature: That along the direction.
+        slope: The modulus of the gradient's component along it.
+        line: What was found on the side on which the loss falls.
+
+    """
+
+    curvature: float
+    slope: float
+    line: LineScan
+
+
+@dataclass(frozen=True)
+class StepScan:
+    """The loss along a direction, in steps of SGD.
+
+    Attributes:
+        mean_length: The mean length of a step's part along the direction.
+        changes: For each multiple of a step, the mean change of the loss.
+        surface: The loss at the distances `SURFACE`, in mean lengths.
+        num_evaluations: Evaluations of the loss.
+
+    """
+
+    mean_length: float
+    changes: tuple[float, ...]
+    surface: tuple[float, ...]
+    num_evaluations: int
+
+
+def random_directions(operator: LinearOperator, count: int, seed: int = 0) -> Iterator[Direction]:
+    """Random directions, the same for the same seed; one at a time, to spare memory.
+
+    Args:
+        operator: The Hessian, of which each of them takes one product.
+        count: How many.
+        seed: Seed of the vectors.
+
+    Raises:
+        NonFiniteCurvatureError: If the curvature along one of them is not finite.
+
+    """
+    generator = torch.Generator().manual_seed(seed)
+    space = space_of(operator)
+    for _ in range(count):
+        vector = space.random(generator)
+        vector /= space.norm(vector)
+        curvature = float(space.inner(vector, operator.matvec(vector)))
+        if not math.isfinite(curvature):
+            raise NonFiniteCurvatureError("The curvature along a random direction is not finite.")
+        yield Direction(curvature, vector)
+
+
+def parameter_norm(operator: LossHessian) -> float:
+    """The norm of all parameters together."""
+    return float(operator.space.norm(operator.layout.flatten(operator.parameters)))
+
+
+def noisy_start(operator: LossHessian, gradient: Tensor) -> NoisyLoss:
+    """The loss at the present parameters and its rounding, along a line on which the parameters hardly change.
+
+    Raises:
+        NonFiniteCurvatureError: If the loss or the gradient is not finite.
+
+    """
+    norm = float(operator.space.norm(gradient))
+    size = parameter_norm(operator)
+    start = noisy_loss(
+        lambda distances: operator.values_along(gradient, distances),
+        _NEARBY * size / norm if norm else 0.0,
+        precision=torch.finfo(operator.dtype).eps,
+    )
+    if not math.isfinite(start.value + norm):
+        raise NonFiniteCurvatureError("The loss or its gradient is not finite at the present parameters.")
+    return start
+
+
+def scan_direction(
+    operator: LossHessian,
+    direction: Direction,
+    gradient: Tensor,
+    start: NoisyLoss,
+    *,
+    scales: Sequence[float],
+    units: Units = "gradient",
+    points: int = 11,
+    max_bracket: float = 1000.0,
+) -> DirectionScan:
+    """Look at the loss along a direction, on the side on which it falls.
+
+    Args:
+        operator: The Hessian at the present parameters.
+        direction: The direction.
+        gradient: The gradient at the present parameters.
+        start: The loss there.
+        scales: Half widths of the windows over which loss and model are compared.
+        units: What a scale is a multiple of: the gradient's component, or 1 in parameter space.
+        points: Evaluations in each window.
+        max_bracket: How far to search for a minimum, see `scan_line`.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator
+        >>> from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, scan_direction
+        >>> x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> scale = torch.tensor([4.0, 1.0], dtype=torch.float64)
+        >>> hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [scale])
+        >>> axis = Direction(4.0, torch.tensor([1.0, 0.0], dtype=torch.float64))
+        >>> gradient = hessian.gradient()
+        >>> scan = scan_direction(hessian, axis, gradient, noisy_start(hessian, gradient), scales=[0.1])
+        >>> scan.slope, round(scan.line.search.step / scan.slope, 4)
+        (4.0, 0.25)
+
+    """
+    component = float(operator.space.inner(gradient, direction.vector))
+    slope, downhill = abs(component), -1.0 if component > 0 else 1.0
+
+    def loss_along(distances: Sequence[float]) -> Tensor:
+        return operator.values_along(direction.vector, [downhill * distance for distance in distances])
+
+    line = scan_line(
+        loss_along,
+        start,
+        slope,
+        direction.curvature,
+        scales=scales,
+        unit=slope if units == "gradient" else 1.0,
+        points=points,
+        max_bracket=max_bracket,
+    )
+    return DirectionScan(direction.curvature, slope, line)
+
+
+def scan_steps(
+    operator: LossHessian,
+    vector: Tensor,
+    start_loss: float,
+    components: Sequence[float],
+    *,
+    lr: float,
+    multiples: Sequence[float],
+) -> StepScan:
+    """Look at the loss along a direction in steps of SGD.
+
+    Args:
+        operator: The Hessian at the present parameters.
+        vector: The direction, a unit vector.
+        start_loss: The loss at the present parameters.
+        components: The components of mini-batch gradients along the direction.
+        lr: The learning rate.
+        multiples: Of each step, at which the change of the loss is averaged over the mini-batches.
+
+    """
+    steps = [-lr * component for component in components]
+    mean_length = sum(map(abs, steps)) / len(steps)
+    distances = [multiple * step for multiple in multiples for step in steps]
+    distances += [tick * mean_length for tick in SURFACE]
+    losses = operator.values_along(vector, distances)
+    changes = losses[: -len(SURFACE)].view(len(multiples), -1).mean(dim=1) - start_loss
+    return StepScan(mean_length, tuple(changes.tolist()), tuple(losses[-len(SURFACE) :].tolist()), len(distances))
+
+
+def batch_components(
+    operator: LossHessian, vector: Tensor, max_batches: int, *, rank: int = 0, world_size: int = 1
+) -> list[float]:
+    """The mini-batch gradients' components along a vector, those of all ranks in turn, up to so many.
+
+    Args:
+        operator: The Hessian, of whose batches the gradients are.
+        vector: The vector, of shape ``(size,)``.
+        max_batches: How many batches to use.
+        rank: The rank of a distributed measurement.
+        world_size: How many ranks there are; all of them have to call this together.
+
+    """
+    slots = max_batches * world_size
+    number = 0
+
+    def in_own_slot(components: Tensor, _: Tensor) -> Tensor:
+        nonlocal number
+        entries = components.new_zeros(2, slots)
+        slot = number * world_size + rank
+        entries[0, slot], entries[1, slot] = components[0], 1.0
+        number += 1
+        return entries.view(-1)
+
+    means = operator.mean_over_batches(vector[None], in_own_slot, 2 * slots, max_batches)
+    means = means.view(2, slots).cpu().double()
+    taken = means[1] > 0  # the mean of a slot is its entry over the number of all batches
+    components: list[float] = (means[0, taken] / means[1, taken]).tolist()
+    return components[:max_batches]

@@ -1,0 +1,272 @@
+"""A loss over fixed batches: each batch evaluated with the same random numbers every time, and means over all samples.
+
+A loss is evaluated inside of a context, ``with objective.evaluated(batch, values) as evaluation:``, since it has to be
+differentiated where it was evaluated: checkpointed layers are evaluated again then, and have to find the same values
+and the same surroundings. Random numbers are the same every time, so that all evaluations belong to one function. Sums
+over batches are turned into means over the samples of all ranks by one collective.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.compat.operations import eager, watched_checkpointing, without_graph
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss that was evaluated, ready to be differentiated.
+
+    Attributes:
+        loss: The loss of one batch, a scalar.
+        leaves: What it is to be differentiated with respect to, in the order of the parameters.
+        num_samples: Tells the number of samples that the loss is the mean of.
+        owner: What has to live as long as the graph of the loss.
+        is_recomputed: Whether layers are evaluated again when the loss is differentiated, which can happen only where
+            the loss was evaluated.
+
+    """
+
+    loss: Tensor
+    leaves: Sequence[Tensor]
+    num_samples: Callable[[], float]
+    owner: object = None
+    is_recomputed: bool = False
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A mean loss of a batch that can be evaluated at other values of its parameters.
+
+    One that evaluates a copy of the model may say so in an attribute ``is_copied = True``: it saves the search for what
+    could be changed from outside.
+    """
+
+    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> AbstractContextManager[Evaluation]:
+        """Evaluate the loss of a batch, with `values`, if any, in place of the parameters also while it lasts."""
+
+
+class Total:
+    """A weighted sum over this rank's batches.
+
+    Args:
+        buffer: What it is summed up in.
+
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.sum = buffer
+        self.weight = 0.0
+
+    def add(self, part: Tensor, weight: float) -> None:
+        """Add one batch's part."""
+        self.sum.add_(part, alpha=weight)
+        self.weight += weight
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.sum.zero_()
+        self.weight = 0.0
+
+
+class FixedBatches:
+    """A loss, the batches on which it is evaluated, and how much each of them counts.
+
+    Args:
+        objective: The loss.
+        batches: This rank's batches.
+        space: The space of the vectors in which sums are taken.
+        weights: Number of samples of each batch; as their evaluation tells if None.
+        ranks: The ranks of which each has its batches; a single one if None.
+
+    Attributes:
+        kernels: The context in which the loss is evaluated, to choose PyTorch's kernels. Dropout in attention draws its
+            mask in the kernel, so that values and derivatives with different kernels are not those of one function.
+
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        space: VectorSpace,
+        weights: Sequence[float] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._objective = objective
+        self._batches = list(batches)
+        self._space = space
+        self._ranks = Ranks() if ranks is None else ranks
+        self.kernels: Callable[[], AbstractContextManager[None]] = nullcontext
+        if not self._batches and self._ranks.is_single:
+            raise ValueError("`batches` should hold at least one batch, got none.")
+        self._weights = _checked_weights(weights, len(self._batches))
+        if len(self._batches) == 1 and weights is None and self._ranks.is_single:
+            self._weights = [1.0]  # the mean over one batch asks for no number of samples
+        self._given_weights = tuple(self._weights)
+        self._random_states = [RandomState.capture()]
+
+    def __len__(self) -> int:
+        """The number of this rank's batches."""
+        return len(self._batches)
+
+    def weight(self, index: int) -> float:
+        """The number of samples of a batch, known once it was evaluated."""
+        weight = self._weights[index]
+        assert weight is not None
+        return weight
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the loss says that it is evaluated on a copy of the model, of which nothing is left to be changed."""
+        return bool(getattr(self._objective, "is_copied", False))
+
+    @property
+    def solver(self) -> object:
+        """An object that stands for the solver that is at work, if one is that lets nothing change meanwhile."""
+        return self._ranks.solver
+
+    def tensors(self, index: int) -> list[Tensor]:
+        """The tensors in a batch, and views of the NumPy arrays in it."""
+        return [tensor for member in _members(self._batches[index]) if (tensor := _as_tensor(member)) is not None]
+
+    def forget_weights(self) -> None:
+        """Let the next evaluation of each batch tell its number of samples again, unless that was given."""
+        self._weights = list(self._given_weights)
+
+    @contextmanager
+    def evaluated(
+        self, index: int, values: Sequence[Tensor] | None = None, with_graph: bool = True
+    ) -> Iterator[Evaluation]:
+        """Evaluate the loss of one batch, with the same random numbers every time.
+
+        Args:
+            index: Which batch.
+            values: Other values of the parameters, if any.
+            with_graph: Whether it is to be differentiated.
+
+        Raises:
+            MeasurementError: If the loss is not a scalar tensor.
+
+        """
+        with (
+            preserved_randomness(self._random_states[index]),
+            torch.enable_grad() if with_graph else without_graph(),
+            eager(),
+            self.kernels(),
+            watched_checkpointing() as hooks,
+            self._objective.evaluated(self._batches[index], values) as evaluation,
+        ):
+            if index + 1 == len(self._random_states) < len(self):  # where the next batch begins
+                self._random_states.append(RandomState.capture())
+            if self._weights[index] is None:
+                self._weights[index] = float(evaluation.num_samples())
+            yield replace(evaluation, loss=_checked_scalar(evaluation.loss), is_recomputed=hooks.used)
+
+    @contextmanager
+    def mean(self, size: int, dtype: torch.dtype | None = None) -> Iterator[Total]:
+        """Turn a sum over this rank's samples into the mean over those of all ranks: one collective.
+
+        Args:
+            size: The length of what is summed.
+            dtype: Its dtype; that of the vectors if None.
+
+        Yields:
+            The sum to add to; its ``sum`` is the mean once the block is left.
+
+        Raises:
+            PeerFailureError: If another rank failed.
+            MeasurementError: If no rank has a batch.
+
+        """
+        buffer = torch.zeros(size + 2, dtype=dtype or self._space.dtype, device=self._space.device)
+        total = Total(buffer[:-2])
+        with self._ranks.summing(buffer):
+            yield total
+            buffer[-2] = total.weight
+        count = total.weight if self._ranks.is_single else float(buffer[-2])
+        if count == 0:
+            raise MeasurementError("No rank has a batch to measure the curvature on.")
+        if count != 1:
+            total.sum.div_(count)
+
+
+def _checked_scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise MeasurementError(f"The loss should be a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise MeasurementError(
+            f"The loss should be a scalar, got a tensor of shape {tuple(loss.shape)}. Reduce it, for example with"
+            " `.mean()`."
+        )
+    return loss.reshape(())
+
+
+def _checked_weights(weights: Sequence[float] | None, num_batches: int) -> list[float | None]:
+    if weights is None:
+        return [None] * num_batches
+    if len(weights) != num_batches:
+        raise ValueError(f"`weights` should hold one number for each of {num_batches} batches, got {len(weights)}.")
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"`weights` should be positive, got {list(weights)}.")
+    return [float(weight) for weight in weights]
+
+
+def num_samples(batch: Any) -> int:
+    """The number of samples of a batch: the leading dimension of the first tensor in it that has one.
+
+    Raises:
+        ValueError: If there is no such tensor.
+
+    """
+    for member in _members(batch):
+        if isinstance(member, Tensor) and member.ndim:
+            return member.shape[0]
+    raise ValueError(
+        f"The number of samples of a batch of type {type(batch).__name__} is not known, since it holds no tensor with a"
+        " leading dimension. Give `weights`."
+    )
+
+
+def _members(batch: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """The tensors and the arrays of a nested structure, in order; objects that hold each other are looked into once."""
+    seen = set() if seen is None else seen
+    if isinstance(batch, type) or id(batch) in seen:
+        return
+    seen.add(id(batch))
+    if isinstance(batch, (Tensor, np.ndarray)):
+        yield batch
+        return
+    members: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        members = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        members = batch
+    elif is_dataclass(batch):
+        members = [getattr(batch, field.name) for field in fields(batch)]
+    elif hasattr(batch, "__dict__"):
+        members = vars(batch).values()
+    for member in members:
+        yield from _members(member, seen)
+
+
+def _as_tensor(member: Any) -> Tensor | None:
+    """A tensor, or an array as a tensor that shares its memory, if there can be such a one."""
+    if isinstance(member, Tensor):
+        return member
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of arrays that are read-only
+            return torch.from_numpy(member)
+    except (TypeError, ValueError):  # an array of strings, or one that is reversed
+        return None

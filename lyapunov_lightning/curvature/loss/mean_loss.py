@@ -1,0 +1,225 @@
+"""The mean loss over fixed batches: its value, its gradient, its values along a line."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
+from lyapunov_lightning.curvature.compat.operations import check_twice_differentiable, differentiated, nodes
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, FixedBatches, Total
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+
+
+class MeanLoss:
+    """The mean of a loss over all samples of fixed batches, those of all ranks.
+
+    Args:
+        batches: The loss with its batches.
+        parameters: What it is a function of.
+        layout: How they form a vector.
+
+    """
+
+    def __init__(self, batches: FixedBatches, parameters: Sequence[Tensor], layout: FlatLayout) -> None:
+        self.batches = batches
+        self._parameters = parameters
+        self._layout = layout
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget how the loss has to be evaluated, to find it out again."""
+        self._is_substituted = False
+        self._needs_graph = False
+
+    def value(self, displacement: Tensor | None = None) -> float:
+        """The mean loss.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+        with self.batches.mean(1, self._sum_dtype) as total:
+            self._add_values(total, [displacement])
+        return float(total.sum)
+
+    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+        """The mean loss at several points of a line through the present parameters.
+
+        Args:
+            direction: The line's direction, of shape ``(size,)``.
+            distances: Where on the line to evaluate the loss, in multiples of `direction`.
+
+        Returns:
+            A float64 vector on the CPU, one number for each distance.
+
+        """
+        if not distances:
+            return torch.zeros(0, dtype=torch.float64)
+        with self.batches.mean(len(distances), self._sum_dtype) as total:
+            self._add_values(total, (distance * direction for distance in distances))
+        return total.sum.to("cpu", torch.float64)
+
+    def gradient(self, displacement: Tensor | None = None) -> Tensor:
+        """The gradient of the mean loss, of shape ``(size,)``.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+        with self.batches.mean(self._layout.size) as total:
+            for index in range(len(self.batches)):
+                total.add(self.batch_gradient(index, displacement), self.batches.weight(index))
+        return total.sum
+
+    def batch_gradient(self, index: int, displacement: Tensor | None = None) -> Tensor:
+        """The gradient of one batch's loss, of shape ``(size,)``."""
+        with self.batches.evaluated(index, self.displaced(displacement)) as evaluation:
+            gradient = self.gradient_of(evaluation)
+        return self._layout.flatten(gradient)
+
+    def gradient_of(self, evaluation: Evaluation, create_graph: bool = False) -> list[Tensor | None]:
+        """The gradient of a loss that was evaluated, one entry for each parameter; None stands for zeros.
+
+        Raises:
+            MeasurementError: If the loss depends on the parameters themselves where it should on other values, or if
+                a layer writes to ``.grad`` instead of returning its gradient.
+            RuntimeError: If the gradient with its graph cannot be differentiated once more.
+
+        """
+        loss, leaves = evaluation.loss, evaluation.leaves
+        if not loss.requires_grad:
+            return [None] * len(leaves)
+        with torch._C.DisableTorchFunction():  # the modes of the loss would see each look at a parameter
+            one = torch.ones_like(loss)
+            if create_graph:
+                one.requires_grad_(check_twice_differentiable(loss))
+            is_trained = [leaf.requires_grad for leaf in leaves]
+            trainable = list(compress(leaves, is_trained))
+            own = set(map(id, leaves))
+            present = [p for p in self._parameters if id(p) not in own and p.requires_grad]
+        marked = of_a_second_derivative() if create_graph else nullcontext()
+        with _unwritten_gradients(trainable + present), marked:
+            gradient = differentiated(
+                (loss,),
+                (one,),
+                trainable + present,
+                retain_graph=create_graph,
+                create_graph=create_graph,
+            )
+        if any(entry is not None for entry in gradient[len(trainable) :]):
+            raise MeasurementError(_NOT_SUBSTITUTED)
+        entries = iter(gradient)
+        return [next(entries) if trained else None for trained in is_trained]
+
+    def displaced(self, displacement: Tensor | None) -> list[Tensor] | None:
+        """The parameters at a distance from where they are.
+
+        Raises:
+            MeasurementError: If the distance would be lost in the rounding of half-precision parameters.
+
+        """
+        if displacement is None:
+            return None
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+            raise MeasurementError(
+                "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
+                " float32 (mixed precision does), or use `method='double_backward'`."
+            )
+        pieces = self._layout.split(displacement.detach().to(dtype=self._layout.dtype, device=self._layout.device))
+        is_trained = [parameter.requires_grad for parameter in self._parameters]
+        values = [parameter.detach() for parameter in self._parameters]
+        if any(is_trained):  # one call for all, since models may have thousands
+            moved = iter(torch._foreach_add(list(compress(values, is_trained)), list(compress(pieces, is_trained))))
+            values = [
+                next(moved).requires_grad_() if trained else value
+                for value, trained in zip(values, is_trained, strict=True)
+            ]
+        return values
+
+    def _add_values(self, total: Total, displacements: Iterable[Tensor | None]) -> None:
+        """Add the losses at several points, one point after the other to need the memory of one displaced copy."""
+        for place, displacement in enumerate(displacements):
+            values = self.displaced(displacement)
+            total.weight = 0.0
+            for index in range(len(self.batches)):
+                value = self._batch_value(index, values)  # which may tell its weight
+                total.sum[place] += self.batches.weight(index) * value.to(total.sum)
+                total.weight += self.batches.weight(index)
+
+    def _batch_value(self, index: int, values: Sequence[Tensor] | None) -> Tensor:
+        """The loss of one batch, evaluated without a graph where that is possible.
+
+        The graph tells whether the loss depends on the parameters in ways that cannot be substituted, which is looked
+        at once; and a loss that differentiates on its own account, such as a penalty on gradients, fails without one.
+        """
+        is_checked = values is None or self._is_substituted
+        if is_checked and not self._needs_graph:
+            try:
+                with self.batches.evaluated(index, values, with_graph=False) as evaluation:
+                    return evaluation.loss
+            except (MeasurementError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # raised again below unless it is for the lack of a graph
+                pass
+        with self.batches.evaluated(index, values) as evaluation:
+            if not is_checked:
+                self._check_substituted(evaluation)
+                self._is_substituted = True
+            else:
+                self._needs_graph = True
+            return evaluation.loss.detach()
+
+    def _check_substituted(self, evaluation: Evaluation) -> None:
+        """Make sure that a loss at other values of the parameters does not depend on the present ones."""
+        own = {id(leaf) for leaf in evaluation.leaves}
+        present = {id(parameter) for parameter in self._parameters} - own
+        if any(id(getattr(node, "variable", None)) in present for node in nodes([evaluation.loss])):
+            raise MeasurementError(_NOT_SUBSTITUTED)
+
+    @property
+    def _sum_dtype(self) -> torch.dtype:
+        """In which losses are summed: differences of losses are small, so rounding should not add to that of each."""
+        is_mps = self._layout.device.type == "mps"  # which has no float64
+        return self._layout.dtype if is_mps else torch.float64
+
+
+@contextmanager
+def _unwritten_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put aside what tensors hold in ``.grad``, and refuse a layer that writes there while others are differentiated.
+
+    Raises:
+        MeasurementError: If there is such a layer; what it wrote is gone.
+
+    """
+    unobserved = torch._C.DisableTorchFunction  # a mode would take this for the loss's own look at `.grad`
+    with unobserved():
+        leaves = [tensor for tensor in tensors if tensor.is_leaf]
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+    written = False
+    try:
+        yield
+        with unobserved():
+            written = any(leaf.grad is not None for leaf in leaves)
+    finally:
+        with unobserved():
+            for leaf, gradient in zip(leaves, before, strict=True):
+                leaf.grad = gradient
+    if written:
+        raise MeasurementError(
+            "A layer of the model runs a backward pass of its own while its gradient is taken, and writes to `.grad`"
+            " in place of returning a gradient. Use a layer that returns it, such as checkpointing by"
+            " `torch.utils.checkpoint`."
+        )
+
+
+_NOT_SUBSTITUTED = (
+    "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function or a"
+    " reference kept outside the module. Use `method='double_backward'`, or a loss with a method"
+    " `evaluated(batch, values)`."
+)

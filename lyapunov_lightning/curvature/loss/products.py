@@ -1,0 +1,280 @@
+"""Three ways to a Hessian-vector product.
+
+In the order in which ``method="auto"`` prefers them:
+
+- *double backward*: differentiate ``gᵀv``. The graph of the gradient is built once for fixed batches and kept, so that
+  a product costs about two gradients; when it does not fit into the memory bound it is rebuilt for every product, which
+  costs about three (B. Pearlmutter, "Fast exact multiplication by the Hessian", 1994).
+- *forward over reverse*: the directional derivative of the gradient in forward mode. Exact as well, keeps no graph.
+- *finite difference*: ``(g(θ + εv) - g(θ - εv)) / 2ε``. Needs a single backward only, so it works with kernels that
+  cannot be differentiated twice; it sees the curvature smoothed over ``ε``, the kinks of a ReLU network among it. How
+  long ``ε`` should be is found out by `lyapunov_lightning.curvature.loss.difference_step`.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
+from lyapunov_lightning.curvature.compat.operations import TwiceDifferentiableOperations, differentiated, dtypes_behind
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
+from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph, KeptGraphs
+from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
+from lyapunov_lightning.curvature.loss.sources import Sources
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+
+Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
+
+
+class Product(Protocol):
+    """A way to the product of one batch's Hessian with a vector, and to its gradient."""
+
+    name: str
+
+    def refresh(self) -> None:
+        """Drop what is out of date; to be called before the gradients of all batches."""
+
+    def prepared(self, vector: Tensor) -> Any:
+        """What the products of all batches with a vector have in common; to be made right before them."""
+
+    def products(self, index: int, directions: Sequence[Any]) -> list[Tensor]:
+        """The products of one batch's Hessian with prepared vectors, each of shape ``(size,)``."""
+
+    def gradient(self, index: int) -> Tensor:
+        """The gradient for one batch at the present parameters, of shape ``(size,)``."""
+
+
+class DoubleBackward:
+    """Differentiates the gradient along the vector, and keeps the graphs of gradients.
+
+    Args:
+        loss: The mean loss.
+        parameters: What it is a function of.
+        layout: How they form a vector.
+        max_graph_bytes: The most memory that kept graphs may hold.
+
+    Attributes:
+        graphs: The graphs that are kept.
+
+    """
+
+    name = "double_backward"
+
+    def __init__(self, loss: MeanLoss, parameters: Sequence[Tensor], layout: FlatLayout, max_graph_bytes: int) -> None:
+        self._loss = loss
+        self._parameters = parameters
+        self._layout = layout
+        self.graphs = KeptGraphs(parameters, max_graph_bytes)
+        self._trusted: object = None
+
+    def prepared(self, vector: Tensor) -> list[Tensor]:
+        """The vector in pieces, one for each parameter; drops graphs that are out of date."""
+        self.refresh()
+        return self._layout.split(vector)
+
+    def product(self, index: int, direction: list[Tensor]) -> Tensor:
+        """The product for one batch."""
+        return self.products(index, [direction])[0]
+
+    def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The products for one batch, by one graph."""
+        kept = self.graphs[index]
+        if kept is not None:
+            return self._all_multiplied(kept, directions, retain_graph=True)
+        with ExitStack() as stack:
+            stack.enter_context(TwiceDifferentiableOperations())
+            batch = self._loss.batches.tensors(index)
+            sources = None
+            if self.graphs.has_room(index) and not self._loss.batches.is_copied:
+                sources = stack.enter_context(Sources([*self._parameters, *batch]))
+            evaluation = stack.enter_context(self._loss.batches.evaluated(index))
+            graph = self._graph(evaluation)
+            if evaluation.is_recomputed:
+                return self._all_multiplied(graph, directions, retain_graph=False)
+            if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._parameters)):
+                sources = None  # a copy that does not say so
+            with torch._C.DisableTorchFunction():  # what follows is no part of the loss
+                is_kept = self.graphs.keep(index, graph, batch, sources)
+            del evaluation
+        return self._all_multiplied(graph, directions, retain_graph=is_kept)
+
+    def gradient(self, index: int) -> Tensor:
+        """The gradient for one batch, which a kept graph has already."""
+        kept = self.graphs[index]
+        if kept is not None:
+            return self._layout.flatten(kept.gradient)
+        return self._loss.batch_gradient(index)
+
+    def refresh(self) -> None:
+        """Drop graphs that are out of date; looked at once in a solver, in which nobody can change anything."""
+        solver = self._loss.batches.solver
+        if solver is None or solver is not self._trusted:
+            self.graphs.refresh()
+            self._trusted = solver
+
+    def _graph(self, evaluation: Evaluation) -> GradientGraph:
+        """What is kept of an evaluation."""
+        gradient = self._loss.gradient_of(evaluation, create_graph=True)
+        return GradientGraph(gradient, evaluation.leaves, evaluation.owner)
+
+    def _all_multiplied(
+        self, graph: GradientGraph, directions: Sequence[list[Tensor]], retain_graph: bool
+    ) -> list[Tensor]:
+        last = len(directions) - 1
+        return [self._multiplied(graph, d, retain_graph or place < last) for place, d in enumerate(directions)]
+
+    def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
+        """The product that is to be had of a graph."""
+        pairs = zip(graph.gradient, direction, strict=True)
+        active = [(entry, piece) for entry, piece in pairs if entry is not None and entry.requires_grad]
+        if not active:  # a loss that is linear in the parameters
+            return self._layout.zeros()
+        outputs, cotangents = zip(*active, strict=True)
+        trainable = [leaf for leaf in graph.leaves if leaf.requires_grad]
+        with of_a_second_derivative():
+            entries = iter(differentiated(outputs, cotangents, trainable, retain_graph=retain_graph))
+        return self._layout.flatten([next(entries) if leaf.requires_grad else None for leaf in graph.leaves])
+
+
+class ForwardOverReverse:
+    """Differentiates the gradient in forward mode along the vector.
+
+    Args:
+        loss: The mean loss.
+        parameters: What it is a function of.
+        layout: How they form a vector.
+
+    """
+
+    name = "forward_over_reverse"
+
+    def __init__(self, loss: MeanLoss, parameters: Sequence[Tensor], layout: FlatLayout) -> None:
+        self._loss = loss
+        self._parameters = parameters
+        self._layout = layout
+
+    def prepared(self, vector: Tensor) -> list[Tensor]:
+        """The vector in pieces, one for each parameter."""
+        return self._layout.split(vector)
+
+    def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The products for one batch, each by an evaluation of its own."""
+        return [self._product(index, direction) for direction in directions]
+
+    def _product(self, index: int, direction: list[Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(parameter.detach(), piece).requires_grad_()
+                if parameter.requires_grad
+                else parameter.detach()
+                for parameter, piece in zip(self._parameters, direction, strict=True)
+            ]
+            with TwiceDifferentiableOperations(duals), self._loss.batches.evaluated(index, duals) as evaluation:
+                # Formulas of derivatives take another way where they are differentiated again in reverse, and some of
+                # those that they take otherwise, such as that of a determinant, lose the tangents.
+                gradient = self._loss.gradient_of(evaluation, create_graph=True)
+            pairs = [None if entry is None else forward_ad.unpack_dual(entry) for entry in gradient]
+            product = self._layout.flatten([None if pair is None else pair.tangent for pair in pairs])
+            primal = self._layout.flatten([None if pair is None else pair.primal for pair in pairs])
+            self._check_slope(evaluation.loss, primal, self._layout.flatten(direction))
+            return product
+
+    def gradient(self, index: int) -> Tensor:
+        """The gradient for one batch."""
+        return self._loss.batch_gradient(index)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def _check_slope(self, loss: Tensor, gradient: Tensor, direction: Tensor) -> None:
+        """Make sure that the forward derivative of the loss is its gradient times the direction.
+
+        Raises:
+            RuntimeError: If a function in the loss has a wrong forward derivative, or none and does not say so.
+
+        """
+        value, tangent = forward_ad.unpack_dual(loss)
+        slope = gradient.new_zeros(()) if tangent is None else tangent
+        error = (slope - gradient @ direction).abs()
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes_behind(loss))
+        length = torch.linalg.vector_norm(direction)
+        usual = torch.linalg.vector_norm(gradient) * length / len(gradient) ** 0.5
+        if bool(error > rounding**0.4 * usual + 1e3 * rounding * (1 + value.abs()) * length):
+            raise RuntimeError(
+                f"The loss has a forward derivative of {float(slope):g} where its gradient says"
+                f" {float(gradient @ direction):g}: a function in it has a wrong one in forward mode AD."
+            )
+
+
+class FiniteDifference:
+    """Takes the central difference of gradients along the vector.
+
+    Args:
+        loss: The mean loss.
+        layout: How the parameters form a vector.
+        step: The distance to both sides, in parameter space; to be set before there are products if None.
+
+    Attributes:
+        step: This distance.
+
+    """
+
+    name = "finite_difference"
+
+    def __init__(self, loss: MeanLoss, layout: FlatLayout, step: float | None) -> None:
+        self._loss = loss
+        self._layout = layout
+        self._space = layout.space()
+        self.step = step
+
+    def prepared(self, vector: Tensor, step: float | None = None) -> tuple[Tensor, Tensor]:
+        """The displacement to one side, and what the difference is to be multiplied by; both stay on the device."""
+        step = step or self.step
+        assert step is not None
+        self._layout.split(vector)  # which refuses other shapes
+        norm = self._space.norm(vector)
+        displacement = vector * (step / torch.where(norm > 0, norm, 1))
+        return displacement, norm / (2 * step)
+
+    def products(self, index: int, directions: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The products for one batch, each by two gradients."""
+        return [self._product(index, *direction) for direction in directions]
+
+    def _product(self, index: int, displacement: Tensor, factor: Tensor) -> Tensor:
+        ahead = self._displaced_gradient(index, displacement)
+        behind = self._displaced_gradient(index, -displacement)
+        return ahead.sub_(behind).mul_(factor)
+
+    def gradient(self, index: int) -> Tensor:
+        """The gradient for one batch."""
+        return self._loss.batch_gradient(index)
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def check(self, index: int) -> None:
+        """Make sure that one batch has what is needed: a gradient that is precise enough.
+
+        Raises:
+            MeasurementError: If it is rounded to half precision.
+
+        """
+        self._displaced_gradient(index, self._layout.zeros())
+
+    def _displaced_gradient(self, index: int, displacement: Tensor) -> Tensor:
+        with self._loss.batches.evaluated(index, self._loss.displaced(displacement)) as evaluation:
+            with torch._C.DisableTorchFunction():  # this is no part of the loss
+                narrow = dtypes_behind(evaluation.loss) & {torch.float16, torch.bfloat16}
+            if narrow:
+                raise MeasurementError(
+                    "Finite differences are lost in the rounding of half precision: the loss, or a part of it, is"
+                    f" computed in {' and '.join(sorted(map(str, narrow)))}. Compute it in float32, without autocast,"
+                    " or use `method='double_backward'`."
+                )
+            gradient = self._loss.gradient_of(evaluation)
+        return self._layout.flatten(gradient)

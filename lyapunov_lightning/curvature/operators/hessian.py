@@ -1,0 +1,298 @@
+"""The Hessian of a mean loss as a linear operator."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.loss.difference_step import first_step, fitting_step
+from lyapunov_lightning.curvature.loss.fixed_batches import Objective, Total, num_samples
+from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
+from lyapunov_lightning.curvature.loss.products import Method
+from lyapunov_lightning.curvature.loss.second_derivative import SecondDerivative
+from lyapunov_lightning.curvature.loss.substitution import SubstitutedLoss
+from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
+from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
+from lyapunov_lightning.curvature.operators.mean_operator import MeanOperator
+
+
+class HessianOperator(MeanOperator):
+    r"""The Hessian of the mean loss over fixed batches, known by its products ``v -> Hv``.
+
+    The operator is that of ``L(θ) = Σ_b N_b L_b(θ) / Σ_b N_b`` with ``N_b`` samples in batch ``b``: the mean over the
+    samples also where the last batch is smaller. Every evaluation of a batch sees the same random numbers, so that
+    dropout masks are those of one and the same function, and leaves the global generators as they were. Neither the
+    parameters nor their ``.grad`` are touched.
+
+    Parameters that require no gradient, or that the loss does not depend on, are rows and columns of zeros. A parameter
+    that is given twice (tied weights) counts once.
+
+    The operator is that of the loss as it is now: gradient graphs that were kept are built anew after a change to the
+    parameters, to the tensors and arrays in the batches, to buffers and other tensors that the loss uses, in whatever
+    way it was made (optimizer steps, ``.data``, NumPy), after layers were switched between training and evaluation, and
+    in another autocast region. It is looked for before each product, and once in a solver, during which nothing should
+    be changed. What is not noticed: numbers, lists and other objects of Python that the loss reads, changes of
+    attributes of layers other than ``training``, of arrays and files that it reads itself, and writes that PyTorch does
+    not count to tensors of more than 64 MiB outside of the batches. After these, call `reset`.
+
+    The loss is evaluated in the autocast region in which a method is called; its derivatives and all sums are taken
+    outside of it, so that vectors keep their precision.
+
+    With a loss that holds a part constant (``detach``, ``torch.no_grad``) exact products are those of the loss with
+    this part held constant; finite differences, and `value` and `gradient` at a displacement, move it with the rest.
+
+    Args:
+        loss: Maps a batch to its scalar mean loss, as a function of `parameters` at their present values. If it has a
+            method ``evaluated(batch, values)``, see `Objective`, that is used; else the parameters are substituted in
+            the operations that `loss` performs where other values are needed.
+        parameters: The parameters, the coordinates of the vectors in this order; or pairs of a name and a parameter,
+            such as ``model.named_parameters()``.
+        batches: The batches, in any structure that `loss` understands.
+        method: How products are computed, see `lyapunov_lightning.curvature.loss.products`. ``"auto"`` is double
+            backward, and finite differences with one warning where PyTorch cannot differentiate twice. Errors of
+            another kind are raised as they are, those of a device or of the network after a second attempt.
+        weights: Number of samples ``N_b`` of each batch. By default what an `Objective` says, else the leading
+            dimension of the batch's first tensor.
+        step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
+            distance to both sides. By default one that fits the loss, found by 7 to 15 gradients before the first such
+            product, and kept: in float32 at most 5e-2, at which it stays where kinks, those of ReLU, leave no better
+            one, and less the sharper the loss is.
+        max_graph_bytes: The most memory that kept gradient graphs may hold. Batches whose graph does not fit any more
+            are differentiated anew for every product; 0 keeps none.
+        reduce: Sums a flat buffer over all ranks of a distributed measurement, in place. It is called once a product,
+            and while the `step` is found. The operator is then that of the union of all ranks' batches, some of which
+            may have none.
+        on_fallback: Called when ``"auto"`` falls back to finite differences, before the warning; on all ranks, also
+            those whose own batches, if any, could be differentiated twice.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        MeasurementError: If PyTorch cannot compute what was asked for, with the reason; in `matvec`, `gradient` and
+            `value`.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator
+        >>> x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        >>> batches = [torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)]
+        >>> hessian = HessianOperator(lambda batch: (batch @ x).square().mean() / 2, [x], batches)
+        >>> hessian.matvec(torch.ones(2, dtype=torch.float64))
+        tensor([0.5000, 2.0000], dtype=torch.float64)
+
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any], Tensor] | Objective,
+        parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+        batches: Iterable[Any],
+        *,
+        method: Method = "auto",
+        weights: Sequence[float] | None = None,
+        step: float | None = None,
+        max_graph_bytes: int = 2**29,
+        reduce: Callable[[Tensor], None] | None = None,
+        on_fallback: Callable[[], None] | None = None,
+    ) -> None:
+        if method not in get_args(Method):
+            raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
+        if step is not None and not step > 0:
+            raise ValueError(f"`step` should be a positive float, got {step}.")
+        super().__init__(parameters, max_graph_bytes, reduce)
+        batches = list(batches)
+        if not isinstance(loss, Objective):
+            loss = SubstitutedLoss(loss, self.parameters)
+            if weights is None and (len(batches) > 1 or reduce is not None):
+                weights = [float(num_samples(batch)) for batch in batches]
+        self._average_over(loss, batches, weights)
+        self._loss = MeanLoss(self._batches, self.parameters, self.layout)
+        self._derivative = SecondDerivative(
+            self._loss,
+            self.parameters,
+            self.layout,
+            method=method,
+            step=step,
+            max_graph_bytes=max_graph_bytes,
+            on_fallback=on_fallback,
+        )
+
+    @property
+    def method(self) -> str:
+        """How products are computed at present; `auto` may have fallen back to finite differences."""
+        return self._derivative.method
+
+    @property
+    def step(self) -> float | None:
+        """Length of the finite-difference step; None as long as none was needed."""
+        return self._derivative.step
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the kept gradient graphs hold."""
+        return self._derivative.graph_bytes
+
+    def gradient(self, displacement: Tensor | None = None) -> Tensor:
+        """The gradient of the mean loss, of shape ``(size,)``.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+        with torch.inference_mode(False):
+            if displacement is not None:
+                return self._loss.gradient(displacement)
+            with self._batches.mean(self.size) as total:
+                self._derivative.add_gradients(total)
+            return total.sum
+
+    def value(self, displacement: Tensor | None = None) -> float:
+        """The mean loss.
+
+        Args:
+            displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+
+        """
+        with torch.inference_mode(False):
+            return self._loss.value(displacement)
+
+    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+        """The mean loss at several points of a line through the present parameters.
+
+        One point is evaluated after the other, so that the memory is that of one displaced copy of the parameters, and
+        each sees the same random numbers; the ranks of a distributed measurement meet once for all points.
+
+        Args:
+            direction: The line's direction, of shape ``(size,)``.
+            distances: Where on the line to evaluate the loss, in multiples of `direction`.
+
+        Returns:
+            A float64 vector on the CPU, one number for each distance.
+
+        """
+        with torch.inference_mode(False):
+            return self._loss.values_along(direction, distances)
+
+    def batch_gradients(self, max_batches: int | None = None) -> Iterator[Tensor]:
+        """The gradients of this rank's batches, of shape ``(size,)``, one after the other.
+
+        Args:
+            max_batches: How many of the batches; all if None.
+
+        """
+        gradients = self._derivative.gradients(max_batches)
+        while True:
+            with torch.inference_mode(False):
+                gradient = next(gradients, None)
+            if gradient is None:
+                return
+            yield gradient
+
+    def mean_over_batches(
+        self, vectors: Tensor, statistic: Statistic, size: int, max_batches: int | None = None
+    ) -> Tensor:
+        """The mean of a statistic of the mini-batch gradients along some vectors, each batch counted once.
+
+        Where the gradient graphs are kept, the gradients cost nothing more.
+
+        Args:
+            vectors: Shape ``(k, length)``: one vector for each row.
+            statistic: Maps the components of one batch's gradient along the vectors, of shape ``(k,)``, and its norm to
+                a vector.
+            size: The length of that vector.
+            max_batches: How many of each rank's batches to use; all if None.
+
+        Returns:
+            A vector of shape ``(size,)``.
+
+        """
+        with self._batches.mean(size) as total:
+            for gradient in self.batch_gradients(max_batches):
+                norm = torch.linalg.vector_norm(gradient)
+                total.add(statistic(self.space.inner(vectors, gradient), norm), 1.0)
+        return total.sum
+
+    def raise_at_once(self) -> None:
+        """Let errors be raised as they are from now on, with no second attempt and no other way to a product.
+
+        For an operator whose evaluations other ranks take part in: one rank cannot make one more of them.
+        """
+        self._derivative.raises_at_once = True
+
+    def reset(self) -> None:
+        """Forget what was found out: gradient graphs, numbers of samples, the lack of a derivative, the step.
+
+        The next call reads everything anew: the parameters, the batches, and whatever else the loss depends on. The
+        random numbers stay those of the same function. Only needed after changes that are not noticed, see above.
+        """
+        self._derivative.reset()
+        self._loss.reset()
+        self._batches.forget_weights()
+
+    def check(self, *, seed: int = 0, finite_difference: bool = False) -> OperatorCheck:
+        """Measure how symmetric and how deterministic the products are, see `OperatorCheck`.
+
+        It costs four products, whose graphs are built anew. The comparison costs two gradients, and what it takes to
+        find the `step` where none is known.
+
+        Args:
+            seed: Seed of the random vectors.
+            finite_difference: Whether to compare a product with a finite difference of gradients as well.
+
+        Example::
+
+            >>> import torch
+            >>> from lyapunov_lightning.curvature import HessianOperator
+            >>> x = torch.ones(3, requires_grad=True)
+            >>> hessian = HessianOperator(lambda batch: (batch * x).tanh().sum(), [x], [torch.arange(3.0)])
+            >>> check = hessian.check()
+            >>> check.is_symmetric, check.is_deterministic
+            (True, True)
+
+        """
+        reference = self._difference if finite_difference else None
+        return check_operator(self, seed=seed, between=self._derivative.drop_graphs, reference=reference)
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        if self._derivative.lacks_step:
+            self._find_step()
+        may_fall_back = self._derivative.may_fall_back
+        products = super()._products(vectors)
+        if not may_fall_back or not self._has_fallen_back(products):
+            return products
+        # Not the ranks that have no batch, nor those that have none of the kind that cannot be differentiated twice.
+        self._derivative.fall_back()
+        self._find_step()
+        self.num_matvecs -= len(vectors)
+        return super()._products(vectors)
+
+    def _add_products(self, total: Total, vectors: Tensor) -> None:
+        self._derivative.add_products(total, vectors)
+
+    def _has_fallen_back(self, products: Tensor) -> bool:
+        """Whether a rank has gone over to finite differences, and has no step for them."""
+        lacks_step = self._derivative.lacks_step
+        if self._ranks.is_single:
+            return lacks_step
+        if not products.numel() or not bool(products.view(-1)[0].isnan()):
+            return False
+        return float(self.space.agreed(torch.tensor([float(lacks_step)]))) > 0
+
+    def _find_step(self) -> None:
+        """Choose the length of the finite-difference step, with all ranks."""
+        with torch.inference_mode(False), self.space.together():
+            longest = first_step(self.parameters, self.space)
+            self._derivative.step = fitting_step(self._difference_over, self.gradient(), longest, self.space)
+
+    def _difference_over(self, vector: Tensor, step: float | None) -> Tensor:
+        with self._batches.mean(self.size) as total:
+            self._derivative.add_differences(total, vector, step)
+        return total.sum
+
+    def _difference(self, vector: Tensor) -> Tensor:
+        """The product by finite differences."""
+        if self._derivative.step is None:
+            self._find_step()
+        with torch.inference_mode(False):
+            return self._difference_over(vector, None)

@@ -1,0 +1,61 @@
+"""What is asked of the Hessian of a mean loss, however its products are computed and its vectors are stored."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.operators.checks import OperatorCheck
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""Maps the components of a gradient along some vectors, of shape ``(k,)``, and its norm to a vector."""
+
+
+class LossHessian(LinearOperator, Protocol):
+    """The Hessian of a mean loss, with the loss and its gradient: a `HessianOperator`, or one of a sharded model.
+
+    Vectors are tensors of shape ``(space.length,)``: the whole vector, or this rank's part of it. Inner products and
+    norms are those of the space.
+
+    """
+
+    num_matvecs: int
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What the loss is a function of."""
+
+    @property
+    def layout(self) -> FlatLayout:
+        """How they form a vector."""
+
+    @property
+    def space(self) -> VectorSpace:
+        """The space of the vectors."""
+
+    @property
+    def method(self) -> str:
+        """How products are computed at present."""
+
+    def gradient(self, displacement: Tensor | None = None) -> Tensor:
+        """The gradient, at a displacement from the present parameters."""
+
+    def value(self, displacement: Tensor | None = None) -> float:
+        """The loss, at a displacement from the present parameters."""
+
+    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+        """The loss at several points of a line through the present parameters."""
+
+    def mean_over_batches(
+        self, vectors: Tensor, statistic: Statistic, size: int, max_batches: int | None = None
+    ) -> Tensor:
+        """The mean of a statistic of the mini-batch gradients along some vectors."""
+
+    def check(self, *, seed: int = 0) -> OperatorCheck:
+        """How symmetric and how deterministic the products are."""
+
+    def reset(self) -> None:
+        """Forget what was found out by evaluations."""

@@ -1,0 +1,97 @@
+"""An operator that is a mean over fixed batches, known by its products with several vectors at a time."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
+from lyapunov_lightning.curvature.loss.fixed_batches import FixedBatches, Objective, Total
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+
+
+class MeanOperator(SymmetricOperator):
+    """The mean of a symmetric operator over all samples of fixed batches, those of all ranks.
+
+    Args:
+        parameters: The parameters, the coordinates of the vectors in this order: tensors, ``named_parameters()``, or a
+            dictionary.
+        max_graph_bytes: The most memory that kept graphs may hold.
+        reduce: Sums a flat buffer over all ranks of a distributed measurement, in place.
+
+    Attributes:
+        parameters: The parameters, each object once.
+        num_matvecs: Products so far; a block counts as many as it has columns.
+
+    """
+
+    layout: FlatLayout
+    _batches: FixedBatches
+    """By `_average_over`."""
+
+    def __init__(self, parameters: Any, max_graph_bytes: int, reduce: Callable[[Tensor], None] | None) -> None:
+        if max_graph_bytes < 0:
+            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
+        self.parameters, names = parameters_of(parameters)
+        layout = FlatLayout(self.parameters)
+        self._ranks = Ranks(reduce, layout.device)
+        super().__init__(layout.space(self._ranks), layout, names)
+        self.num_matvecs = 0
+
+    def _average_over(self, objective: Objective, batches: Sequence[Any], weights: Sequence[float] | None) -> None:
+        """Say what is averaged: the values of an objective at batches, with their weights."""
+        self._batches = FixedBatches(objective, batches, self.space, weights, self._ranks)
+
+    @property
+    def num_samples(self) -> float:
+        """Samples of this rank's batches, the sum of their weights; known once they were evaluated."""
+        return sum(map(self._batches.weight, range(len(self._batches))))
+
+    def follow(self, solver: object) -> None:
+        """Be part of an operator of which this is a solver, if any; see `Ranks.solver`."""
+        self._ranks.solver = solver
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product.
+
+        Args:
+            vector: Shape ``(size,)``.
+
+        Returns:
+            A new vector of shape ``(size,)``.
+
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
+        return self._products(vector[None])[0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """The products with several vectors, for which each batch is evaluated once and the ranks meet once.
+
+        Args:
+            block: Shape ``(size, k)``: the vectors as columns.
+
+        Returns:
+            A new tensor of shape ``(size, k)``.
+
+        """
+        if block.ndim != 2 or len(block) != self.size:
+            raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
+        return self._products(block.T).T
+
+    @abstractmethod
+    def _add_products(self, total: Total, vectors: Tensor) -> None:
+        """Add the products of all this rank's batches with the rows of a tensor, one after the other."""
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        """The products with the rows of a tensor, as the rows of another."""
+        self.num_matvecs += len(vectors)
+        if not len(vectors):
+            return torch.zeros_like(vectors, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False), self._batches.mean(vectors.numel()) as total:
+            vectors = vectors.detach().to(dtype=self.dtype, device=self.device, copy=vectors.is_inference())
+            self._add_products(total, vectors)
+        return total.sum.view(vectors.shape)

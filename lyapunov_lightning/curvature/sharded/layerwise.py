@@ -1,0 +1,134 @@
+"""The Hessian of a sharded model, by derivatives through the gathering of one layer after the other.
+
+Gathering a tensor from its shards is a linear map, whose transpose adds up the ranks' tensors and cuts the sum into
+shards, and the transpose of that is gathering again. So a loss that gathers each layer's parameters where it needs them
+can be differentiated with respect to the shards, as often as one likes, and everything at the border is a shard: the
+vector, the gradient, the product. A layer's whole gradient is gone as soon as it is cut, so that the memory is that of
+the parameters, which the graph holds, and not of several whole vectors beside them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lyapunov_lightning.curvature.operators.hessian import HessianOperator
+from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
+from lyapunov_lightning.curvature.sharded.base import Compute, ShardedHessian
+from lyapunov_lightning.curvature.sharded.collectives import Collectives
+from lyapunov_lightning.curvature.sharded.sharding import Sharding
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+
+
+class _Gather(torch.autograd.Function):
+    """Shards to whole tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, sharding: Sharding, layout: FlatLayout, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.cut = sharding, layout
+        return tuple(sharding.tensors_of(sharding.gathered(layout.flatten(shards))))
+
+    @staticmethod
+    def backward(ctx: Any, *wholes: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Scatter.apply(*ctx.cut, *wholes)
+
+
+class _Scatter(torch.autograd.Function):
+    """Whole tensors to shards of their sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, sharding: Sharding, layout: FlatLayout, *wholes: Tensor) -> tuple[Tensor, ...]:
+        ctx.cut = sharding, layout
+        flat = torch.cat([whole.detach().reshape(-1).to(sharding.dtype) for whole in wholes])
+        return tuple(layout.split(sharding.scattered_sum(flat)[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *shards: Tensor) -> tuple[Any, ...]:
+        return None, None, *_Gather.apply(*ctx.cut, *shards)
+
+
+class LayerSharding:
+    """The parameters of a layer, gathered together.
+
+    Args:
+        parameters: The sharded parameters.
+        collectives: Is told of every gather and scatter.
+
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], collectives: Collectives) -> None:
+        self._sharding, self._layout = Sharding(parameters, collectives), FlatLayout(parameters)
+
+    def gathered(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The whole tensors, differentiable with respect to the shards as often as one likes."""
+        wholes: tuple[Tensor, ...] = _Gather.apply(self._sharding, self._layout, *shards)
+        return wholes
+
+
+class LayerwiseHessian(ShardedHessian):
+    """The Hessian of a sharded model by derivatives through the gathering of its layers, see above.
+
+    Every rank has the same number of batches, and takes part in all evaluations. The loss of each is to be that of its
+    samples times their number.
+
+    """
+
+    way = "through gathering of layers"
+
+    def __init__(
+        self, *arguments: Any, samples_of: Callable[[int], float], num_batches: int, collectives: Collectives
+    ) -> None:
+        super().__init__(*arguments)
+        self._samples_of = samples_of
+        self._num_batches = num_batches
+        self._collectives = collectives
+        self._counts: dict[int | None, float] = {}
+
+    @override
+    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+        with self.space.together():
+            own = self._needed()
+            with self._collectives.followed(("values", len(distances))):
+                values = own.values_along(direction, distances) * self._num_batches
+            return self._ranks.summed(values) / self._count()
+
+    @override
+    def mean_over_batches(
+        self, vectors: Tensor, statistic: Statistic, size: int, max_batches: int | None = None
+    ) -> Tensor:
+        total = torch.zeros(size, dtype=self.dtype, device=self.device)
+        with self.space.together():
+            number = 0
+            gradients = self._needed().batch_gradients(max_batches)
+            while True:
+                with self._collectives.followed(("gradients", number, self.graph_bytes > 0)):
+                    gradient = next(gradients, None)
+                if gradient is None:
+                    break
+                gradient = gradient / self._count(number)
+                components = self.space.inner(vectors, gradient)
+                total += statistic(components, self.space.norm(gradient).to(components))
+                number += 1
+        return total / number
+
+    @override
+    def _mean(self, vector: Tensor | None, compute: Compute) -> Tensor:
+        own = self._needed()
+        self._ranks.meet()
+        with self._collectives.followed((compute, vector is None, self.graph_bytes > 0)):
+            found = compute(own, vector)
+        return found * (self._num_batches / self._count())
+
+    def _needed(self) -> HessianOperator:
+        own = self._present()
+        assert own is not None  # each rank has its batches
+        return own
+
+    def _count(self, index: int | None = None) -> float:
+        """Samples of all ranks, in one batch of each or in all of them."""
+        if index not in self._counts:  # they stay what they are
+            indices = range(self._num_batches) if index is None else [index]
+            self._counts[index] = self._ranks.sum_of(sum(map(self._samples_of, indices)))
+        return self._counts[index]

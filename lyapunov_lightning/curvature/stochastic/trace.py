@@ -1,0 +1,275 @@
+r"""Sums over all eigenvalues from random vectors: trace, Frobenius norm, diagonal.
+
+For a random vector ``z`` with independent entries of mean 0 and variance 1, ``zᵀAz``, ``‖Az‖²`` and ``z ⊙ Az`` have the
+means ``tr A``, ``‖A‖²_F`` and ``diag A`` (M. Hutchinson, 1990; C. Bekas, E. Kokiopoulou and Y. Saad, "An estimator for
+the diagonal of a matrix", 2007). A few eigenvalues far outside dominate the variance. With orthonormal vectors ``V``
+near to their eigenvectors and random vectors in the orthogonal complement, where ``P = I - VVᵀ``,
+
+.. math:: \operatorname{tr} A = \operatorname{tr} V^\top A V + \mathbb{E}\, z^\top P A P z, \qquad
+          \|A\|_F^2 = \|AV\|_F^2 + \mathbb{E}\, \|A P z\|^2,
+
+whatever ``V`` is: nothing has to be an eigenvector, the terms of ``V`` have only to be its own. So eigenpairs that are
+known enter with their values where they have converged, and at the price of a product each where not; and where none is
+known, a random sketch ``V = orth(A S)`` brings most of the way, at the price of two products a vector (Hutch++: R.
+Meyer, C. Musco, C. Musco and D. Woodruff, "Hutch++: optimal stochastic trace estimation", 2021).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.arguments import check_choice, check_int
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.stochastic.estimates import Estimate, estimate
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+Probes = Literal["gaussian", "signs"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all eigenvalues.
+
+    Attributes:
+        trace: The sum of the eigenvalues.
+        frobenius_norm: The root of the sum of their squares.
+        num_matvecs: Products that were spent.
+
+    """
+
+    trace: Estimate
+    frobenius_norm: Estimate
+    num_matvecs: int
+
+
+@dataclass(frozen=True)
+class DiagonalEstimate:
+    """A matrix's diagonal, estimated.
+
+    Attributes:
+        value: Shape ``(n,)``: the entries.
+        standard_error: Shape ``(n,)``: the standard error of each, estimated from the samples.
+        num_samples: How many random vectors there were, of which each took a product.
+
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    num_samples: int
+
+
+def stochastic_moments(
+    operator: LinearOperator,
+    *,
+    num_probes: int = 10,
+    known: Eigenpairs | None = None,
+    sketch: int = 0,
+    probes: Probes = "gaussian",
+    seed: int = 0,
+) -> Moments:
+    """Trace and Frobenius norm, one product a random vector.
+
+    The intervals of the estimates allow for one eigenvalue that dominates, and so are wide for few random vectors.
+    Outliers that are known or found by a sketch make the standard errors small, which counts for more.
+
+    Args:
+        operator: The symmetric operator.
+        num_probes: How many random vectors.
+        known: Eigenpairs whose vectors the random ones are kept orthogonal to, such as those of `lanczos`. Those that
+            have not converged take a product each.
+        sketch: How many directions of large eigenvalues to look for in advance, at two products each: about as many as
+            there are outliers that are not known.
+        probes: ``"gaussian"``, or ``"signs"`` (Rademacher vectors), of which the trace has a smaller error the more
+            the diagonal stands out; the intervals then do not hold for matrices that are nearly diagonal.
+        seed: Seed of the random vectors.
+
+    Returns:
+        The estimates with their standard errors.
+
+    Raises:
+        ValueError: If `num_probes` is less than 2, of which no error can be estimated, or another argument is out of
+            its range.
+        NonFiniteCurvatureError: If a product is not finite.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator, stochastic_moments
+        >>> x = torch.ones(50, dtype=torch.float64, requires_grad=True)
+        >>> hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [torch.ones(1)])
+        >>> low, high = stochastic_moments(hessian).trace.interval
+        >>> low <= 50 <= high
+        True
+
+    """
+    check_probes(num_probes)
+    check_int("sketch", sketch, least=0)
+    check_choice("probes", probes, Probes)
+    space = space_of(operator)
+    generator = torch.Generator().manual_seed(seed)
+    with space.together():
+        treated = _Treated(operator, space, known)
+        treated.sketch(sketch, generator)
+        pairs: list[Tensor] = []
+        for _ in range(num_probes):
+            vector = space.random(generator) if probes == "gaussian" else space.random_signs(generator)
+            treated.project(vector)
+            product = operator.matvec(vector)
+            pairs += [space.inner(vector, product), space.norm(product)]
+        numbers = read([*treated.pairs, *pairs], space).view(-1, 2)
+    exact, drawn = numbers.split([len(numbers) - num_probes, num_probes])
+    trace = estimate(drawn[:, 0], is_skewed=True)
+    square = estimate(drawn[:, 1].square(), is_skewed=True)
+    norm = (square.value + treated.square + float(exact[:, 1].square().sum())) ** 0.5
+    return Moments(
+        trace=Estimate(
+            trace.value + treated.trace + float(exact[:, 0].sum()), trace.standard_error, num_probes, is_skewed=True
+        ),
+        frobenius_norm=Estimate(norm, square.standard_error / (2 * norm) if norm else 0.0, num_probes, is_skewed=True),
+        num_matvecs=treated.num_matvecs + num_probes,
+    )
+
+
+def stochastic_diagonal(
+    operator: LinearOperator, *, num_probes: int = 10, known: Eigenpairs | None = None, seed: int = 0
+) -> DiagonalEstimate:
+    """The diagonal, from ``z ⊙ Az`` for vectors of random signs, one product each.
+
+    An entry's variance is the sum of the squares of the other entries in its row, so what is nearly diagonal is known
+    from a few products; elsewhere the error falls with the root of their number only.
+
+    Args:
+        operator: The symmetric operator.
+        num_probes: How many random vectors.
+        known: Eigenpairs; those that have converged enter with their values, the others are left out.
+        seed: Seed of the random vectors.
+
+    Raises:
+        ValueError: If `num_probes` is less than 2, of which no error can be estimated.
+        NonFiniteCurvatureError: If a product is not finite.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator
+        >>> from lyapunov_lightning.curvature.stochastic.trace import stochastic_diagonal
+        >>> x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> scale = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+        >>> hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [scale])
+        >>> stochastic_diagonal(hessian, num_probes=2).value
+        tensor([ 1.,  2., -3.], dtype=torch.float64)
+
+    """
+    check_probes(num_probes)
+    space = space_of(operator)
+    generator = torch.Generator().manual_seed(seed)
+    with space.together():
+        vectors, values = converged_pairs(known, space)
+        mean, spread = space.zeros(), space.zeros()
+        for count in range(1, num_probes + 1):
+            signs = space.random_signs(generator)
+            sample = operator.matvec(projected(space, signs.clone(), vectors))
+            sample = projected(space, sample.clone(), vectors).mul_(signs)
+            sample -= mean  # Welford's update: the sum of the squares would cancel
+            mean.add_(sample, alpha=1 / count)
+            spread.addcmul_(sample, sample, value=1 - 1 / count)
+        read([space.norm(mean)], space)
+    for value, vector in zip(values.tolist(), vectors, strict=True):
+        mean.addcmul_(vector, vector, value=value)
+    return DiagonalEstimate(mean, spread.div_(num_probes * (num_probes - 1)).sqrt_(), num_probes)
+
+
+class _Treated:
+    """Vectors whose share in trace and norm is known, and of which random vectors are kept clear.
+
+    Attributes:
+        trace: The trace of the pairs that have converged.
+        square: The sum of the squares of their eigenvalues.
+        pairs: For each other vector ``v``, ``vᵀAv`` and ``‖Av‖``, on the device.
+        num_matvecs: Products that these took.
+
+    """
+
+    def __init__(self, operator: LinearOperator, space: VectorSpace, known: Eigenpairs | None) -> None:
+        self._operator = operator
+        self._space = space
+        self._rows, values = converged_pairs(known, space)
+        self.trace, self.square = float(values.sum()), float(values.square().sum())
+        self.pairs: list[Tensor] = []
+        self.num_matvecs = 0
+        if known is not None:
+            self._treat(space.adopt(known.vectors, "known.vectors")[~known.converged])
+
+    def sketch(self, count: int, generator: torch.Generator) -> None:
+        """Add what the operator makes of some random vectors."""
+        found: list[Tensor] = []
+        for _ in range(min(count, self._space.size - len(self._rows))):
+            image = self._operator.matvec(self.project(self._space.random(generator))).clone()
+            self.num_matvecs += 1
+            for _ in range(2):  # once leaves what the rounding of a large component brings
+                self.project(image)
+                if found:
+                    rows = torch.stack(found)
+                    self._space.subtract(image, self._space.inner(rows, image), rows)
+                image = image / self._space.norm(image).clamp_min(torch.finfo(image.dtype).tiny).to(image.dtype)
+            found.append(image)
+        if found:
+            self._treat(torch.stack(found))
+
+    def project(self, vector: Tensor) -> Tensor:
+        """Take the components along the vectors out, in place."""
+        return projected(self._space, vector, self._rows)
+
+    def _treat(self, rows: Tensor) -> None:
+        for row in rows:
+            product = self._operator.matvec(row)
+            self.pairs += [self._space.inner(row, product), self._space.norm(product)]
+        self.num_matvecs += len(rows)
+        self._rows = torch.cat([self._rows, rows]) if len(rows) else self._rows
+
+
+def converged_pairs(known: Eigenpairs | None, space: VectorSpace) -> tuple[Tensor, Tensor]:
+    """Vectors, one row each, and values of the pairs that have converged."""
+    if known is None:
+        return space.empty(0), torch.zeros(0, dtype=torch.float64, device="cpu")
+    is_known = known.converged.cpu()
+    vectors = space.adopt(known.vectors, "known.vectors")
+    return vectors if bool(is_known.all()) else vectors[is_known], known.values.double().cpu()[is_known]
+
+
+def projected(space: VectorSpace, vector: Tensor, rows: Tensor) -> Tensor:
+    """The vector without its components along orthonormal rows, in place."""
+    if len(rows):
+        space.subtract(vector, space.inner(rows, vector), rows)
+    return vector
+
+
+def read(numbers: list[Tensor], space: VectorSpace) -> Tensor:
+    """Scalars on the device as float64 numbers on the CPU, the same ones on all ranks, in one transfer.
+
+    Raises:
+        NonFiniteCurvatureError: If one of them is not finite.
+
+    """
+    wide = torch.float32 if space.device.type == "mps" else torch.float64
+    found = space.agreed(torch.stack([number.to(wide) for number in numbers]))
+    if not bool(torch.isfinite(found).all()):
+        raise NonFiniteCurvatureError(
+            "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
+        )
+    return found
+
+
+def check_probes(num_probes: int) -> None:
+    """Make sure that there are random vectors enough to estimate an error.
+
+    Raises:
+        ValueError: If there are not.
+
+    """
+    if num_probes < 2:
+        raise ValueError(f"`num_probes` should be an int of at least 2, got {num_probes}.")

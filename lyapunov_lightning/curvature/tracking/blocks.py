@@ -1,0 +1,78 @@
+"""Diagonal blocks of a Hessian: which parameters belong to which, and the largest eigenvalue of each over a training.
+
+A block is the Hessian with respect to its own parameters alone, so its largest eigenvalue is at most that of the whole.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.tracking.extremes import ExtremeTracker
+
+
+def parameter_blocks(
+    names: Iterable[str], groups: Literal["modules"] | Mapping[str, str] | None
+) -> dict[str, list[str]]:
+    """The names of the parameters of each block.
+
+    Args:
+        names: The names of all parameters, with dots between the modules.
+        groups: ``"modules"`` for one block for each top-level module, names of blocks with a pattern of parameter names
+            each, or None for no blocks.
+
+    Returns:
+        The names by block; of a pattern that fits none of them an empty list.
+
+    Example::
+
+        >>> from lyapunov_lightning.curvature.tracking.blocks import parameter_blocks
+        >>> names = ["net.0.weight", "net.0.bias", "head.weight"]
+        >>> parameter_blocks(names, "modules")
+        {'net': ['net.0.weight', 'net.0.bias'], 'head': ['head.weight']}
+        >>> parameter_blocks(names, {"weights": "*.weight"})
+        {'weights': ['net.0.weight', 'head.weight']}
+
+    """
+    names = list(names)
+    if groups is None:
+        return {}
+    if groups == "modules":
+        blocks: dict[str, list[str]] = {}
+        for name in names:
+            blocks.setdefault(name.partition(".")[0], []).append(name)
+        return blocks
+    return {block: [name for name in names if fnmatchcase(name, pattern)] for block, pattern in groups.items()}
+
+
+class BlockTrackers:
+    """The largest eigenvalues of several blocks, each followed on its own.
+
+    Args:
+        tol: Relative tolerance of the residuals.
+        seed: Seed of the first vectors.
+
+    """
+
+    def __init__(self, tol: float, seed: int = 0) -> None:
+        self._tol = tol
+        self._seed = seed
+        self._trackers: dict[str, ExtremeTracker] = {}
+
+    def measure(self, block: str, operator: LinearOperator) -> Eigenpairs:
+        """The largest eigenpair of a block as it is now."""
+        return self._tracker(block).measure(operator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each tracker, by block."""
+        return {block: tracker.state_dict() for block, tracker in self._trackers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        for block, tracker_state in state.items():
+            self._tracker(block).load_state_dict(tracker_state)
+
+    def _tracker(self, block: str) -> ExtremeTracker:
+        # Made when it is first asked for: the blocks of a run are not known yet when its state is loaded.
+        return self._trackers.setdefault(block, ExtremeTracker("lanczos", "largest", self._tol, self._seed))

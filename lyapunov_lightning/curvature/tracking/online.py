@@ -1,0 +1,264 @@
+r"""A running estimate of the smallest eigenpair, for one product a step.
+
+The smallest eigenvector is the unit vector ``v`` that minimizes ``vᵀHv``; the gradient of that is ``2Hv``, so that the
+pair can be carried along by a descent of its own while the network trains ("Negative eigenvalues of the Hessian in deep
+neural networks", appendix C). Here the steps of this descent are not set by hand: ``vᵀHv`` is minimized exactly in a
+small space. One *cycle* is a few steps with one product each:
+
+1. ``Hv``, which gives the value ``λ = vᵀHv``, the residual ``Hv − λv``, and the gradient's direction;
+2. ``Hq`` for that direction, orthogonalised; then for what ``Hq`` adds to the space, and so on;
+3. the smallest Ritz vector of all of these, and of the direction in which ``v`` moved in the last cycle, is the next
+   ``v``; the last move makes it a conjugate-gradient method instead of a steepest descent, with its rate of convergence
+   (A. Knyazev, "Toward the optimal preconditioned eigensolver", SIAM J. Sci. Comput. 23, 2001; A. Stathopoulos and
+   Y. Saad on restarting with the previous direction, 1998).
+
+While the parameters move the products of a cycle belong to a few neighbouring Hessians. The value and its residual
+never mix them: they come from the one product that was spent on ``v`` itself.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
+from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+_LEAST_CYCLE = 4
+"""With fewer than three products that look around, an eigenvector of a value that is no longer the smallest one is not
+left again."""
+
+
+@dataclass(frozen=True)
+class OnlineEstimate:
+    """The smallest eigenpair as it was last measured.
+
+    Attributes:
+        value: The Rayleigh quotient ``λ = vᵀHv``.
+        residual: ``‖Hv − λv‖``: an eigenvalue of the Hessian of that step lies within it of `value`.
+        vector: The unit vector ``v``, of shape ``(size,)``.
+        age: How many steps ago these were measured; 0 for the present one.
+
+    """
+
+    value: float
+    residual: float
+    vector: Tensor
+    age: int
+
+
+class OnlineEigenpair:
+    """Follows the smallest eigenpair of a symmetric operator that changes slowly, one product a step.
+
+    It holds ``cycle + 1`` vectors of the operator's size, and one more while it works. Every `cycle`-th product is
+    spent on the vector itself, and makes the estimate anew; the others find out where to go next. Long cycles converge
+    faster on an operator that stays, short ones follow one that moves.
+
+    Args:
+        cycle: Products in a cycle, at least 4.
+        seed: Seed of the first vector.
+
+    Raises:
+        ValueError: If `cycle` is not an int of at least 4.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.curvature import HessianOperator, OnlineEigenpair
+        >>> x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        >>> scale = torch.tensor([4.0, 1.0, -2.0], dtype=torch.float64)
+        >>> hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [scale])
+        >>> running = OnlineEigenpair()
+        >>> for _ in range(20):
+        ...     estimate = running.step(hessian)
+        >>> round(estimate.value, 6)
+        -2.0
+
+    """
+
+    def __init__(self, cycle: int = 4, seed: int = 0) -> None:
+        if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < _LEAST_CYCLE:
+            raise ValueError(f"`cycle` should be an int of at least {_LEAST_CYCLE}, got {cycle}.")
+        self._cycle = cycle
+        self._seed = seed
+        self._rows: Tensor | None = None
+        self._length = 0
+        self._has_direction = False
+        self._projection = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._value = 0.0
+        self._residual = 0.0
+        self._age = 0
+        self._num_steps = 0
+
+    def step(self, operator: LinearOperator) -> OnlineEstimate:
+        """Spend one product.
+
+        Args:
+            operator: The operator as it is now.
+
+        Returns:
+            The estimate of this step or, between two products on the vector itself, the last one.
+
+        Raises:
+            NonFiniteCurvatureError: If the product is not finite; the estimate stays as it was.
+            PeerFailureError: If another rank of a distributed operator failed; the search begins anew then, on all.
+
+        """
+        space = space_of(operator)
+        try:
+            with space.together():
+                rows = self._fitted(space)
+                if self._has_direction:
+                    self._look_around(operator, space, rows)
+                else:
+                    self._next_cycle(space, rows)
+                    self._measure(operator, space, rows)
+                estimate = OnlineEstimate(self._value, self._residual, rows[0].clone(), self._age)
+        except NonFiniteCurvatureError:  # on all ranks at once, and before anything was changed
+            raise
+        except Exception:
+            self._rows = None  # or the ranks, interrupted at different places, would go on from different vectors
+            self._num_steps = 0
+            raise
+        self._num_steps += 1
+        return estimate
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors and numbers of the present cycle, on the CPU."""
+        count = self._length + self._has_direction
+        return {
+            "rows": None if self._rows is None else self._rows[:count].cpu().clone(),
+            "length": self._length,
+            "projection": self._projection.clone(),
+            "value": self._value,
+            "residual": self._residual,
+            "age": self._age,
+            "num_steps": self._num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._rows = state["rows"]
+        self._length = state["length"]
+        self._has_direction = state["rows"] is not None and len(state["rows"]) > state["length"]
+        self._projection = state["projection"].clone()
+        self._value, self._residual, self._age = state["value"], state["residual"], state["age"]
+        self._num_steps = state["num_steps"]
+
+    def _fitted(self, space: VectorSpace) -> Tensor:
+        """The storage; it begins with a random vector, at first and where parameters were frozen or unfrozen since."""
+        before = self._rows
+        if before is not None and before.shape[1] == space.length:
+            if len(before) == self._cycle + 1 and before.device == space.device and before.dtype == space.dtype:
+                return before
+            self._rows = space.empty(self._cycle + 1)
+            self._rows[: len(before)] = before[: len(self._rows)]
+            return self._rows
+        self._rows = space.empty(self._cycle + 1)
+        self._rows[0] = space.random(torch.Generator().manual_seed(self._seed))
+        self._rows[0] /= space.norm(self._rows[0])
+        self._projection = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        self._length, self._has_direction = 1, False
+        return self._rows
+
+    def _next_cycle(self, space: VectorSpace, rows: Tensor) -> None:
+        """Begin a cycle with the smallest Ritz vector, and the way that it moved."""
+        if self._length == 1:
+            return
+        smallest = torch.linalg.eigh(self._projection).eigenvectors[:, 0]
+        # The first vector is where the last cycle began; the part of it that the Ritz vector lacks is the move.
+        move = -smallest[0] * smallest
+        move[0] += 1
+        rotation = torch.stack([smallest, move / torch.linalg.vector_norm(move)]) if smallest[0].abs() < 1 else None
+        if rotation is None or not bool(torch.isfinite(rotation).all()):  # it did not move
+            rotation = smallest.reshape(1, -1)
+        space.combine(rotation, [rows[: self._length]], [rows[: len(rotation)]])
+        self._projection = rotation @ self._projection @ rotation.T
+        self._length = len(rotation)
+        for index in range(self._length):
+            _orthonormalise(space, rows[index], rows[:index])
+
+    def _measure(self, operator: LinearOperator, space: VectorSpace, rows: Tensor) -> None:
+        """The product of the vector itself, and the direction of its residual."""
+        column, norm, rest, residual = self._multiply(operator, space, rows, 0, self._length)
+        self._projection[0], self._projection[:, 0] = column, column
+        self._value, self._age = float(column[0]), 0
+        self._residual = max(residual, _rounding(space) * norm)
+        self._look_on(space, rows, is_new=rest > _rounding(space) * norm)
+
+    def _look_around(self, operator: LinearOperator, space: VectorSpace, rows: Tensor) -> None:
+        """The product of the direction, which joins the basis."""
+        length = self._length + 1
+        column, norm, rest, _ = self._multiply(operator, space, rows, length - 1, length)
+        self._length = length
+        self._has_direction = False
+        self._projection = torch.nn.functional.pad(self._projection, (0, 1, 0, 1))
+        self._projection[-1], self._projection[:, -1] = column, column
+        self._age += 1
+        if self._age < self._cycle - 1:
+            self._look_on(space, rows, is_new=rest > _rounding(space) * norm)
+
+    def _multiply(
+        self, operator: LinearOperator, space: VectorSpace, rows: Tensor, index: int, length: int
+    ) -> tuple[Tensor, float, float, float]:
+        """The product of a row, and one read of the numbers that come of it.
+
+        Args:
+            operator: The operator.
+            space: Its space.
+            rows: The storage.
+            index: Which row.
+            length: How many of the rows are the basis.
+
+        Returns:
+            The product's components along the basis, its norm, and the norms of what it adds to the basis and of the
+            residual of the row. What it adds is left behind the basis, if there is room for it.
+
+        """
+        basis = rows[:length]
+        product = operator.matvec(rows[index])
+        column = space.inner(basis, product)
+        norms = [space.norm(product)]
+        if length < len(rows):
+            rest = rows[length]
+            rest.copy_(product)
+            del product
+            space.subtract(rest, column, basis)
+            norms.append(space.norm(rest))
+        numbers = space.agreed(torch.cat([column, torch.stack(norms).to(column)]))
+        if not bool(torch.isfinite(numbers).all()):
+            raise NonFiniteCurvatureError(
+                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
+            )
+        column, (norm, *further) = numbers[:length], numbers[length:].tolist()
+        rest_norm = further[0] if further else 0.0
+        others = torch.linalg.vector_norm(torch.cat([column[:index], column[index + 1 :]]))
+        return column, norm, rest_norm, math.hypot(float(others), rest_norm)
+
+    def _look_on(self, space: VectorSpace, rows: Tensor, *, is_new: bool) -> None:
+        """Make a direction of what a product added to the basis, or of noise if that was nothing.
+
+        Where it was nothing, the vector is an eigenvector, but maybe of another value.
+        """
+        self._has_direction = self._length < min(space.size, len(rows))
+        if self._has_direction:
+            row = rows[self._length]
+            if not is_new:
+                row.copy_(space.random(torch.Generator().manual_seed(self._seed + self._num_steps + 1)))
+            _orthonormalise(space, row, rows[: self._length])
+
+
+def _rounding(space: VectorSpace) -> float:
+    """What the rounding of a product may amount to, relative to its norm."""
+    return 10 * torch.finfo(space.dtype).eps
+
+
+def _orthonormalise(space: VectorSpace, vector: Tensor, rows: Tensor) -> None:
+    """Take the components along the rows out of a vector and bring it to length 1, in place."""
+    for _ in range(2):
+        if len(rows):
+            space.subtract(vector, space.inner(rows, vector), rows)
+        vector /= space.norm(vector)

@@ -1,0 +1,92 @@
+"""The order in which parameters form one flat vector."""
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor that is sharded over ranks, sharing its memory; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def unique_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in their order, each object once: a tied parameter is one set of coordinates."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+class FlatLayout:
+    """The order, shapes and dtypes by which parameters form one flat vector.
+
+    The vector's dtype is the widest one among the parameters, and at least float32: products of half-precision
+    parameters are computed in their own precision and accumulated in float32. It lives on the first parameter's device.
+    Of parameters that are sharded over ranks (DTensors) it is this rank's shards that form the vector.
+
+    Args:
+        parameters: The parameters, tied ones once.
+        device: Where the vector is; with the first parameter if None.
+
+    Raises:
+        ValueError: If there is no parameter, or one of them is not a real floating-point tensor.
+
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device | None = None) -> None:
+        if not parameters:
+            raise ValueError("`parameters` should hold at least one tensor, got none.")
+        for parameter in parameters:
+            if not parameter.is_floating_point():
+                raise ValueError(f"`parameters` should be real floating-point tensors, got {parameter.dtype}.")
+        is_whole = all(local_of(parameter) is parameter for parameter in parameters)
+        parameters = list(map(local_of, parameters))
+        self._shapes = [parameter.shape for parameter in parameters]
+        self._dtypes = [parameter.dtype for parameter in parameters]
+        self._devices = [parameter.device for parameter in parameters]
+        self._sizes = [parameter.numel() for parameter in parameters]
+        self.size = sum(self._sizes)
+        self.dtype = reduce(torch.promote_types, self._dtypes, torch.float32)
+        self.device = parameters[0].device if device is None else device
+        if self.size == 0 and is_whole:
+            raise ValueError("`parameters` should hold at least one number, got only empty tensors.")
+
+    def space(self, ranks: Ranks | None = None) -> VectorSpace:
+        """The space of the flat vectors."""
+        return VectorSpace(self.size, self.dtype, self.device, ranks)
+
+    def zeros(self) -> Tensor:
+        """A zero vector of shape ``(size,)``."""
+        return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The flat vector of shape ``(size,)`` of one tensor a parameter; None stands for zeros."""
+        pieces = [
+            torch.zeros(size, dtype=self.dtype, device=self.device)
+            if tensor is None
+            else (local_of(tensor) if tensor.layout is torch.strided else tensor.to_dense())
+            .detach()
+            .reshape(-1)
+            .to(dtype=self.dtype, device=self.device)
+            for size, tensor in zip(self._sizes, tensors, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """One tensor a parameter, in that parameter's shape, dtype and device; views of `vector` where these agree.
+
+        Raises:
+            ValueError: If the vector's shape is not ``(size,)``.
+
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
+        return [
+            piece.view(shape).to(device=device, dtype=dtype)
+            for piece, shape, dtype, device in zip(
+                vector.split(self._sizes), self._shapes, self._dtypes, self._devices, strict=True
+            )
+        ]

@@ -1,0 +1,260 @@
+"""The training loss of a LightningModule, evaluated again without side effects.
+
+For every evaluation a replica of the module is made, with parameters of its own; the training step runs on the replica,
+is differentiated with respect to the replica's parameters, and the replica is thrown away. So nothing has to be put
+back, and the step finds what it finds in training: parameters that are parameters, buffers, optimizers, a trainer. The
+random numbers are the operator's to keep.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
+from lyapunov_lightning.curvature.loss.randomness import RandomState
+from lyapunov_lightning.training.config import HessianConfig, LossFn, Mode
+from lyapunov_lightning.training.lightning_names import either, in_library_of
+from lyapunov_lightning.training.replica.namespaces import redirected
+from lyapunov_lightning.training.replica.replica import Replica, context_of_its_own, replica, trainable_parameters
+
+
+class ProbeBatch(NamedTuple):
+    """A batch on which the curvature is measured.
+
+    Attributes:
+        batch: What the training dataloader yielded.
+        batch_idx: Its index, as ``training_step`` gets it.
+        is_transferred: Whether the batch is what the loop hands to ``training_step``, on the device, or still what the
+            dataloader yielded.
+
+    """
+
+    batch: Any
+    batch_idx: int
+    is_transferred: bool
+
+
+class TrainingObjective:
+    """The training loss, as `HessianOperator` wants it: of a batch, at the module's parameters or at other values.
+
+    The loss is, in this order, `loss_fn` if given, the module's own method ``curvature_loss(batch)`` if it has one, and
+    what ``training_step`` returns, each after the module's ``on_train_batch_start``. It is the raw loss: not divided by
+    ``accumulate_grad_batches`` and not scaled for half precision. The precision plugin's context is entered as in
+    training, but for that of mixed precision: the weights are in float32 there, and so the loss is computed in it.
+
+    Args:
+        trainer: The trainer that fits the module.
+        pl_module: The module, not wrapped for distributed training.
+        mode: ``"train"`` leaves dropout and BatchNorm as they are in training, ``"eval"`` switches them to evaluation.
+        loss_fn: Maps the module and a batch to a scalar mean loss.
+        batch_size_fn: Maps a batch to the number of its samples.
+        names: The parameters that it is a function of; all trainable ones if None.
+
+    Attributes:
+        whole: For each parameter that is sharded over ranks the whole tensor, which stands for it on the replicas.
+
+    """
+
+    is_copied = True
+
+    def __init__(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        *,
+        mode: Mode = "train",
+        loss_fn: LossFn | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._pl_module = pl_module
+        self._mode = mode
+        self._loss_fn = loss_fn
+        self._batch_size_fn = batch_size_fn
+        self._is_wide = True
+        self.whole: Mapping[Tensor, Tensor] = {}
+        named = trainable_parameters(pl_module)
+        if names is not None:
+            named = {name: parameter for name, parameter in named.items() if name in names}
+        self.parameters = list(named.values())
+
+    @contextmanager
+    def evaluated(self, probe: ProbeBatch, values: Sequence[Tensor] | None = None) -> Iterator[Evaluation]:
+        """Evaluate the loss of a batch on a replica of the module.
+
+        Args:
+            probe: The batch.
+            values: What the parameters are to be, in their order, dual tensors for forward derivatives included; the
+                present values if None.
+
+        Yields:
+            The loss, with the replica's parameters. The context is that of the training step, for layers that are
+            evaluated again while the loss is differentiated.
+
+        Raises:
+            MeasurementError: If the step returned no loss.
+
+        """
+        changed = {} if values is None else dict(zip(self.parameters, values, strict=True))
+        whole = {p: torch.empty_like(tensor) if p in changed else tensor for p, tensor in self.whole.items()}
+        versions = [tensor._version for tensor in self.whole.values()]
+        with replica(self._trainer, self._pl_module, self._mode, whole) as twin:
+            leaves = [twin.copier(parameter) for parameter in self.parameters]
+            if values is not None:
+                with torch.no_grad():
+                    for leaf, value in zip(leaves, values, strict=True):
+                        leaf.copy_(value)
+            loss = self._evaluated_on(twin, probe)
+            if versions != [tensor._version for tensor in self.whole.values()]:
+                raise MeasurementError(
+                    "The training step writes to its parameters, which sharded ones do not allow for in a replay. Write"
+                    " to them outside of the step, such as in `on_train_batch_end`."
+                )
+            yield Evaluation(loss, leaves, lambda: self._num_samples(probe.batch, twin.logged_sizes), twin)
+
+    def _evaluated_on(self, twin: "Replica", probe: ProbeBatch) -> Tensor:
+        """The loss of a batch on a replica."""
+        batch = twin.copier(probe.batch)
+        return _loss_of(context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
+
+    def _loss(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
+        module, trainer = twin.module, twin.module._trainer
+        if not probe.is_transferred:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if module.on_train_batch_start(batch, probe.batch_idx) == -1:
+            raise MeasurementError("The module's `on_train_batch_start` skips the rest of the epoch, and so the step.")
+        plugin = trainer.precision_plugin
+        if not self._is_wide or not isinstance(plugin, either("plugins.precision.MixedPrecision")):
+            with plugin.train_step_context():
+                return self._step(twin, batch, probe)
+        randomness = RandomState.capture()
+        try:
+            return self._step(twin, batch, probe)
+        except Exception as error:
+            if not _is_of_dtypes(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The twin has seen a part of the step already, once. From now on it sees one step only.
+        randomness.restore()
+        with plugin.train_step_context():
+            output = self._step(twin, batch, probe)
+        self._is_wide = False
+        warnings.warn(
+            "The step of a training in mixed precision cannot be computed in float32, so its curvature is measured in"
+            f" half precision, which makes it noisy. PyTorch says: {reason}",
+            CurvatureWarning,
+            stacklevel=2,
+        )
+        return output
+
+    def _step(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
+        """What is differentiated, of the function, the method or the step that gives the loss."""
+        module = twin.module
+        if self._loss_fn is not None:
+            with redirected(self._loss_fn, twin.copier) as loss_fn:
+                return loss_fn(module, batch)
+        if hasattr(module, "curvature_loss"):
+            return module.curvature_loss(batch)
+        takes_index = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
+        if takes_index(module.training_step, "batch_idx", min_args=2):
+            return module.training_step(batch, probe.batch_idx)
+        return module.training_step(batch)
+
+    def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
+        """The size of a batch: as told, as the step itself told `self.log`, or as Lightning reads it."""
+        if self._batch_size_fn is not None:
+            return self._batch_size_fn(batch)
+        if logged:
+            return logged[0]
+        return _read_batch_size(self._pl_module, batch)
+
+
+def _read_batch_size(pl_module: Any, batch: Any) -> int:
+    """The size of a batch as Lightning reads it, with Lightning's warning where that is ambiguous.
+
+    Raises:
+        MeasurementError: If there is no tensor to read it from.
+
+    """
+    try:
+        return int(in_library_of(pl_module, "utilities.data.extract_batch_size")(batch))
+    except (RecursionError, in_library_of(pl_module, "utilities.exceptions.MisconfigurationException")) as error:
+        raise MeasurementError(
+            f"The number of samples in a batch of type {type(batch).__name__} is not known. Pass `batch_size=` to"
+            " `self.log` in the training step, or `HessianConfig(batch_size_fn=...)`."
+        ) from error
+
+
+def _is_of_dtypes(error: Exception) -> bool:
+    """Whether a step may have failed for want of half precision, as kernels do that know nothing else.
+
+    What they say differs from one to the next, and some assert it without a word.
+    """
+    if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
+        return False
+    return isinstance(error, AssertionError) or _OF_DTYPES.search(str(error)) is not None
+
+
+_OF_DTYPES = re.compile(
+    r"dtype|scalar type|data type|float type|tensor type|\bhalf\b|b?float16|\bb?fp?16\b|'Float'|available kernel"
+    r"|no operator found",
+    re.IGNORECASE,
+)
+
+
+def _loss_of(output: Any) -> Tensor:
+    """The loss in what a step returned."""
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            raise MeasurementError(
+                f"The step returned a mapping without the key 'loss', with {', '.join(map(repr, output)) or 'nothing'}."
+            )
+        output = output["loss"]
+    if output is None:
+        raise MeasurementError("The step returned None for the probed batch, so there is no loss to differentiate.")
+    if not isinstance(output, Tensor):
+        raise MeasurementError(f"The step should return a scalar tensor, got {type(output).__name__}.")
+    return output
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Of what the Hessian is wanted.
+
+    Attributes:
+        trainer: The trainer.
+        pl_module: The module.
+        config: Which Hessian.
+        batches: This rank's batches.
+        names: The parameters whose block is meant; all trainable ones if None.
+
+    """
+
+    trainer: Any
+    pl_module: Any
+    config: HessianConfig
+    batches: Sequence[ProbeBatch]
+    names: Collection[str] | None = None
+
+    def objective(self, kind: type[TrainingObjective] = TrainingObjective, **options: Any) -> Any:
+        """The training loss, evaluated in some way."""
+        assert self.config.mode is not None  # see `HessianConfig.filled`
+        return kind(
+            self.trainer,
+            self.pl_module,
+            mode=self.config.mode,
+            loss_fn=self.config.loss_fn,
+            batch_size_fn=self.config.batch_size_fn,
+            names=self.names,
+            **options,
+        )

@@ -1,0 +1,141 @@
+"""A count of Hessian-vector products beside the trainer's own progress bar, for measurements that take a while."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.operators.watched import WatchedOperator
+from lyapunov_lightning.training.lightning_names import Trainer, either, in_library_of
+
+_SHOWN_AFTER_SECONDS = 2.0
+"""How long a measurement may take before it shows a progress bar."""
+
+
+@contextmanager
+def watched(
+    operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
+) -> Iterator[WatchedOperator]:
+    """An operator whose products are counted beside the trainer's own progress bar, see `progress`."""
+    with progress(trainer, description, alone=alone) as report:
+        yield WatchedOperator(operator, report)
+
+
+@contextmanager
+def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iterator[Callable[[], None]]:
+    """A counter of products beside the trainer's own progress bar, for measurements of over about two seconds.
+
+    Args:
+        trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
+        description: What is measured.
+        alone: Whether to show a bar although the trainer has none.
+
+    Yields:
+        A function to call after each product.
+
+    """
+    started = time.perf_counter()
+    bar: _Bar | None = None
+    count = 0
+
+    def report() -> None:
+        nonlocal bar, count
+        count += 1
+        if bar is None and time.perf_counter() - started > _SHOWN_AFTER_SECONDS:
+            bar = _Bar()  # stays if the real one cannot be opened
+            with _drawing():
+                bar = _open_bar(trainer, description, alone)
+        if bar is not None:
+            with _drawing():
+                bar.show(count)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            with _drawing():
+                bar.close()
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Warn of a bar that cannot be drawn, and go on: the other ranks have no bar and wait in the next product."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"The progress bar of a measurement cannot be drawn: {type(error).__name__}: {error}",
+            CurvatureWarning,
+            stacklevel=4,
+        )
+
+
+class _Bar:
+    """Shows nothing; the bar of a run without progress bar."""
+
+    def show(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _RichBar(_Bar):
+    """A task in the trainer's own display: there can be one display only."""
+
+    def __init__(self, display: Any, description: str) -> None:
+        self._display = display
+        self._task = display.add_task(description, total=float("inf"))
+
+    def show(self, count: int) -> None:
+        self._display.update(self._task, completed=count)
+        self._display.refresh()
+
+    def close(self) -> None:
+        self._display.remove_task(self._task)
+
+
+class _TqdmBar(_Bar):
+    """A line of its own below the trainer's.
+
+    Args:
+        kind: The class of the bar.
+        process_position: Where the trainer's own bars begin, as for ``TQDMProgressBar``.
+        description: What is measured.
+
+    """
+
+    def __init__(self, kind: Any, process_position: int, description: str) -> None:
+        self._bar = kind(
+            desc=description,
+            unit=" products",
+            position=2 * process_position + 1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+        )
+
+    def show(self, count: int) -> None:
+        self._bar.update(count - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _open_bar(trainer: Trainer, description: str, alone: bool) -> _Bar:
+    own: Any = trainer.progress_bar_callback
+    if isinstance(own, either("callbacks.RichProgressBar")) and own.is_enabled and own.progress is not None:
+        return _RichBar(own.progress, description)
+    if isinstance(own, either("callbacks.TQDMProgressBar")) and own.is_enabled:
+        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description)
+    if alone and own is None and trainer.is_global_zero:
+        return _TqdmBar(_kind_of_bar(trainer), 0, description)
+    return _Bar()
+
+
+def _kind_of_bar(trainer: Trainer) -> Any:
+    return in_library_of(trainer, "callbacks.progress.tqdm_progress.Tqdm")

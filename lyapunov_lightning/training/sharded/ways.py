@@ -1,0 +1,139 @@
+"""Which ways there are to a product of a sharded model, and the operator of each."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
+from lyapunov_lightning.curvature.operators.hessian import HessianOperator
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.sharded.collectives import Collectives
+from lyapunov_lightning.curvature.sharded.differences import ShardDifferences
+from lyapunov_lightning.curvature.sharded.layerwise import LayerwiseHessian
+from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace, Sharding
+from lyapunov_lightning.curvature.vectors.layout import local_of
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+from lyapunov_lightning.training.distributed import any_rank, ranks_of
+from lyapunov_lightning.training.replica.objective import Problem
+from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.sharded.layerwise import LayerwiseObjective
+from lyapunov_lightning.training.sharded.resharded import ReshardedMeanLoss, ReshardedObjective
+
+Way = Literal["gathered", "layerwise", "shards"]
+"""How products of a sharded model are computed: with all parameters gathered for a measurement, with those of each
+layer gathered in the derivatives, or by finite differences of sharded gradients."""
+
+
+_GATHERED, _LAYERWISE = 8, 5
+"""Vectors of the whole model that a product holds at a time, the parameters among them."""
+
+
+_SHARE_OF_FREE = 0.5
+"""Share of the free memory that gathered parameters may take where nobody says how much."""
+
+
+def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian:
+    """Exact products through one layer after the other, each gathered within the derivatives.
+
+    Raises:
+        MeasurementError: If the ranks have different numbers of batches, or none.
+
+    """
+    ranks, random = ranks_of(problem.trainer), RandomState.capture()
+    objective: LayerwiseObjective = problem.objective(LayerwiseObjective, collectives=collectives)
+    count = len(problem.batches)
+    mean = float(ranks.agreed(torch.tensor([float(count)], dtype=torch.float64)))
+    if any_rank(problem.trainer, count != mean or not count):
+        raise MeasurementError("The ranks have different numbers of batches, or none.")
+
+    def make() -> HessianOperator:
+        own = [local_of(parameter).detach().requires_grad_() for parameter in objective.parameters]
+        with preserved_randomness(random):
+            hessian = HessianOperator(
+                objective,
+                own,
+                problem.batches,
+                method="double_backward",
+                weights=[1.0] * count,
+                # Which graphs are kept has to be the same on all ranks: one that holds all parameters, or none.
+                max_graph_bytes=2**62 if count == 1 else 0,
+            )
+        hessian.raise_at_once()
+        return hessian
+
+    parts = parts_of(problem, objective.parameters, ranks)
+    places = [batch.batch_idx for batch in problem.batches]
+    return LayerwiseHessian(
+        make,
+        *parts,
+        samples_of=lambda index: objective.samples[places[index]],
+        num_batches=count,
+        collectives=collectives,
+    )
+
+
+def shard_differences(problem: Problem, collectives: Collectives) -> LossHessian:
+    """Products by finite differences of the sharded model's gradients."""
+    ranks = ranks_of(problem.trainer)
+    objective: ReshardedObjective = problem.objective(ReshardedObjective, collectives=collectives)
+    sharding = Sharding(objective.parameters)
+    loss = ReshardedMeanLoss(objective, problem.batches, sharding, ranks, collectives)
+    return ShardDifferences(loss, objective.parameters, ShardedSpace(sharding, ranks))
+
+
+def parts_of(problem: Problem, parameters: Sequence[Tensor], ranks: Ranks) -> tuple[Any, ...]:
+    """The parameters, all parameters of the module, their sharding and the ranks, for a `ShardedHessian`."""
+    return parameters, list(problem.pl_module.parameters()), Sharding(parameters), ranks
+
+
+def ways_of(problem: Problem) -> tuple[list[Way], str]:
+    """The ways to try, in their order, and why."""
+    config, trainer = problem.config, problem.trainer
+    parameters = list(trainable_parameters(problem.pl_module).values())
+    whole = sum(p.numel() for p in parameters) * Sharding(parameters).dtype.itemsize
+    frozen = sum(p.numel() * p.dtype.itemsize for p in problem.pl_module.parameters() if not p.requires_grad)
+    room = config.max_gather_bytes
+    if room is None:
+        room = int(_SHARE_OF_FREE * _free_bytes(trainer.strategy.root_device, trainer))
+
+    def fits(vectors: int) -> bool:
+        return not any_rank(trainer, vectors * whole + frozen > room)
+
+    # Differences of half-precision parameters are lost in their rounding.
+    may_differ = config.method in ("auto", "finite_difference") and all(p.dtype.itemsize > 2 for p in parameters)
+    on_shards: list[Way] = ["shards"] if may_differ else []
+    if fits(_GATHERED):
+        way: list[Way] = ["gathered"]
+    elif config.method in ("auto", "double_backward") and fits(_LAYERWISE):
+        way = ["layerwise"]
+    else:
+        way = []
+    needed = f"gathered parameters take {_GATHERED * whole / 2**20:,.1f} MiB of {room / 2**20:,.0f} MiB to be had"
+    if not way and not on_shards:
+        raise MeasurementError(
+            f"`method={config.method!r}` has no room on this rank: {needed}. Raise"
+            " `HessianConfig(max_gather_bytes=...)`, or use `method='auto'`."
+        )
+    if config.method == "finite_difference" and way:
+        on_shards = []
+    return way + on_shards, needed
+
+
+def _free_bytes(device: torch.device, trainer: Any) -> float:
+    """The memory that is free on a device, for each of the processes that share it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        free_pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return free_pages * page / max(1, int(trainer.num_devices))
+    return math.inf
+
+
+def count_samples(_: Tensor) -> None:
+    """What sums over the ranks for a rank by itself: with it an operator asks for the numbers of samples."""
