@@ -35,7 +35,7 @@ def is_sharded(tensors: Sequence[Tensor]) -> bool:
 
 def num_parts(parameters: Sequence[Tensor]) -> int:
     """Into how many parts the parameters are cut; 1 where each rank has all of them."""
-    return next((int(p.device_mesh.size(-1)) for p in map(_any, parameters) if local_of(p) is not p), 1)
+    return next((int(p.device_mesh.size(-1)) for p in map(_untyped, parameters) if local_of(p) is not p), 1)
 
 
 def cause_against(pl_module: nn.Module) -> str | None:
@@ -62,7 +62,7 @@ def cause_against(pl_module: nn.Module) -> str | None:
             f"{', '.join(whole[:3])} {'is' if len(whole) == 1 else 'are'} not sharded, and so not averaged over the"
             " ranks. Call `fully_shard` on the whole module too, after its parts"
         )
-    offloaded = [p for p in in_parts if local_of(p).device.type != _any(p).device_mesh.device_type]
+    offloaded = [p for p in in_parts if local_of(p).device.type != _untyped(p).device_mesh.device_type]
     if offloaded:
         return (
             "its shards are kept in the CPU's memory (`CPUOffloadPolicy`), where the ranks cannot gather them. Train"
@@ -110,7 +110,7 @@ def unsharded(twin: nn.Module, original: nn.Module) -> None:
     kind = _fsdp_module()
     if kind is None or not isinstance(original, kind):
         return
-    state = _any(original)._get_fsdp_state()
+    state = _untyped(original)._get_fsdp_state()
     own = {
         single.id
         for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle)
@@ -160,7 +160,7 @@ def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: 
     from torch.distributed.fsdp import fully_shard
 
     names = {name: p for name, p in original.named_parameters() if local_of(p) is not p}
-    dims = {id(copier.copy_of(p)): _any(p).placements[-1] for p in names.values()}
+    dims = {id(copier.copy_of(p)): _untyped(p).placements[-1] for p in names.values()}
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in _sharded_modules(original):
         state = module._get_fsdp_state()
@@ -170,7 +170,7 @@ def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: 
         if group is not None:
             mesh = group.fsdp_params[0].sharded_param.device_mesh
             fully_shard(modules, mesh=mesh, shard_placement_fn=lambda parameter: dims[id(parameter)])
-            for own in _param_groups(_any(modules[0])._get_fsdp_state()):
+            for own in _param_groups(_untyped(modules[0])._get_fsdp_state()):
                 own._all_gather_comm = _Noted(own._all_gather_comm, collectives)
                 own._reduce_scatter_comm = _Noted(own._reduce_scatter_comm, collectives)
     device = next(iter(map(local_of, names.values()))).device
@@ -233,5 +233,6 @@ def _fsdp_module() -> Any:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
-def _any(value: Any) -> Any:
+def _untyped(value: Any) -> Any:
+    """The value, for a type checker that does not know what DTensors and sharded modules have beyond plain ones."""
     return value

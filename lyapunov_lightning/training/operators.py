@@ -87,7 +87,7 @@ class Operators:
                 reasons.append(f"{way}: {error}")
                 continue
             if not math.isfinite(check.asymmetry):
-                raise NonFiniteCurvatureError("A Hessian-vector product is not finite.")
+                raise NonFiniteCurvatureError
             differs = "finite_difference" in hessian.method  # which is symmetric up to the kinks of the loss
             if check.is_deterministic and (check.is_symmetric or differs):
                 self._take(problem, way, room, f", symmetric to {check.asymmetry:.0e} on a pair of random vectors")

@@ -216,7 +216,7 @@ def test_hooks_of_custom_functions_see_both_sides_of_their_backward_pass():
 
 
 def test_writes_that_are_not_counted():
-    message = needed_by("curvature/fingerprints") + "contents are read, since versions do not tell of all writes"
+    message = needed_by("curvature/loss/freshness") + "contents are read, since versions do not tell of all writes"
     x, statistics = torch.ones(2), torch.zeros(2)
     x.data.mul_(2)
     x.numpy()[0] = 5

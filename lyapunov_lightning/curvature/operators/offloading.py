@@ -1,4 +1,4 @@
-"""Vectors in the CPU's memory beside a model on an accelerator.
+"""Vectors in the CPU's memory, for a model on an accelerator.
 
 A Krylov basis of 33 vectors takes 33 times the memory of the parameters, where a training with Adam takes four times.
 The CPU has more of it. What is done with vectors there takes a few passes over the basis for each product, so that it

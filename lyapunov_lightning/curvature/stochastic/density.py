@@ -164,7 +164,6 @@ def _tridiagonal(
 
     """
     basis = space.empty(num_steps)
-    tiny = torch.finfo(space.dtype).tiny
     row = projected(space, space.random(generator), known)
     row /= space.norm(row)
     diagonal: list[Tensor] = []
@@ -173,13 +172,7 @@ def _tridiagonal(
         basis[step] = row
         row = operator.matvec(basis[step]).clone()
         diagonal.append(space.inner(basis[step], row))
-        norms = []
-        for _ in range(2):
-            projected(space, row, known)
-            projected(space, row, basis[: step + 1])
-            norms.append(space.norm(row))
-            row /= norms[-1].clamp_min(tiny)
-        beside.append(norms[0] * norms[1])
+        beside.append(space.orthonormalise(row, [known], [basis[: step + 1]]))
     return diagonal + beside
 
 

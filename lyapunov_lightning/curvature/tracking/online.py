@@ -179,7 +179,7 @@ class OnlineEigenpair:
         self._projection = rotation @ self._projection @ rotation.T
         self._length = len(rotation)
         for index in range(self._length):
-            _orthonormalise(space, rows[index], rows[:index])
+            space.orthonormalise(rows[index], [rows[:index]])
 
     def _measure(self, operator: LinearOperator, space: VectorSpace, rows: Tensor) -> None:
         """The product of the vector itself, and the direction of its residual."""
@@ -230,9 +230,7 @@ class OnlineEigenpair:
             norms.append(space.norm(rest))
         numbers = space.agreed(torch.cat([column, torch.stack(norms).to(column)]))
         if not bool(torch.isfinite(numbers).all()):
-            raise NonFiniteCurvatureError(
-                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
-            )
+            raise NonFiniteCurvatureError
         column, (norm, *further) = numbers[:length], numbers[length:].tolist()
         rest_norm = further[0] if further else 0.0
         others = torch.linalg.vector_norm(torch.cat([column[:index], column[index + 1 :]]))
@@ -248,17 +246,9 @@ class OnlineEigenpair:
             row = rows[self._length]
             if not is_new:
                 row.copy_(space.random(torch.Generator().manual_seed(self._seed + self._num_steps + 1)))
-            _orthonormalise(space, row, rows[: self._length])
+            space.orthonormalise(row, [rows[: self._length]])
 
 
 def _rounding(space: VectorSpace) -> float:
     """What the rounding of a product may amount to, relative to its norm."""
     return 10 * torch.finfo(space.dtype).eps
-
-
-def _orthonormalise(space: VectorSpace, vector: Tensor, rows: Tensor) -> None:
-    """Take the components along the rows out of a vector and bring it to length 1, in place."""
-    for _ in range(2):
-        if len(rows):
-            space.subtract(vector, space.inner(rows, vector), rows)
-        vector /= space.norm(vector)

@@ -1,4 +1,4 @@
-"""A count of Hessian-vector products beside the trainer's own progress bar, for measurements that take a while."""
+"""A count of Hessian-vector products next to the trainer's own progress bar, for measurements that take a while."""
 
 import sys
 import time
@@ -20,14 +20,14 @@ _SHOWN_AFTER_SECONDS = 2.0
 def watched(
     operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
 ) -> Iterator[WatchedOperator]:
-    """An operator whose products are counted beside the trainer's own progress bar, see `progress`."""
-    with progress(trainer, description, alone=alone) as report:
-        yield WatchedOperator(operator, report)
+    """An operator that counts its products, and shows the count in a measurement that takes a while, see `progress`."""
+    with _bar_on_demand(trainer, description, alone) as show:
+        yield WatchedOperator(operator, show, after=_SHOWN_AFTER_SECONDS)
 
 
 @contextmanager
 def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iterator[Callable[[], None]]:
-    """A counter of products beside the trainer's own progress bar, for measurements of over about two seconds.
+    """A count of what a measurement evaluates, shown next to the trainer's own progress bar once it takes a while.
 
     Args:
         trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
@@ -35,26 +35,38 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
         alone: Whether to show a bar although the trainer has none.
 
     Yields:
-        A function to call after each product.
+        A function to call after each evaluation.
 
     """
-    started = time.perf_counter()
-    bar: _Bar | None = None
+    hidden_until = time.perf_counter() + _SHOWN_AFTER_SECONDS
     count = 0
+    with _bar_on_demand(trainer, description, alone) as show:
 
-    def report() -> None:
-        nonlocal bar, count
-        count += 1
-        if bar is None and time.perf_counter() - started > _SHOWN_AFTER_SECONDS:
+        def report() -> None:
+            nonlocal count
+            count += 1
+            if time.perf_counter() > hidden_until:
+                show(count)
+
+        yield report
+
+
+@contextmanager
+def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[Callable[[int], None]]:
+    """A function that shows a count in a bar; the bar comes up when it is first called, and goes with the block."""
+    bar: _Bar | None = None
+
+    def show(count: int) -> None:
+        nonlocal bar
+        if bar is None:
             bar = _Bar()  # stays if the real one cannot be opened
             with _drawing():
                 bar = _open_bar(trainer, description, alone)
-        if bar is not None:
-            with _drawing():
-                bar.show(count)
+        with _drawing():
+            bar.show(count)
 
     try:
-        yield report
+        yield show
     finally:
         if bar is not None:
             with _drawing():
@@ -63,7 +75,7 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Warn of a bar that cannot be drawn, and go on: the other ranks have no bar and wait in the next product."""
+    """Warn of a bar that cannot be drawn, and continue: the other ranks have no bar and wait in the next product."""
     try:
         yield
     except Exception as error:

@@ -98,7 +98,8 @@ def open_tqdm_bars() -> list[Any]:
     return sorted((bar for bar in Tqdm._instances if not bar.disable), key=lambda bar: abs(bar.pos))
 
 
-def test_a_watched_operator_reports_every_product():
+@pytest.mark.parametrize(("after", "reported"), [(-1.0, [1, 2, 3, 4]), (3600.0, [])])
+def test_a_watched_operator_counts_its_products_and_reports_them_once_they_take_a_while(after, reported):
     class Twice:
         size, dtype, device = 3, torch.float64, torch.device("cpu")
 
@@ -106,11 +107,12 @@ def test_a_watched_operator_reports_every_product():
             return 2 * vector
 
     reports = []
-    watched = WatchedOperator(Twice(), lambda: reports.append(1))
+    watched = WatchedOperator(Twice(), reports.append, after)
     assert (watched.size, watched.dtype, watched.device) == (3, torch.float64, torch.device("cpu"))
     for _ in range(4):
         assert torch.equal(watched.matvec(torch.ones(3)), torch.full((3,), 2.0))
-    assert len(reports) == 4
+    assert reports == reported
+    assert watched.num_matvecs == 4
 
 
 @pytest.mark.usefixtures("at_once")
