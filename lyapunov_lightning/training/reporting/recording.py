@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
-from lyapunov_lightning.training.lightning_names import either
+from lyapunov_lightning.training.lightning_names import either, rank_zero_info, rank_zero_only
 from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result
