@@ -116,7 +116,7 @@ def _find(library: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and place.startswith(error.name):
             return None
-        raise  # the module is there, and what it needs is not
+        raise  # the module exists, and fails to import something else: that is not ours to hide
 
 
 # A type checker sees both names; at run time there are those that are installed.
@@ -153,11 +153,24 @@ else:
         pass
 
 
-# Both names take these from `lightning_utilities`, and have told it the rank of this process.
+# Both names take these from `lightning_utilities`, whose functions know the rank of this process once one is imported.
 rank_zero_info: Callable[[str], None] = _find(_LIBRARIES[0], "utilities.rank_zero.rank_zero_info")
 rank_zero_only: Callable[[Callable[[str], None]], Callable[[str], None]] = _find(
     _LIBRARIES[0], "utilities.rank_zero.rank_zero_only"
 )
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The callbacks of a trainer, an attribute that its class does not declare."""
+    untyped: Any = trainer
+    callbacks: list[Any] = untyped.callbacks
+    return callbacks
+
+
+def log_interval(trainer: Trainer) -> int:
+    """After how many steps a trainer logs, 0 for never: another attribute that its class does not declare."""
+    untyped: Any = trainer
+    return int(untyped.log_every_n_steps or 0)
 
 
 class Callback(_Callback):
