@@ -303,7 +303,7 @@ class _Search:
                 best, second, third = point, best, second
             else:
                 low, high = (point[0], high) if point[0] < x else (low, point[0])
-                # Also a point that is worse than the best one has its place in the next parabola, if it is better than
+                # A point that is worse than the best one still has its place in the next parabola, if it is better than
                 # one of the other two, or these are not three different points.
                 if point[1] <= second[1] or second[0] == x:
                     second, third = point, second
