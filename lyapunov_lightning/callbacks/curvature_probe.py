@@ -303,8 +303,8 @@ class CurvatureProbe(CurvatureCallback):
             return
         if self._estimator == "critical" and not is_stepping:
             return  # the batch was one of several of a step
-        self._waiting, self._before = None, None
-        with self._recorder.measurement(trainer) as record:
+        (_, step), self._waiting, self._before = self._waiting, None, None
+        with self._recorder.measurement(trainer, step.index) as record:
             record.result = self._without_step()
         self._keep(trainer, record)
 

@@ -20,7 +20,7 @@ _SHOWN_AFTER_SECONDS = 2.0
 def watched(
     operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
 ) -> Iterator[WatchedOperator]:
-    """An operator that counts its products, and shows the count in a measurement that takes a while, see `progress`."""
+    """An operator whose products are counted next to the trainer's own progress bar, see `progress`."""
     with _bar_on_demand(trainer, description, alone) as show:
         yield WatchedOperator(operator, show, after=_SHOWN_AFTER_SECONDS)
 
@@ -31,8 +31,8 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
     Args:
         trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
-        description: What is measured.
-        alone: Whether to show a bar although the trainer has none.
+        description: The label of the bar.
+        alone: Whether to show a bar even if the trainer has none.
 
     Yields:
         A function to call after each evaluation.
@@ -59,7 +59,7 @@ def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[
     def show(count: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = _Bar()  # stays if the real one cannot be opened
+            bar = _Bar()  # stays if the real one cannot be opened, or each further product would try and warn again
             with _drawing():
                 bar = _open_bar(trainer, description, alone)
         with _drawing():
@@ -75,7 +75,11 @@ def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Warn of a bar that cannot be drawn, and continue: the other ranks have no bar and wait in the next product."""
+    """Warn of a bar that cannot be drawn, and continue.
+
+    Only the first rank has a bar. If an error of the bar ended its measurement, the others would wait in the next
+    product.
+    """
     try:
         yield
     except Exception as error:
@@ -87,7 +91,7 @@ def _drawing() -> Iterator[None]:
 
 
 class _Bar:
-    """Shows nothing; the bar of a run without progress bar."""
+    """Shows nothing, for a run without a progress bar."""
 
     def show(self, count: int) -> None:
         pass
@@ -97,7 +101,7 @@ class _Bar:
 
 
 class _RichBar(_Bar):
-    """A task in the trainer's own display: there can be one display only."""
+    """A task in the trainer's own display, since Rich allows one live display at a time."""
 
     def __init__(self, display: Any, description: str) -> None:
         self._display = display
@@ -117,7 +121,7 @@ class _TqdmBar(_Bar):
     Args:
         kind: The class of the bar.
         process_position: Where the trainer's own bars begin, as for ``TQDMProgressBar``.
-        description: What is measured.
+        description: The label of the bar.
 
     """
 
@@ -125,7 +129,7 @@ class _TqdmBar(_Bar):
         self._bar = kind(
             desc=description,
             unit=" products",
-            position=2 * process_position + 1,
+            position=2 * process_position + 1,  # Lightning's own bars have the line above it
             leave=False,
             dynamic_ncols=True,
             file=sys.stdout,
