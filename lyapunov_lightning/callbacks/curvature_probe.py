@@ -341,7 +341,7 @@ class CurvatureProbe(CurvatureCallback):
         """Measure the step that was waiting for a moment of it."""
         if self._waiting is None or self._waiting.moment != moment:
             return
-        at, self._waiting = self._waiting, None
+        at, self._waiting = self._waiting, None  # before `_keep`, which counts the time once nothing is to come
         with self._recorder.measurement(trainer) as record, failing_together(trainer):
             record.result = self._estimator.measure(at)
         self._keep(trainer, record)
