@@ -279,10 +279,10 @@ class CurvatureProbe(CurvatureCallback):
         # come by ``on_before_optimizer_step``, and leaves the measurement waiting here.
         if self._waiting.moment == "update" and not is_stepping:
             return
-        moment, self._waiting = self._waiting.moment, None
+        at, self._waiting = self._waiting, None
         self._estimator.forget()
         with self._recorder.measurement(trainer) as record:
-            record.result = missed(moment)
+            record.result = missed(at.moment)
         self._keep(trainer, record)
 
     @override
