@@ -229,11 +229,11 @@ trainer:
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
     assert first.schedule == Schedule(every_n_steps=3)
     assert first.config == HessianConfig("batch", fraction=0.05, mode="eval", method="finite_difference")
-    assert first._pace.bounds == LRBounds(max_lr=0.5, window=20)
-    assert first._rule == "inverse_sharpness"
+    assert first._steering.pace.bounds == LRBounds(max_lr=0.5, window=20)
+    assert first._rule_name == "inverse_sharpness"
     assert second.schedule == Schedule(every_n_steps=10, first_n_steps=20)
     assert second.config == HessianConfig("batch", fraction=0.05, mode="train")
-    assert second._pace.bounds == LRBounds()
+    assert second._steering.pace.bounds == LRBounds()
 
 
 # Refusals.

@@ -141,14 +141,14 @@ def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> N
         step(module, optimizer)
         last.end(0.01)
         update = (module.flat.detach() - before) / 0.01
-        torch.testing.assert_close(last.vector, update)
+        torch.testing.assert_close(last.known.vector, update)
         optimizer.zero_grad()
         module.loss().backward()
         gradient = module.hessian @ module.flat.detach() + coupled * module.flat.detach()
         seen = last.seen(parameters, optimizer)
         assert seen is not None
         expected = [-(gradient @ update), update @ update, update.abs().sum(), module.flat.detach().abs().sum()]
-        torch.testing.assert_close(seen, torch.stack(expected))
+        torch.testing.assert_close(torch.stack(seen), torch.stack(expected))
 
 
 def test_an_update_of_other_parameters_is_not_seen() -> None:
