@@ -319,6 +319,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         rates, taken, lr = self._steering.rates, self._steering.rates.highest, first.own_lr
         displacement = first.observed.rewind()
         update = displacement / taken
+        rates.set(first.own_lr)  # which stays if nothing is found: a step on trial may have been taken at 1
         try:
             with self._recorder.measurement(trainer) as record, failing_together(trainer):
                 proposal = self._propose(first.hessian, first.step, Update(update, taken), is_first=True)

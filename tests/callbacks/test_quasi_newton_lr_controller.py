@@ -219,11 +219,14 @@ def test_failed_measurements_leave_the_optimizers_own_steps(rule: str, loss_fn: 
     assert set(with_controller.curve("quasi_newton_details/converged").values()) == {0.0}
 
 
-def test_a_loss_without_curvature_leaves_the_optimizers_own_steps() -> None:
-    module, plain = seeded(), seeded()
-    fit(QuasiNewtonLRController(hessian=HessianConfig(loss_fn=is_flat)), module)
+@pytest.mark.parametrize(("lr", "tolerance"), [(0.1, 0.0), (1e-4, 1e-12)])  # the second one is first tried at 1
+def test_a_loss_without_curvature_leaves_the_optimizers_own_steps(lr: float, tolerance: float) -> None:
+    module, plain = (seeded(optimizer=lambda p: torch.optim.SGD(p, lr=lr)) for _ in range(2))
+    controller = QuasiNewtonLRController(hessian=HessianConfig(loss_fn=is_flat))
+    fit(controller, module)
     fit([], plain)
-    assert torch.equal(weights(module), weights(plain))
+    torch.testing.assert_close(weights(module), weights(plain), rtol=tolerance, atol=tolerance)
+    assert {result.learning_rate for result in controller.results} == {lr}
 
 
 @pytest.mark.parametrize("rule", RULES)

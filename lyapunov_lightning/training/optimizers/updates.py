@@ -172,11 +172,13 @@ class LastUpdate:
         vector = self._last.update.vector
         layout = FlatLayout(parameters)
         gradient = layout.flatten([parameter.grad for parameter in parameters])
+        if loss_scale != 1:
+            gradient /= loss_scale  # before the decay, which the optimizer adds to the gradient without the scale
         decay = coupled_decay(optimizer, parameters, layout)
         if decay is not None:
             gradient += decay * layout.flatten(parameters)
         size = torch.stack([local_of(p).detach().abs().sum().to(gradient) for p in parameters]).sum()
-        found = (-(gradient @ vector) / loss_scale, vector @ vector, vector.abs().sum(), size)
+        found = (-(gradient @ vector), vector @ vector, vector.abs().sum(), size)
         # Of sharded parameters each rank has a part of every sum, and the mean over the ranks, which is taken later, is
         # too small by the number of parts.
         parts = num_parts(parameters)

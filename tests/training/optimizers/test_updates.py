@@ -151,6 +151,23 @@ def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> N
         torch.testing.assert_close(torch.stack(seen), torch.stack(expected))
 
 
+@pytest.mark.parametrize("name", ["SGD", "decay", "AdamW"])
+def test_a_loss_scale_does_not_change_what_is_seen(name: str) -> None:
+    module = Bowl()
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(module.parameters(), lr=0.01, **options)
+    last, parameters = LastUpdate(), list(module.parameters())
+    last.take(torch.arange(6, dtype=torch.float64), 0.01, parameters)
+    seen = []
+    for scale in (1.0, 2.0**16):
+        optimizer.zero_grad()
+        (scale * module.loss()).backward()
+        found = last.seen(parameters, optimizer, scale)
+        assert found is not None
+        seen.append(torch.stack(found))
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_an_update_of_other_parameters_is_not_seen() -> None:
     module = Bowl()
     last = LastUpdate()
