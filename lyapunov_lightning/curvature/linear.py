@@ -5,7 +5,7 @@ people's linear operators as well: it multiplies what they multiply (`@`), becom
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -288,30 +288,41 @@ class SymmetricOperator(ABC):
 
 
 class ScaledOperator(SymmetricOperator):
-    """``diag(s) A diag(s) + diag(t)`` for an operator ``A``, a positive vector ``s`` and a shift ``t``.
+    """``sign · diag(s) A diag(s) + diag(t)`` for an operator ``A``, a positive vector ``s`` and a shift ``t``.
 
     With ``s = P^{-1/2}`` for a diagonal preconditioner ``P`` it is symmetric and has the eigenvalues of ``P^{-1}A``,
-    the matrix that decides on the stability of an adaptive optimizer. Weight decay ``λ`` that is not part of the loss
-    adds the shift ``λ`` where it is decoupled from the preconditioner, and ``λ s²`` where it goes through it.
+    the matrix that decides on the stability of an adaptive optimizer (see `stability_of`, which finds ``s`` and ``t``).
+    Weight decay ``λ`` that is not part of the loss adds the shift ``λ`` where it is decoupled from the preconditioner,
+    and ``λ s²`` where it goes through it.
 
     Args:
         operator: The symmetric operator ``A``.
-        scale: The vector ``s`` of shape ``(size,)``.
-        shift: The vector ``t`` of shape ``(size,)``, or one number for all entries; none if None.
+        scale: The vector ``s`` of shape ``(size,)``; ones if None.
+        shift: The vector ``t`` of shape ``(size,)``, or one number for all entries; zeros if None.
+        sign: 1, or -1 for ``-A``.
 
     Raises:
         ValueError: If `scale` or `shift` has another shape.
 
     """
 
-    def __init__(self, operator: LinearOperator, scale: Tensor, shift: Tensor | float | None = None) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        scale: Tensor | None = None,
+        shift: Tensor | float | None = None,
+        *,
+        sign: float = 1.0,
+    ) -> None:
         length = space_of(operator).length
-        if scale.shape != (length,):
-            raise ValueError(f"`scale` should have shape ({length},), got {tuple(scale.shape)}.")
         super().__init__(space_of(operator), getattr(operator, "layout", None), getattr(operator, "names", ()))
         self._operator = operator
-        self._scale = scale.detach().to(dtype=self.dtype, device=self.device)
-        self._shift = None
+        self._sign = sign
+        self._scale = self._shift = None
+        if scale is not None:
+            if scale.shape != (length,):
+                raise ValueError(f"`scale` should have shape ({length},), got {tuple(scale.shape)}.")
+            self._scale = scale.detach().to(dtype=self.dtype, device=self.device)
         if shift is not None:
             self._shift = torch.as_tensor(shift).detach().to(dtype=self.dtype, device=self.device)
             if self._shift.ndim and self._shift.shape != (length,):
@@ -319,16 +330,22 @@ class ScaledOperator(SymmetricOperator):
                 raise ValueError(f"`shift` should be a number or have shape ({length},), got {given}.")
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product ``s ⊙ A(s ⊙ v) + t ⊙ v``."""
-        product = self._operator.matvec(vector * self._scale) * self._scale
-        return product if self._shift is None else product.add_(self._shift * vector)
+        """The product ``sign · s ⊙ A(s ⊙ v) + t ⊙ v``."""
+        return self._around(self._operator.matvec, vector, self._scale, self._shift)
 
     def matmat(self, block: Tensor) -> Tensor:
         """The products with several vectors, the columns of a tensor of shape ``(size, k)``."""
-        if not isinstance(self._operator, SymmetricOperator):
+        if not isinstance(self._operator, SymmetricOperator):  # another one need not have `matmat`
             return super().matmat(block)
-        scale = self._scale[:, None]
-        product = self._operator.matmat(block * scale) * scale
-        if self._shift is None:
-            return product
-        return product.add_((self._shift[:, None] if self._shift.ndim else self._shift) * block)
+        scale = None if self._scale is None else self._scale[:, None]
+        shift = self._shift[:, None] if self._shift is not None and self._shift.ndim else self._shift
+        return self._around(self._operator.matmat, block, scale, shift)
+
+    def _around(
+        self, times: Callable[[Tensor], Tensor], vectors: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        """Scale and shift around a product with the operator itself."""
+        product = times(vectors) if scale is None else times(vectors * scale) * scale
+        if self._sign != 1:
+            product = -product
+        return product if shift is None else torch.addcmul(product, shift, vectors)

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.linear import LinearOperator, SymmetricOperator, space_of
+from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 
 _Group = Mapping[str, Any]
@@ -78,25 +78,7 @@ class Stability:
 
     def matrix(self, hessian: LinearOperator) -> LinearOperator:
         """The matrix whose largest eigenvalue is to be compared with the limit."""
-        return hessian if self.is_on_hessian else _StepOperator(hessian, self)
-
-
-class _StepOperator(SymmetricOperator):
-    """``sign · diag(scale) H diag(scale) + diag(shift)``."""
-
-    def __init__(self, hessian: LinearOperator, stability: Stability) -> None:
-        super().__init__(space_of(hessian))
-        self._hessian = hessian
-        self._stability = stability
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        scale, shift, sign = self._stability.scale, self._stability.shift, self._stability.sign
-        product = self._hessian.matvec(vector if scale is None else vector * scale)
-        if scale is not None:
-            product = product * scale
-        if shift is not None:
-            return torch.addcmul(sign * product, shift, vector)
-        return product if sign == 1 else -product
+        return hessian if self.is_on_hessian else ScaledOperator(hessian, self.scale, self.shift, sign=self.sign)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

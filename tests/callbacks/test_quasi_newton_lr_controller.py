@@ -191,7 +191,7 @@ def test_a_learning_rate_that_stays_is_a_constant_one_bit_by_bit(rule: str, opti
     lr = 0.01 if options.pop("adam", False) else 0.05
     module = (lambda: BusyModule("adam")) if lr == 0.01 else BusyModule
     controller = QuasiNewtonLRController(rule=rule, annealing=0, force=True)
-    controller._pace.lr, controller._pace.is_stopped = lr, True
+    controller._steering.pace.lr, controller._steering.pace.is_stopped = lr, True
     with_controller = train(controller, module=module, steps=30, **options)
     assert set(with_controller.curve("quasi_newton/learning_rate").values()) == {lr}
     assert_identical_but_for_writes(train(module=module, steps=30, **options), with_controller)
@@ -219,11 +219,14 @@ def test_failed_measurements_leave_the_optimizers_own_steps(rule: str, loss_fn: 
     assert set(with_controller.curve("quasi_newton_details/converged").values()) == {0.0}
 
 
-def test_a_loss_without_curvature_leaves_the_optimizers_own_steps() -> None:
-    module, plain = seeded(), seeded()
-    fit(QuasiNewtonLRController(hessian=HessianConfig(loss_fn=is_flat)), module)
+@pytest.mark.parametrize(("lr", "tolerance"), [(0.1, 0.0), (1e-4, 1e-12)])  # the second one is first tried at 1
+def test_a_loss_without_curvature_leaves_the_optimizers_own_steps(lr: float, tolerance: float) -> None:
+    module, plain = (seeded(optimizer=lambda p: torch.optim.SGD(p, lr=lr)) for _ in range(2))
+    controller = QuasiNewtonLRController(hessian=HessianConfig(loss_fn=is_flat))
+    fit(controller, module)
     fit([], plain)
-    assert torch.equal(weights(module), weights(plain))
+    torch.testing.assert_close(weights(module), weights(plain), rtol=tolerance, atol=tolerance)
+    assert {result.learning_rate for result in controller.results} == {lr}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -239,8 +242,8 @@ def test_failures_in_mid_training_hold_the_last_learning_rate(rule: str) -> None
     assert trainer.global_step == 12
     held = trainer.optimizers[0].param_groups[0]["lr"]
     assert held == pytest.approx(logger.curve("quasi_newton/learning_rate")[5], rel=0.07)
-    assert held == controller._pace.lr
-    assert not controller._length._is_known or rule == "inverse_sharpness"
+    assert held == controller._steering.pace.lr
+    assert rule == "inverse_sharpness" or not controller._rule._length._is_known
 
 
 class TwoCurvatures(pl.LightningModule):
@@ -261,10 +264,10 @@ def test_a_tracked_vector_on_a_wrong_eigenvector_does_not_set_the_learning_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Algorithm 1 alone asks for (e - 1) / 0.29 = 5.9 here, where 2 / 717 is the most that is stable."""
-    monkeypatch.setattr("lyapunov_lightning.callbacks.quasi_newton_lr_controller._MAX_WARMUP", 0)
+    monkeypatch.setattr("lyapunov_lightning.callbacks.rules.inverse_sharpness._MAX_WARMUP", 0)
     controller = QuasiNewtonLRController(rule="inverse_sharpness", bounds=LRBounds(max_growth=1e9))
-    controller._sharpness._iteration.restart(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    controller._sharpness._iteration.beta = (math.e - 1) / 0.29
+    controller._rule._sharpness._iteration.restart(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    controller._rule._sharpness._iteration.beta = (math.e - 1) / 0.29
     module = TwoCurvatures()
     _, logger = fit(controller, module, steps=300)
     assert logger.curve("quasi_newton_details/refuted")[0] == 1
@@ -420,7 +423,7 @@ def test_a_training_that_cannot_be_helped_is_let_be() -> None:
     controller = QuasiNewtonLRController(annealing=0)
     with warned_of("brought back to step 30", "going back again and again did not help"):
         fit(controller, module, steps=80)
-    assert controller._pace.is_stopped
+    assert controller._steering.pace.is_stopped
     assert torch.isfinite(weights(module)).all()  # it is brought back all the same
 
 

@@ -66,6 +66,55 @@ def test_a_resumed_run_goes_on_bit_by_bit(rule: str, name: str, tmp_path: Any) -
     assert whole.callback_metrics["quasi_newton/learning_rate"] == rest.callback_metrics["quasi_newton/learning_rate"]
 
 
+def state_of_the_first_version(rule: str, length: int) -> dict[str, Any]:
+    """What a checkpoint held before rules were objects, after three steps of a model of so many parameters."""
+    vector = torch.linspace(-1, 1, length, dtype=torch.float64)
+    is_papers = rule == "inverse_sharpness"
+    common = {"step": 2, "epoch": 0.5, "learning_rate": 0.025, "annealing": 1.0, "restored": 0, "converged": True}
+    along = {"proposed": 0.0025, "step_length": 10.0, "slope_along_update": 0.14, "curvature_along_update": 3.9}
+    papers = {"lambda_max": 2.9, "inverse_h0": 0.59, "exponent": 0.96, "curvature_along_gradient": 1.8, "refuted": True}
+    result = {**common, **dict.fromkeys([*along, *papers, "trials"]), **(papers if is_papers else along)}
+    losses = [8.75, 0.5, 0.25]
+    return {
+        "schedule": {"passed": 2, "measured": 2},
+        "results": {"items": [result]},
+        "data": {"value": None},
+        "rule": {"iteration": {"beta": 2.0, "perturbation": vector / 100, "velocity": None}, "average": 2.8}
+        if is_papers
+        else {"averages": [0.47, 0.34, 15.0, 13.9], "count": 3, "is_known": True},
+        "pace": {"lr": 0.025, "ceiling": math.inf, "is_stopped": False, "highest": 0.026},
+        "safeguard": {
+            "watch": {"first": losses, "losses": losses, "calm": losses, "counts": [0, 0, 3], "best": [math.inf, 0.0]},
+            "restored": 1,
+            "attempts": 2,
+        },
+        "rates": {"ratios": [1.0]},
+        # A vector of None came with numbers that nothing reads.
+        "update": {"vector": None, "lr": 0.02, "size": 26} if is_papers else {"vector": vector, "lr": 0.02, "size": 26},
+        "losses": {"steps": [0, 1, 2], "values": losses, "counts": [1, 1]},
+    }
+
+
+def in_lists(state: Any) -> Any:
+    """A state with lists in place of tensors."""
+    if isinstance(state, dict):
+        return {name: in_lists(entry) for name, entry in state.items()}
+    return state.tolist() if isinstance(state, Tensor) else state
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_states_of_the_first_version_are_read(rule: str) -> None:
+    module = seeded()
+    state, controller = state_of_the_first_version(rule, len(weights(module))), QuasiNewtonLRController(1, rule)
+    controller.load_state_dict(copy.deepcopy(state))
+    if rule == "inverse_sharpness":
+        state["update"] = {"vector": None, "lr": 0.0, "size": 0}
+    assert in_lists(controller.state_dict()) == in_lists(state)
+    _, logger = fit(controller, module)
+    rates = list(logger.curve("quasi_newton/learning_rate").values())
+    assert 0.025 / 1.25 < rates[0] < 0.025 * 1.08
+
+
 @pytest.mark.parametrize(("rule", "estimator"), [("along_update", "lanczos"), ("inverse_sharpness", "online")])
 def test_order_and_company_of_the_callbacks_do_not_matter(rule: str, estimator: str) -> None:
     def outcome(order: Sequence[int], with_readers: bool) -> tuple[Tensor, dict[int, float]]:
@@ -229,11 +278,11 @@ trainer:
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
     assert first.schedule == Schedule(every_n_steps=3)
     assert first.config == HessianConfig("batch", fraction=0.05, mode="eval", method="finite_difference")
-    assert first._pace.bounds == LRBounds(max_lr=0.5, window=20)
-    assert first._rule == "inverse_sharpness"
+    assert first._steering.pace.bounds == LRBounds(max_lr=0.5, window=20)
+    assert first._rule_name == "inverse_sharpness"
     assert second.schedule == Schedule(every_n_steps=10, first_n_steps=20)
     assert second.config == HessianConfig("batch", fraction=0.05, mode="train")
-    assert second._pace.bounds == LRBounds()
+    assert second._steering.pace.bounds == LRBounds()
 
 
 # Refusals.

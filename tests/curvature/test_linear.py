@@ -298,6 +298,24 @@ def test_a_shift_is_added_to_the_diagonal(shift: Any) -> None:
         assert torch.equal(block, given)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_the_sign_is_that_of_the_matrix_and_not_of_the_shift(sign: float, with_scale: bool, with_shift: bool) -> None:
+    matrix = symmetric_matrix(range(-5, 15))
+    scale = random_vectors(1, 20)[0].exp() if with_scale else None
+    shift = random_vectors(1, 20, seed=5)[0] if with_shift else None
+    factor = torch.ones(20, dtype=torch.float64) if scale is None else scale
+    expected = sign * factor[:, None] * matrix * factor
+    if shift is not None:
+        expected = expected + torch.diag(shift)
+    for operator in (DenseOperator(matrix), Matrix(matrix)):
+        scaled = ScaledOperator(operator, scale, shift, sign=sign)
+        block = random_vectors(3, 20, seed=1).T
+        assert relative_error(scaled @ block, expected @ block) < 1e-14
+        assert relative_error(scaled @ block[:, 0], expected @ block[:, 0]) < 1e-14
+
+
 def test_it_has_the_dtype_of_the_operator_whatever_those_of_scale_and_shift() -> None:
     matrix = symmetric_matrix(range(20)).float()
     scaled = ScaledOperator(Matrix(matrix), torch.ones(20, dtype=torch.float64), torch.ones(20, dtype=torch.bfloat16))

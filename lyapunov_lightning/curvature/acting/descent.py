@@ -1,9 +1,9 @@
-r"""A step along a direction of negative curvature, beside those of the optimizer.
+r"""A step along a direction of negative curvature, in between the steps of the optimizer.
 
-Along a unit vector :math:`v` with the slope :math:`c = g^\top v` and a negative curvature the loss falls to second
-order as well as to first, on the side where the slope is negative. A step of gradient descent along it has the length
-:math:`\eta|c|`; with a bound on that length it is the one that "Negative eigenvalues of the Hessian in deep neural
-networks", appendix C, alternates with the steps of the optimizer.
+Along a unit vector :math:`v` with slope :math:`c = g^\top v` and negative curvature, both terms of the second-order
+expansion of the loss fall on the side where the slope is negative. A step of gradient descent along :math:`v` has the
+length :math:`\eta|c|`. With a bound on that length it is the step that "Negative eigenvalues of the Hessian in deep
+neural networks", appendix C, alternates with the steps of the optimizer.
 """
 
 import math
@@ -15,20 +15,20 @@ from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 def negative_curvature_step(
     slope: Callable[[], float], value: float, residual: float, *, lr: float, max_step: float
 ) -> float:
-    """The step along the smallest eigenpair, where the curvature is certainly negative.
+    """The step along the eigenvector of the smallest eigenvalue, if that is certainly negative.
 
-    An eigenvalue of the Hessian lies within the residual of `value`. So one below zero is certain only while `value` is
+    The Hessian has an eigenvalue within the residual of `value`. So it certainly has a negative one only if `value` is
     below minus the residual.
 
     Args:
-        slope: Computes the slope ``gᵀv`` along the unit vector, where it is needed.
-        value: The eigenvalue, as far as it is known.
+        slope: Computes the slope ``gᵀv`` along the unit vector; called only if it is needed.
+        value: The estimate of the eigenvalue.
         residual: ``‖Hv − λv‖`` of the pair.
         lr: Learning rate of the step.
-        max_step: Its greatest length.
+        max_step: The largest length of the step.
 
     Returns:
-        The factor of `vector` that makes it the step; 0 where a negative eigenvalue is not certain.
+        The factor on the unit vector that makes it the step; 0 if a negative eigenvalue is not certain.
 
     Raises:
         NonFiniteCurvatureError: If the gradient is not finite.

@@ -1,7 +1,7 @@
-"""What an estimate may do to a learning rate: slowly, within bounds, and less after it went wrong.
+"""How a learning rate follows estimates: slowly, within bounds, and below a ceiling after it was too high.
 
-`Pace` stands between an estimate and the optimizer. Two kinds of estimates come to it: how long the steps are as
-against the best ones (`Pace.follow`), and what the learning rate should be (`Pace.approach`).
+There are two kinds of estimates: how long the steps are compared with the best ones (`Pace.follow`), and what the
+learning rate should be (`Pace.approach`).
 """
 
 import math
@@ -10,37 +10,39 @@ from typing import Any
 
 from lyapunov_lightning.curvature.arguments import check_int
 
-_SHORT, _SHORT_WHILE_FALLING = 1.4, 1.8
-"""Lengths below which steps become longer, always or while the loss falls."""
+_GROW_BELOW_LENGTH, _GROW_BELOW_LENGTH_WHILE_FALLING = 1.4, 1.8
+"""Lengths below which steps become longer, in general and while the loss falls."""
 
-_LONG, _LONG_WHILE_FALLING = 2.0, 4.0
-"""Lengths beyond which they become shorter. At 2 the loss along the step is as high at its end as at its beginning."""
+_SHRINK_BEYOND_LENGTH, _SHRINK_BEYOND_LENGTH_WHILE_FALLING = 2.0, 4.0
+"""Lengths beyond which steps become shorter. At 2 the loss at the end of a step is as high as at its beginning."""
 
-_GAIN, _GAIN_OF_MEMORY = 0.15, 5.0
-"""Share of the way, in the logarithm, that is made up at every step, and the most of it over a memory."""
+_WAY_PER_STEP, _WAY_PER_MEMORY = 0.15, 5.0
+"""The share of the way to the wanted length, in the logarithm, that the learning rate makes in one step; and how many
+times the way it makes at most in as many steps as the length was averaged over: faster, it would run ahead of the
+average that it follows."""
 
-_INERTIA = 10.0
-"""Steps until a learning rate has shown what it does, up to which it grows as fast as it may."""
+_INERTIA_OF_FULL_GROWTH = 10.0
+"""Steps until a learning rate shows its effect, up to which it may grow at the full rate; slower beyond."""
 
-_FASTEST_FALL = 1.25
-"""The most by which a learning rate falls in a step because of the lengths of the steps."""
+_MAX_SHRINKING = 1.25
+"""The largest factor by which the learning rate falls in one step because steps are too long."""
 
-_STOPPED = 0.01
-"""Share of its learning rate at which a controller stops that has found no way."""
+_SHARE_WHEN_STOPPED = 0.01
+"""What share of its learning rate is kept for the rest of a training in which every learning rate has failed."""
 
-_FLOOR = 0.5
-"""Share of the highest learning rate so far below which lengths do not bring it. Seen from one step, what noise there
-is asks for ever shorter steps, down to none: the short-horizon bias."""
+_LEAST_SHARE_OF_HIGHEST = 0.5
+"""Share of the highest learning rate so far below which it does not fall because steps are too long. Judged by single
+steps, noise makes ever shorter steps look better, down to none: the short-horizon bias."""
 
 
 @dataclass(frozen=True)
 class LRBounds:
-    """What a learning rate may do, whatever the curvature says.
+    """The bounds of a learning rate and of its growth, whatever the curvature says.
 
     Attributes:
-        min_lr: The floor.
-        max_lr: The ceiling.
-        max_growth: The most by which it grows from one step to the next.
+        min_lr: The lowest learning rate.
+        max_lr: The highest learning rate.
+        max_growth: The largest factor by which it grows from one step to the next.
         window: Steps over which it may double again after it was halved.
 
     Raises:
@@ -73,12 +75,13 @@ class Pace:
     """A learning rate that follows estimates.
 
     Args:
-        bounds: What it may do.
+        bounds: Its bounds.
 
     Attributes:
         lr: The learning rate; None before the first estimate.
-        ceiling: What it does not exceed for now, below infinity after it was too high.
-        is_stopped: Whether it stays where it is from now on.
+        ceiling: The learning rate does not exceed it. It is infinite until the learning rate was too high, and then
+            rises slowly from half of that learning rate.
+        is_stopped: Whether the learning rate stays as it is from now on.
 
     """
 
@@ -90,7 +93,7 @@ class Pace:
         self._highest = 0.0
 
     def begin(self, lr: float) -> None:
-        """The first learning rate."""
+        """Start at a learning rate."""
         self._set(lr)
 
     def follow(
@@ -103,58 +106,63 @@ class Pace:
         memory: float = 1.0,
         inertia: float = 1.0,
     ) -> None:
-        """Make the steps longer or shorter, once a step.
+        """Make the steps longer or shorter; to be called once for each step.
 
-        Where lengths are in between it is the loss that decides: while it falls, steps become longer up to 1.8 times
-        the way to the bottom of the parabola, and shorter beyond 4 times only.
+        Steps shorter than 1.4 times the way to the bottom of the parabola become longer, and those beyond 2 times
+        shorter. In between the learning rate stays. While the loss falls the limits are 1.8 and 4.
 
         Args:
             length: How long the steps are, with the way to the bottom of the parabola as unit.
-            at_least: The least that they may be, in view of what noise there is.
-            is_falling: Whether the loss falls, by more than its noise.
-            may_grow: Whether nothing speaks against longer steps.
-            memory: Steps over which the length was averaged; it is followed no faster than it can change.
-            inertia: Steps until a learning rate has shown what it does, such as ``1 / (1 - m)`` with momentum ``m``.
+            at_least: The least that the length may be, in view of the noise.
+            is_falling: Whether the loss falls by more than its noise.
+            may_grow: Whether longer steps are safe.
+            memory: Steps over which the length was averaged.
+            inertia: Steps until a learning rate shows its effect, such as ``1 / (1 - m)`` with momentum ``m``.
 
         """
         if self.lr is None or self.is_stopped:
             return
-        move, target = 0.0, _SHORT_WHILE_FALLING if is_falling else _SHORT
-        gain = min(_GAIN, _GAIN_OF_MEMORY / memory)
+        move, target = 0.0, _GROW_BELOW_LENGTH_WHILE_FALLING if is_falling else _GROW_BELOW_LENGTH
+        gain = min(_WAY_PER_STEP, _WAY_PER_MEMORY / memory)
         if length < target and may_grow:
-            fastest = math.log(self.bounds.max_growth) * min(1.0, _INERTIA / inertia)
+            fastest = math.log(self.bounds.max_growth) * min(1.0, _INERTIA_OF_FULL_GROWTH / inertia)
             move = min(gain * math.log(target / length), fastest)
-        elif at_least > (_LONG_WHILE_FALLING if is_falling else _LONG):
-            move = -min(gain * math.log(at_least / _LONG), math.log(_FASTEST_FALL))
+        # Shrinking goes by the least that the length may be: a slope that is lost in its noise makes the length itself
+        # as large as it gets, and is no evidence against the steps.
+        elif at_least > (_SHRINK_BEYOND_LENGTH_WHILE_FALLING if is_falling else _SHRINK_BEYOND_LENGTH):
+            move = -min(gain * math.log(at_least / _SHRINK_BEYOND_LENGTH), math.log(_MAX_SHRINKING))
         lr = self.lr * math.exp(move)
         if move < 0:
-            lr = min(max(lr, _FLOOR * self._highest), self.lr)
+            # Not above the present learning rate, whatever the highest one was: steps that are too long must not become
+            # longer.
+            lr = min(max(lr, _LEAST_SHARE_OF_HIGHEST * self._highest), self.lr)
         self._set(lr)
 
     def approach(self, proposal: float) -> None:
-        """Fall to what is proposed at once, or rise to it by a bounded factor."""
+        """Fall to a proposed learning rate at once, or rise towards it by a bounded factor."""
         if self.is_stopped or not (math.isfinite(proposal) and proposal > 0):
             return
         self._set(proposal if self.lr is None else min(proposal, self.lr * self.bounds.max_growth))
 
     def pass_step(self) -> None:
-        """A step went well: the ceiling rises."""
+        """Raise the ceiling after a step whose loss was good."""
         self.ceiling *= 2 ** (1 / self.bounds.window)
 
     def halve(self) -> None:
-        """It was too high."""
+        """Halve the learning rate, which was too high, and keep it there for a while."""
         if self.lr is not None:
+            # The highest learning rate so far as well: `follow` would otherwise not go below half of one that failed.
             self.ceiling = self._highest = self.lr / 2
             self._set(self.lr / 2)
 
     def stop(self) -> None:
-        """Go on at a learning rate that is small, and do nothing more."""
+        """Stay at a hundredth of the learning rate for the rest of the training."""
         if self.lr is not None:
             self.is_stopped = True
-            self.lr = max(_STOPPED * self.lr, self.bounds.min_lr)
+            self.lr = max(_SHARE_WHEN_STOPPED * self.lr, self.bounds.min_lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """The learning rate and what bounds it."""
+        """The learning rate, and what it depends on."""
         return {
             "lr": self.lr,
             "ceiling": self.ceiling,
@@ -163,7 +171,7 @@ class Pace:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self.lr, self.ceiling, self.is_stopped = state["lr"], state["ceiling"], state["is_stopped"]
         self._highest = state["highest"]
 
@@ -178,7 +186,7 @@ def annealing(share: float, step: int, num_steps: float) -> float:
     Args:
         share: How large that part is, in [0, 1].
         step: The step, from 0.
-        num_steps: How many there will be; infinite where nobody knows.
+        num_steps: How many steps there will be; infinite if that is not known.
 
     Example::
 
@@ -189,4 +197,5 @@ def annealing(share: float, step: int, num_steps: float) -> float:
     """
     if share == 0 or not math.isfinite(num_steps):
         return 1.0
+    # At least one step is left, also where a resumed run or another loop goes beyond the number: never zero or below.
     return min(1.0, max(num_steps - step, 1) / (share * num_steps))

@@ -1,4 +1,4 @@
-r"""A vector scaled by one factor within a subspace and by another one across it.
+r"""A vector scaled by one factor within a subspace and by another one in its orthogonal complement.
 
 With orthonormal rows :math:`V` the vector :math:`u` becomes :math:`P(u) = bu + (a - b)V^\top Vu`, which is :math:`a`
 times the part of :math:`u` in their span and :math:`b` times the rest ("On the relation between the sharpest directions
@@ -20,19 +20,19 @@ def scaled_in_subspace(
     shift: Tensor | None = None,
     space: VectorSpace | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale a vector by one factor within a subspace and by another one across it.
+    """Scale a vector by one factor within a subspace and by another one in its orthogonal complement.
 
     Args:
         vector: Shape ``(n,)``. One whose part in the subspace is not finite is left as it is.
         rows: Shape ``(k, n)``: orthonormal rows, which span the subspace.
         inside: The factor within.
-        outside: The factor across.
-        shift: What is added before and taken away after, ``P(u + s) − s``, of shape ``(n,)``; such as the weight decay
-            that an optimizer will add to the scaled vector.
-        space: Their space, if they are not plain tensors of their whole length.
+        outside: The factor in the complement.
+        shift: A vector ``s`` of shape ``(n,)`` that is added before and subtracted afterwards, ``P(u + s) − s``: such
+            as the weight decay that an optimizer will add to the scaled vector.
+        space: The space of the vectors, if they are not plain tensors of their whole length.
 
     Returns:
-        The scaled vector, and the share of the squared norm that was taken out, ``‖u − P(u)‖² / ‖u‖²``, a scalar.
+        The scaled vector, and the share of the squared norm that was removed, ``‖u − P(u)‖² / ‖u‖²``, a scalar.
 
     Example::
 
@@ -48,6 +48,7 @@ def scaled_in_subspace(
     scaled = whole * outside + (inside - outside) * (coefficients @ rows)
     if shift is not None:
         scaled -= shift
+    # On the device, without waiting for it: with infinite coefficients 0 · inf would turn all of the vector into NaN.
     scaled = torch.where(coefficients.isfinite().all(), scaled, vector)
     total, within = space.inner(whole, whole), coefficients.square().sum()
     removed = (1 - inside) ** 2 * within + (1 - outside) ** 2 * (total - within).clamp_min(0)

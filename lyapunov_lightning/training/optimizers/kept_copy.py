@@ -1,4 +1,4 @@
-"""A copy of a training, to go back to when it goes wrong."""
+"""A copy of the state of a training, to go back to when the training goes wrong."""
 
 import copy
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ class _Copy:
     tensors: list[tuple[Tensor, Tensor]]
     """Each parameter and buffer, and its value."""
     groups: list[list[int]]
-    """The identities of the parameters in the optimizer's groups."""
+    """The identities of the parameters in each of the optimizer's groups."""
     optimizer: dict[str, Any]
 
 
 class KeptCopy:
-    """The parameters that train, the buffers and the optimizer's state, as they were where all was well.
+    """A copy of the trainable parameters, the buffers and the optimizer's state from a step whose loss was good.
 
-    A copy is taken before a step and counts once the loss there was seen to be well, so for one step there are two.
+    A copy is taken before the loss of its step is known. It replaces the copy before it once that loss was found to be
+    good, so that for the time of one step there are two copies.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class KeptCopy:
 
     @torch.no_grad()
     def take(self, step: int, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the present state, which is not known yet to be well."""
+        """Copy the present state, of which it is not known yet whether it is good."""
         tensors = [*(p for p in pl_module.parameters() if p.requires_grad), *pl_module.buffers()]
         self._candidate = _Copy(
             step,
@@ -40,35 +41,39 @@ class KeptCopy:
         )
 
     def confirm(self) -> None:
-        """What was copied last was well."""
+        """The state that was copied last is good: from now on `restore` goes back to it."""
         if self._candidate is not None:
             self._copy, self._candidate = self._candidate, None
 
     def reject(self) -> None:
-        """It was not."""
+        """The state that was copied last is not good: drop the copy, and keep the one before it."""
         self._candidate = None
 
     @torch.no_grad()
     def restore(self, optimizer: torch.optim.Optimizer) -> int | None:
-        """Go back, gradients apart, which are dropped.
+        """Put parameters, buffers and the optimizer's state back to the copy, and drop the gradients.
 
         Returns:
-            The step that it is the state of; None where there is no copy, or parameters have come to the optimizer
-            since.
+            The step before which the copy was taken. None, and nothing is changed, if there is no copy, or if the
+            optimizer has other parameters by now.
 
         """
         self._candidate = None
         kept = self._copy
+        # `load_state_dict` would raise for another number of parameters, and for the same number it would give state
+        # to the wrong ones.
         if kept is None or kept.groups != _identities(optimizer):
             return None
         for tensor, value in kept.tensors:
             tensor.copy_(value)
-        optimizer.load_state_dict(copy.deepcopy(kept.optimizer))  # a copy: the optimizer goes on in these tensors
-        optimizer.zero_grad()
+        # A copy of the copy: the optimizer keeps the tensors that it loads and writes to them, and the training may
+        # have to come back here a second time.
+        optimizer.load_state_dict(copy.deepcopy(kept.optimizer))
+        optimizer.zero_grad()  # what was accumulated so far is of the state that is given up
         return kept.step
 
     def clear(self) -> None:
-        """Free the memory."""
+        """Drop both copies, and their memory."""
         self._candidate, self._copy = None, None
 
 

@@ -1,4 +1,4 @@
-"""The learning rates of an optimizer's groups, set together and put back."""
+"""The learning rates of an optimizer's parameter groups, set together."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class LearningRates:
-    """The learning rates of an optimizer's parameter groups, of which the highest is steered and the others follow.
+    """The learning rates of an optimizer's parameter groups: the highest is set, the others keep their ratio to it.
 
-    A group that is added in mid-run, by a callback that unfreezes layers for example, takes part with the ratio that
-    its own learning rate had then. Should it have the highest one, it is the others that follow from then on.
+    A group that is added in mid-run, by a callback that unfreezes layers for example, gets the ratio that its learning
+    rate has when it is first seen. If its learning rate is the highest then, it becomes the one that is set.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class LearningRates:
         self._is_restored = False
 
     def start(self, optimizer: torch.optim.Optimizer) -> None:
-        """Begin a run: with the ratios that the learning rates have now, or with those of the checkpoint."""
+        """Begin a run, with the present ratios between the learning rates, or with the ratios of the checkpoint."""
         if not self._is_restored:
             self._ratios = []
         self._is_restored = False
@@ -28,24 +28,27 @@ class LearningRates:
 
     @property
     def highest(self) -> float:
-        """The highest one."""
+        """The highest learning rate of the parameter groups."""
         return max(self._present())
 
     def set(self, highest: float) -> None:
-        """Change all of them, so that the highest is as given."""
+        """Set all learning rates, the highest one to the given value."""
         self._admit_new_groups()
         for group, ratio in zip(self._groups(), self._ratios, strict=True):
-            if isinstance(group["lr"], Tensor):  # as compiled and captured optimizers have it
+            if isinstance(group["lr"], Tensor):
+                # In place: a compiled step, or one in a CUDA graph, reads this tensor and would not see another one.
                 group["lr"].fill_(highest * ratio)
             else:
                 group["lr"] = highest * ratio
 
     def state_dict(self) -> dict[str, Any]:
-        """The ratios: what they were at the start cannot be had from the learning rates again to the last digit."""
+        """The ratios."""
+        # They cannot be computed from the learning rates of the checkpoint: (lr · ratio) / lr differs from the ratio in
+        # the last digit, and the resumed run from the one without a break.
         return {"ratios": list(self._ratios)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self._ratios = list(state["ratios"])
         self._is_restored = True
 
@@ -59,6 +62,6 @@ class LearningRates:
     def _admit_new_groups(self) -> None:
         rates, known = self._present(), len(self._ratios)
         if len(rates) > known:
-            unit = max(rates[:known] or rates)  # the highest known one, to which the ratios are relative
+            unit = max(rates[:known] or rates)  # the learning rate whose ratio is 1 so far
             ratios = [*self._ratios, *(rate / unit for rate in rates[known:])]
             self._ratios = [ratio / max(ratios) for ratio in ratios]

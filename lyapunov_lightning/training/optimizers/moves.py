@@ -24,20 +24,20 @@ def scale_gradients(
     inside: float,
     outside: float,
 ) -> Tensor:
-    """Scale the gradient that SGD takes its step from, its weight decay included, within a subspace and across it.
+    """Scale the gradient that SGD steps along, weight decay included, within a subspace and in its complement.
 
-    Parameters whose ``.grad`` is None keep it, and count as zeros. Gradients that are not finite are left alone.
+    A ``.grad`` of None stays, and counts as zeros. Gradients that are not finite are left alone.
 
     Args:
         optimizer: The optimizer, about to take its step.
         parameters: The parameters.
         rows: Shape ``(k, n)``: orthonormal rows, which span the subspace.
-        space: Their space.
+        space: The space of the rows.
         inside: The factor within.
-        outside: The factor across.
+        outside: The factor in the complement.
 
     Returns:
-        The share of the squared norm that was taken out, a scalar on the device.
+        The share of the squared norm that was removed, a scalar on the device.
 
     """
     layout = FlatLayout(parameters)
@@ -53,15 +53,15 @@ def scale_gradients(
     for parameter, piece in zip(parameters, layout.split(changed), strict=True):
         if parameter.grad is not None:
             if parameter.grad.layout is not torch.strided:
-                parameter.grad = parameter.grad.to_dense()  # what is projected is not sparse any more
+                parameter.grad = parameter.grad.to_dense()  # the projection has entries everywhere
             local_of(parameter.grad).copy_(piece)
     return removed
 
 
 def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Tensor | None:
-    """What SGD is about to add to the gradient as weight decay, of shape ``(n,)``; None if there is none.
+    """The weight decay that SGD is about to add to the gradient, of shape ``(n,)``; None if there is none.
 
-    It passes over parameters without gradient, and does not decay them.
+    SGD skips parameters without gradient, so they do not decay either.
 
     """
     factors = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -74,9 +74,9 @@ def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
 def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -> bool:
     """Add a displacement to the trainable parameters.
 
-    In a distributed run it is the mean of the ranks' displacements, so that their parameters stay the same bit by bit;
-    where the parameters are sharded, each rank moves its part.
-    All of them have to call this together. Nothing moves if one of them has none, such as where its measurement failed.
+    All ranks have to call this together. They move by the mean of their displacements, so that their parameters stay
+    the same bit by bit; of sharded parameters each rank moves its own part. Nothing moves if a rank has no
+    displacement, because its measurement failed.
 
     Args:
         trainer: The trainer.
@@ -94,6 +94,7 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
         if any_rank(trainer, displacement is None):
             return False
     elif reduce is not None:
+        # The last number counts the ranks without displacement, so that one reduction answers both questions.
         buffer = torch.zeros(layout.size + 1, dtype=layout.dtype, device=layout.device)
         if displacement is None:
             buffer[-1] = 1
@@ -104,7 +105,7 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
     if displacement is None:
         return False
     if not bool(displacement.any()):
-        return True
+        return True  # without a write: a graph that autograd keeps of the parameters survives none, not even of zeros
     with torch.no_grad():
         for parameter, piece in zip(parameters, layout.split(displacement), strict=True):
             local_of(parameter).add_(piece)

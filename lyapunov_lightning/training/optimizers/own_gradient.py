@@ -1,4 +1,4 @@
-"""The gradient of the training's own backward pass, caught on its way to the optimizer."""
+"""The gradient that the training itself has computed, used in place of a second computation."""
 
 from typing import Any
 
@@ -7,41 +7,42 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 
-_ROUNDING = 1e-5
-"""Relative distance up to which two gradients are the same but for rounding."""
+_ROUNDING_DISTANCE = 1e-5
+"""Relative distance up to which two gradients are taken for the same, computed in another order."""
 
 
 class OwnGradient:
-    """Lets a measurement use the step's own gradient in place of one that it would have to compute.
+    """Lets a measurement use the gradient of the step's own backward pass, where it is the same.
 
-    Whether ``.grad`` after the backward pass is the gradient of the measured loss, with the same dropout masks,
-    unscaled and unchanged by hooks, cannot be told from outside. So it is compared with a computed one once, and used
-    from then on only if it was the same.
+    ``.grad`` after the backward pass need not be the gradient of the measured loss: dropout masks may differ, a loss
+    scaler may have scaled it, hooks may have changed it. So the first one is compared with a gradient that is computed
+    for the purpose, and ``.grad`` is used from then on only if the two were the same.
     """
 
     def __init__(self) -> None:
         self._fits: bool | None = None
 
     def may_fit(self, trainer: Any) -> bool:
-        """Whether to wait for the backward pass: a single rank (no average over ranks) and no mismatch so far."""
+        """Whether to wait for the backward pass: not after a mismatch, and not where ``.grad`` is a mean over ranks."""
         return trainer.world_size == 1 and self._fits is not False
 
     def take(self, trainer: Any, operator: LossHessian) -> Tensor:
         """The gradient at the present parameters, right after the backward pass of a step's first batch."""
         own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
+        # Lightning divides the loss of every batch by the number of batches that are accumulated.
         if trainer.accumulate_grad_batches > 1:
             own *= trainer.accumulate_grad_batches
         if self._fits:
             return own
         computed = operator.gradient()
         distance, norm = torch.linalg.vector_norm(own - computed), torch.linalg.vector_norm(computed)
-        self._fits = bool(distance <= _ROUNDING * norm)
+        self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)
         return computed
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known so far."""
+        """Whether the gradients were the same; None before the comparison."""
         return {"fits": self._fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self._fits = state["fits"]

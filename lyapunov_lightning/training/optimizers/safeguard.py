@@ -1,4 +1,4 @@
-"""What keeps a training that is acted upon from being lost."""
+"""Keeps a training whose learning rate is changed from being lost: it is watched, copied, and brought back."""
 
 import math
 from typing import Any
@@ -8,22 +8,22 @@ import torch
 from lyapunov_lightning.curvature.acting.loss_watch import LossWatch, Verdict
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 
-_COPY_EVERY = 10
-"""Steps between two copies of the training."""
+_STEPS_BETWEEN_COPIES = 10
+"""Steps between two copies of the training: at most so many are lost when it is brought back."""
 
-_PATIENCE = 10
-"""How often a training is brought back before it counts as hopeless."""
+_HOPELESS_AFTER = 10
+"""How often a training is lost without a good loss in between before it counts as hopeless."""
 
 
 class Safeguard:
-    """Judges every loss, keeps a copy of the training while all is well, and goes back to it when it is not.
+    """Judges every loss, keeps a copy of the training while its losses are good, and goes back when it is lost.
 
     Args:
-        keeps_copies: Whether there is to be anything to go back to; else losses are judged only.
+        keeps_copies: Whether to keep copies. Without them the losses are judged only.
 
     Attributes:
-        watch: What judges the losses.
-        num_restored: How often the training was brought back.
+        watch: Judges the losses.
+        num_restored: How often the training was brought back so far.
 
     """
 
@@ -33,17 +33,18 @@ class Safeguard:
         self._keeps_copies = keeps_copies
         self._copy = KeptCopy()
         self._copied_at: int | None = None
-        self._attempts = 0
+        self._times_lost = 0
 
     def start(self) -> None:
-        """Begin a run: what an earlier one has left is not to go back to."""
+        """Begin a run, without the copies of an earlier one."""
         self._copy.clear()
         self._copied_at = None
 
     def before_batch(self, trainer: Any, pl_module: Any) -> None:
-        """Copy the training now and then; whether the copy is good, the loss will tell."""
+        """Copy the training at every tenth step; `after_batch` keeps the copy if the loss of its batch is good."""
         step = trainer.global_step
-        if self._keeps_copies and step % _COPY_EVERY == 0 and step != self._copied_at:
+        # With gradient accumulation there are several batches before one step: one copy is enough.
+        if self._keeps_copies and step % _STEPS_BETWEEN_COPIES == 0 and step != self._copied_at:
             self._copied_at = step
             self._copy.take(step, pl_module, trainer.optimizers[0])
 
@@ -51,32 +52,32 @@ class Safeguard:
         """Judge the loss of a batch, after its step, and go back if the training is lost.
 
         Returns:
-            The verdict, and the step whose state the training has again, if it was brought back.
+            The verdict, and the step whose state the training has been brought back to, if it was.
 
         """
         verdict = self.watch.see(loss)
         if verdict is Verdict.LOST:
             self.watch.go_back()
-            self._attempts += 1
+            self._times_lost += 1
             restored = self._copy.restore(optimizer)
             self.num_restored += restored is not None
             return verdict, restored
         if verdict is Verdict.WELL:
-            self._attempts = 0
+            self._times_lost = 0
             self._copy.confirm()
         else:
             self._copy.reject()
         return verdict, None
 
     def is_hopeless(self, loss: float, restored: int | None) -> bool:
-        """Whether going back does not help, or cannot."""
-        return self._attempts >= _PATIENCE or (restored is None and not math.isfinite(loss))
+        """Whether going back has not helped often enough to give up, or is impossible after NaN or infinity."""
+        return self._times_lost >= _HOPELESS_AFTER or (restored is None and not math.isfinite(loss))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known of the losses; the copy itself would be as large as the checkpoint."""
-        return {"watch": self.watch.state_dict(), "restored": self.num_restored, "attempts": self._attempts}
+        """What is known of the losses, without the copy, which would be as large as the whole checkpoint."""
+        return {"watch": self.watch.state_dict(), "restored": self.num_restored, "attempts": self._times_lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; there is no copy until the next one is taken."""
+        """Continue from a `state_dict`, without a copy until the next one is taken."""
         self.watch.load_state_dict(state["watch"])
-        self.num_restored, self._attempts = state["restored"], state["attempts"]
+        self.num_restored, self._times_lost = state["restored"], state["attempts"]

@@ -1,14 +1,15 @@
-"""How a step moves the parameters: its gradient, the optimizer's update, the learning rates, moves beside it.
+"""The update of an optimizer, observed on the parameters, and what the loss does along it.
 
 Every optimizer of PyTorch with a learning rate moves the parameters by the learning rate times an update that it makes
-of gradients, momenta and decay in its own way. So the update is observed instead of computed anew: the parameters are
-noted before the step, and the difference after it is the update, whatever the optimizer and whatever clipped its
-gradients.
+of gradients, momenta and decay in its own way. So the update is observed instead of computed a second time: the
+parameters are copied before the step, and the difference after it is the update, whatever the optimizer and whatever
+clipped its gradients.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from lyapunov_lightning.training.fsdp import num_parts
 
 
 class ObservedUpdate:
-    """One step of an optimizer.
+    """One step of an optimizer, which can be taken back and taken again.
 
-    To be made before the step; `displacement` and what follows it come after.
+    To be made before the step. `rewind` and `replay` come after it, in this order.
 
     Args:
-        operator: The Hessian at the parameters whose movement is observed.
+        operator: The Hessian at the parameters that the step moves.
 
     """
 
@@ -37,15 +38,17 @@ class ObservedUpdate:
 
     @torch.no_grad()
     def rewind(self) -> Tensor:
-        """Put the parameters back to before the step; returns the displacement that it was, of shape ``(n,)``."""
+        """Put the parameters back to before the step; returns the displacement that it made, of shape ``(n,)``."""
         self._after = [parameter.detach().clone() for parameter in self._parameters]
         _write(self._parameters, self._before)
         return self._layout.flatten(self._after) - self._layout.flatten(self._before)
 
     @torch.no_grad()
     def replay(self, displacement: Tensor, factor: float) -> None:
-        """Take the step again, `factor` times as long; exactly the same one if that is 1."""
+        """Take the step again, `factor` times as long; exactly the same step if that is 1."""
         if factor == 1.0:
+            # The copies, because before + (after - before) differs from after in the last digits: a measurement that
+            # failed would then change the training.
             _write(self._parameters, self._after)
             return
         for parameter, before, piece in zip(
@@ -59,92 +62,159 @@ def _write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-class LastUpdate:
-    """The last step of an optimizer, kept until the batch after it has seen it.
+@dataclass(frozen=True, eq=False)
+class Update:
+    """An update that an optimizer has made.
 
     Attributes:
-        vector: Shape ``(n,)``: the update at a highest learning rate of 1; None where there is none.
+        vector: Shape ``(n,)``: the displacement of the parameters, divided by the highest learning rate.
         lr: The highest learning rate of the step.
 
     """
 
+    vector: Tensor
+    lr: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """An update, and how many numbers the parameters held that it moved, on all ranks together."""
+
+    update: Update
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _UnderWay:
+    """The parameters of a step that the optimizer is about to take, and their values before it."""
+
+    parameters: Sequence[Tensor]
+    before: Tensor
+
+
+class SeenOnDevice(NamedTuple):
+    """How an update looks from where it ended: `SeenUpdate` before it is fetched from the device.
+
+    Four scalars of this rank alone, which become those of `SeenUpdate` as means over the ranks.
+    """
+
+    slope: Tensor
+    squared_norm: Tensor
+    change: Tensor
+    size: Tensor
+
+
+class SeenUpdate(NamedTuple):
+    """How an update at learning rate 1 looks from where its step ended.
+
+    Attributes:
+        slope: ``-gᵀu`` by the gradient there, positive downhill.
+        squared_norm: ``uᵀu``.
+        change: The sum of the absolute values of the update.
+        size: The sum of the absolute values of the parameters.
+
+    """
+
+    slope: float
+    squared_norm: float
+    change: float
+    size: float
+
+
+class LastUpdate:
+    """The last update of an optimizer, kept until the gradient of the next batch has been computed."""
+
     def __init__(self) -> None:
-        self.vector: Tensor | None = None
-        self.lr = 0.0
-        self._size = 0
-        self._parameters: Sequence[Tensor] = ()
-        self._before: Tensor | None = None
+        self._last: _Known | _UnderWay | None = None
+
+    @property
+    def known(self) -> Update | None:
+        """The update; None before the first one, while one is under way, and where the last one counts no more."""
+        return self._last.update if isinstance(self._last, _Known) else None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
         """Before the step."""
-        self.vector = None
-        self._size = _size_of(parameters)
-        self._parameters, self._before = parameters, FlatLayout(parameters).flatten(parameters)
+        self._last = _UnderWay(parameters, FlatLayout(parameters).flatten(parameters))
 
     def end(self, lr: float) -> None:
-        """After the step."""
-        if self._before is not None:
-            after = FlatLayout(self._parameters).flatten(self._parameters)
-            self.take(after.sub_(self._before).div_(lr), lr, self._parameters)
+        """After the step, of which `begin` was told."""
+        if isinstance(self._last, _UnderWay):
+            parameters, before = self._last.parameters, self._last.before
+            after = FlatLayout(parameters).flatten(parameters)
+            self.take(after.sub_(before).div_(lr), lr, parameters)
 
     def take(self, vector: Tensor, lr: float, parameters: Sequence[Tensor]) -> None:
-        """A step of some parameters that was observed elsewhere."""
-        self.vector, self.lr, self._size = vector, lr, _size_of(parameters)
-        self._parameters, self._before = (), None
+        """Keep the update of some parameters that was observed elsewhere."""
+        self._last = _Known(Update(vector, lr), _size_of(parameters))
 
     def forget(self) -> None:
-        """The parameters are not where the step ended."""
-        self.vector, self._before = None, None
-        self._parameters = ()
+        """The parameters were moved away from where the step ended, so that no gradient comes from there."""
+        self._last = None
 
-    def seen(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """The step as the gradients see it that the parameters hold now, where it ended.
+    def seen(
+        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, loss_scale: float = 1.0
+    ) -> SeenOnDevice | None:
+        """How the last update looks to the gradient that is now in ``.grad``, computed where the step ended.
 
-        Weight decay that the optimizer adds to the gradient belongs to it.
+        Weight decay that the optimizer adds to the gradient is part of the gradient.
+
+        Args:
+            parameters: The parameters.
+            optimizer: The optimizer.
+            loss_scale: The factor that a loss scaler has put on ``.grad``.
 
         Returns:
-            Shape ``(4,)``, on the device, to be averaged over the ranks: the slope ``-gᵀu``, ``uᵀu``, and the sums of
-            the moduli of the update and of the parameters. None if there is no step, or the parameters are others.
+            None if no update is known, or if other parameters are trained than when it was made.
 
         """
-        if self.vector is None:
+        if not isinstance(self._last, _Known) or self._last.size != _size_of(parameters):
             return None
-        if self._size != _size_of(parameters):
-            return None
+        vector = self._last.update.vector
         layout = FlatLayout(parameters)
-        parts = num_parts(parameters)
         gradient = layout.flatten([parameter.grad for parameter in parameters])
+        if loss_scale != 1:
+            gradient /= loss_scale  # before the decay, which the optimizer adds to the gradient without the scale
         decay = coupled_decay(optimizer, parameters, layout)
         if decay is not None:
             gradient += decay * layout.flatten(parameters)
         size = torch.stack([local_of(p).detach().abs().sum().to(gradient) for p in parameters]).sum()
-        found = [-(gradient @ self.vector), self.vector @ self.vector, self.vector.abs().sum(), size]
-        return torch.stack(found) * parts  # each rank has its part of the sums
+        found = (-(gradient @ vector), vector @ vector, vector.abs().sum(), size)
+        # Of sharded parameters each rank has a part of every sum, and the mean over the ranks, which is taken later, is
+        # too small by the number of parts.
+        parts = num_parts(parameters)
+        return SeenOnDevice(*(number * parts for number in found))
 
     def state_dict(self) -> dict[str, Any]:
-        """The update, on the CPU, its learning rate, and the size of the model."""
-        return {"vector": None if self.vector is None else self.vector.cpu(), "lr": self.lr, "size": self._size}
+        """The update, with its vector on the CPU."""
+        if not isinstance(self._last, _Known):
+            return {"vector": None, "lr": 0.0, "size": 0}
+        update = self._last.update
+        return {"vector": update.vector.cpu(), "lr": update.lr, "size": self._last.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.vector, self.lr, self._size = state["vector"], state["lr"], state["size"]
+        """Continue from a `state_dict`."""
+        vector = state["vector"]
+        self._last = None if vector is None else _Known(Update(vector, state["lr"]), state["size"])
 
     def to(self, device: torch.device) -> None:
-        """Move what a checkpoint held to where the training is."""
-        self.vector = None if self.vector is None else self.vector.to(device)
+        """Move an update that came from a checkpoint to the device of the training."""
+        if isinstance(self._last, _Known):
+            update = self._last.update
+            self._last = _Known(replace(update, vector=update.vector.to(device)), self._last.size)
 
 
 def _size_of(parameters: Sequence[Tensor]) -> int:
-    """Numbers of all ranks, of parameters that are sharded."""
+    """How many numbers the parameters hold; of sharded parameters on all ranks together."""
     return sum(parameter.numel() for parameter in parameters)
 
 
 def coupled_decay(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], layout: FlatLayout) -> Tensor | None:
     """The weight decay that an optimizer adds to the gradient, as a vector of shape ``(n,)``; None if there is none.
 
-    It belongs to the objective that the optimizer descends, and to its curvature.
+    It is part of the objective that the optimizer descends, and of the curvature of this objective.
 
     """
+    # AdamW shortens the parameters and leaves the gradient alone.
     if isinstance(optimizer, torch.optim.AdamW) or not any(g.get("weight_decay") for g in optimizer.param_groups):
         return None
     rates = {

@@ -141,14 +141,31 @@ def test_the_last_update_is_seen_by_the_gradients_that_come_next(name: str) -> N
         step(module, optimizer)
         last.end(0.01)
         update = (module.flat.detach() - before) / 0.01
-        torch.testing.assert_close(last.vector, update)
+        torch.testing.assert_close(last.known.vector, update)
         optimizer.zero_grad()
         module.loss().backward()
         gradient = module.hessian @ module.flat.detach() + coupled * module.flat.detach()
         seen = last.seen(parameters, optimizer)
         assert seen is not None
         expected = [-(gradient @ update), update @ update, update.abs().sum(), module.flat.detach().abs().sum()]
-        torch.testing.assert_close(seen, torch.stack(expected))
+        torch.testing.assert_close(torch.stack(seen), torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["SGD", "decay", "AdamW"])
+def test_a_loss_scale_does_not_change_what_is_seen(name: str) -> None:
+    module = Bowl()
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(module.parameters(), lr=0.01, **options)
+    last, parameters = LastUpdate(), list(module.parameters())
+    last.take(torch.arange(6, dtype=torch.float64), 0.01, parameters)
+    seen = []
+    for scale in (1.0, 2.0**16):
+        optimizer.zero_grad()
+        (scale * module.loss()).backward()
+        found = last.seen(parameters, optimizer, scale)
+        assert found is not None
+        seen.append(torch.stack(found))
+    assert torch.equal(seen[0], seen[1])
 
 
 def test_an_update_of_other_parameters_is_not_seen() -> None:

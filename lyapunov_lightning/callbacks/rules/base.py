@@ -1,0 +1,110 @@
+"""What a rule for the learning rate is, what it is given, and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from lyapunov_lightning.curvature.loss.products import Method
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.training.optimizers.steering import StepLengths
+from lyapunov_lightning.training.optimizers.updates import SeenUpdate, Update
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """What a rule is given for one measurement.
+
+    Attributes:
+        hessian: The Hessian of the loss on the measured data, before the step.
+        optimizer: The optimizer.
+        update: The last update, which ended at these parameters; None if it is not known. Where `is_first` and the rule
+            follows updates, it is the one that the optimizer makes in this step, beginning at these parameters.
+        is_first: Whether no learning rate was proposed yet.
+        progress: A progress bar, for a measurement that takes long: a function to call after each gradient.
+
+    """
+
+    hessian: LossHessian
+    optimizer: torch.optim.Optimizer
+    update: Update | None
+    is_first: bool
+    progress: Callable[[], AbstractContextManager[Callable[[], None]]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a rule has found in one measurement.
+
+    Attributes:
+        lr: The learning rate that it proposes; None to leave the learning rate as it is.
+        found: Fields of `LearningRateResult` by name.
+
+    """
+
+    lr: float | None
+    found: Mapping[str, Any]
+
+
+class Rule(ABC):
+    """A way to a learning rate. It is the state that a checkpoint keeps under the name ``"rule"``.
+
+    Args:
+        seed: Seed of all random vectors.
+
+    """
+
+    every_n_steps: ClassVar[int] = 1
+    """The default interval between two measurements."""
+
+    first_n_steps: ClassVar[int] = 0
+    """How many of the first steps are measured by default besides."""
+
+    annealing: ClassVar[float] = 0.0
+    """The default share of the training over which the learning rate falls to zero."""
+
+    method: ClassVar[Method | None] = None
+    """How products are computed, for a rule that leaves no choice."""
+
+    follows_updates: ClassVar[bool] = False
+    """Whether it needs the optimizer's updates: the first one to propose anything, each later one in `follow`."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def objection(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Why the rule is not made for an optimizer, with what to use instead, as the end of a sentence about it."""
+        return None
+
+    @abstractmethod
+    def measure(self, given: Situation) -> Proposal:
+        """Measure before a step.
+
+        Raises:
+            NonFiniteCurvatureError: If the curvature is not finite.
+
+        """
+
+    def follow(self, seen: SeenUpdate, lr: float) -> StepLengths | None:
+        """Judge the last update after the gradient of the next batch, once a step, if the rule follows updates.
+
+        Args:
+            seen: How the update looks to that gradient.
+            lr: The learning rate of the update.
+
+        Returns:
+            How long the steps are; None to leave the learning rate as it is.
+
+        """
+        return None
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept from one measurement to the next."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Continue from a `state_dict`."""
