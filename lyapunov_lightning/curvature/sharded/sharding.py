@@ -247,8 +247,8 @@ class ShardedSpace(VectorSpace):
         return isinstance(other, ShardedSpace) and other._sharding.shapes == self._sharding.shapes
 
     @override
-    def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
-        own = super().inner(rows, vector)
+    def inner(self, rows: Tensor, vector: Tensor, *, roughly: bool = False) -> Tensor:
+        own = super().inner(rows, vector, roughly=roughly)
         return self._summed(own.reshape(-1)).view(own.shape).to(own)
 
     @override
@@ -258,7 +258,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def orthogonalise(self, vector: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        first = self.take_out(vector, blocks)
+        first = self.take_out(vector, blocks, roughly=True)
         # The norm afterwards would need a second message. It follows from the norm before and from the components by
         # Pythagoras, without loss of digits: the first pass has left next to nothing for the second one to take out.
         # The second pass is needed as anywhere: the first one leaves its rounding errors along the blocks.
@@ -287,15 +287,15 @@ class ShardedSpace(VectorSpace):
         return self._sharding.drawn(numbers).to(self.device)
 
     @override
-    def take_out(self, vector: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    def take_out(self, vector: Tensor, blocks: Sequence[Tensor], *, roughly: bool = False) -> Tensor:
         if not blocks:
             return vector.new_zeros(0)
-        components = self._summed(torch.cat(self._own_parts(vector, blocks))).to(vector)
+        components = self._summed(torch.cat(self._own_parts(vector, blocks, roughly))).to(vector)
         self._subtract_all(vector, blocks, components)
         return components
 
-    def _own_parts(self, vector: Tensor, blocks: Sequence[Tensor]) -> list[Tensor]:
-        return [super(ShardedSpace, self).inner(block, vector).double() for block in blocks]
+    def _own_parts(self, vector: Tensor, blocks: Sequence[Tensor], roughly: bool = False) -> list[Tensor]:
+        return [super(ShardedSpace, self).inner(block, vector, roughly=roughly).double() for block in blocks]
 
     def _subtract_all(self, vector: Tensor, blocks: Sequence[Tensor], components: Tensor) -> None:
         for block, part in zip(blocks, components.split([len(block) for block in blocks]), strict=True):

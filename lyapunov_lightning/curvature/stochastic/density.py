@@ -80,9 +80,11 @@ class SpectralDensity:
         grid = torch.linspace(low - reach, high + reach, num_points, dtype=torch.float64)
         edges = torch.cat([grid - step / 2, grid[-1:] + step / 2])
         weights = self.weights.flatten() / len(self.weights)
-        # Means over the steps: values at the points would miss a Gaussian that lies between two of them.
-        below = torch.special.ndtr((edges[:, None] - self.nodes.flatten()) / width) @ weights
-        return grid, below.diff() / step
+        # Means over the steps: values at the points would miss a Gaussian that lies between two of them. Each
+        # Gaussian's share of a step is taken before the sum over all Gaussians: a matrix product rounds the sums below
+        # two edges each in its own way, and where nothing lies between them their difference may be -1e-16.
+        shares = torch.special.ndtr((edges[:, None] - self.nodes.flatten()) / width).diff(dim=0).clamp_min(0)
+        return grid, shares @ weights / step
 
 
 def spectral_density(
