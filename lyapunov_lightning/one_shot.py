@@ -113,7 +113,7 @@ def measure(
         )
     copier = Copier()
     if module._trainer is not None:
-        copier.note(module._trainer, None)
+        copier.memo.note(module._trainer, None)
     twin = copier(module)
     twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
     once = _Once(data, config, largest, smallest, density, lines, twin)
@@ -121,7 +121,7 @@ def measure(
         with _alone(trainer, once):
             trainer.predict(twin, dataloaders=_NoBatches(), ckpt_path=ckpt_path, return_predictions=False)
     finally:
-        copier.forget()
+        copier.memo.forget()
     assert once.result is not None  # `predict` has called it, or raised
     return once.result
 

@@ -11,8 +11,7 @@ from torch import nn
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.fsdp import reason_against
 from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer, either
-from lyapunov_lightning.training.replica.copier import Copier
-from lyapunov_lightning.training.replica.handlers import Exhausted
+from lyapunov_lightning.training.replica.copier import Copier, Exhausted
 from lyapunov_lightning.training.replica.namespaces import names_in
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 

@@ -151,13 +151,13 @@ def layers_of(pl_module: nn.Module) -> list[list[Tensor]]:
     return layers
 
 
-def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: Collectives) -> dict[Tensor, Tensor]:
+def shard_again(original: nn.Module, twin: nn.Module, memo: Any, collectives: Collectives) -> dict[Tensor, Tensor]:
     """Shard a whole copy of a module as ``fully_shard`` has sharded the original, in full precision.
 
     Args:
         original: The module.
         twin: The copy, whose parameters have no memory (they are on the device ``"meta"``).
-        copier: The copier that has made the copy.
+        memo: Knows what of the copy stands for what of the module.
         collectives: Gets every gather and scatter of the copy, before it is entered.
 
     Returns:
@@ -167,11 +167,11 @@ def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: 
     from torch.distributed.fsdp import fully_shard
 
     names = {name: p for name, p in original.named_parameters() if local_of(p) is not p}
-    dims = {id(copier.copy_of(p)): _untyped(p).placements[-1] for p in names.values()}
+    dims = {id(memo.copy_of(p)): _untyped(p).placements[-1] for p in names.values()}
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in _sharded_modules(original):
         state = module._get_fsdp_state()
-        groups.setdefault(id(state), (state, []))[1].append(copier.copy_of(module))
+        groups.setdefault(id(state), (state, []))[1].append(memo.copy_of(module))
     # Inner modules first, as ``fully_shard`` requires.
     for state, modules in reversed(groups.values()):
         group = next(iter(_param_groups(state)), None)

@@ -55,7 +55,7 @@ class ReshardedObjective(TrainingObjective):
         empty = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
         others = {} if values is None else dict(zip(self.parameters, values, strict=True))
         with replica(self._trainer, self._pl_module, self._mode, empty) as twin:
-            leaves = shard_again(self._pl_module, twin.module, twin.copier, self._collectives)
+            leaves = shard_again(self._pl_module, twin.module, twin.copier.memo, self._collectives)
             try:
                 with torch.no_grad():
                     for parameter in sharded:
