@@ -51,24 +51,23 @@ hundreds of these away."""
 
 
 class LossAlongEigvecScanner(CurvatureCallback):
-    r"""Logs the loss along eigenvectors of the Hessian, beside its quadratic model, while a module trains.
+    """Logs the loss along eigenvectors of the Hessian, beside its quadratic model, while a module trains.
 
-    For each of the `largest` and `smallest` eigenpairs :math:`(\lambda_i, v_i)`, and for `random` directions as a
-    baseline, the loss is evaluated along :math:`\theta - \alpha(g^\top v_i)v_i` with the gradient :math:`g`. A
-    quadratic loss has the same curvature :math:`\lambda_i` at every scale and its minimum at
-    :math:`\alpha = 1/\lambda_i`; that of a network does along directions of positive curvature, and often does not
-    along those of negative curvature. Along the first direction the loss is also looked at in units of the steps of
-    SGD. All is measured at the parameters before the step; the run is bit-identical to one without the scanner.
+    For each of the `largest` and `smallest` eigenpairs (λᵢ, vᵢ), and for `random` directions as a baseline, the loss is
+    evaluated along θ − α(gᵀvᵢ)vᵢ with the gradient g. A quadratic loss has the same curvature λᵢ at every scale and its
+    minimum at α = 1/λᵢ; the loss of a network does along directions of positive curvature, and often does not along
+    directions of negative curvature. Along the first direction the loss is also looked at in units of the steps of SGD.
+    All is measured at the parameters before the step; the run is bit-identical to one without the scanner.
 
     Logged, with ``{i}`` the rank from 1 for the largest eigenvalues, ``min_1`` ... for the smallest and ``random_1``
     ... for random directions:
 
-    - ``scan/optimal_step_{i}``: the first :math:`\alpha` that a greedy line search along the direction of descent finds
+    - ``scan/optimal_step_{i}``: the first α that a greedy line search along the direction of descent finds
       to be a minimum, and ``scan/best_improvement_{i}``: how far the loss falls on the way. Left out where no minimum
       lies inside the searched range, or none is deep enough to stand out of the rounding.
-    - ``scan/expected_change_{alpha}``: mean over mini-batch gradients of :math:`L(\theta-\alpha\eta\tilde g)-L(\theta)`
-      with :math:`\tilde g` the gradient's part along the first direction and :math:`\eta` the optimizer's learning
-      rate (the highest one of its groups); for an optimizer other than SGD this is not the step that it takes.
+    - ``scan/expected_change_{alpha}``: mean over mini-batch gradients of L(θ − αηp) − L(θ), with p the gradient's part
+      along the first direction and η the optimizer's learning rate (the highest one of its groups); for an optimizer
+      other than SGD this is not the step that it takes.
 
     and in the group ``scan_details``, each explained at `ScanResult`, how good and how expensive that is: ``loss``,
     ``noise``, ``residual``, ``converged`` (0 where the measurement failed), ``sgd_step``, ``forward_passes``,

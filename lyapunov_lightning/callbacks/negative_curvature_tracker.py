@@ -51,13 +51,13 @@ class Descent:
 
 
 class NegativeCurvatureTracker(CurvatureCallback):
-    r"""Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
+    """Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
 
     The `smallest` eigenpairs and the largest one are computed from one Krylov space, by default on fixed training data,
     at the parameters before a step. Without `descent` the run is bit-identical to one without the tracker.
 
     *Frozen directions*: at each step of `freeze_at` the top and the bottom eigenvector are stored, and the curvature
-    :math:`v^\top H(t) v` along them is logged from then on: it tells how soon an eigenvector is out of date.
+    vᵀH(t)v along them is logged from then on: it tells how soon an eigenvector is out of date.
 
     *The running estimate* (``estimator="online"``): a smallest eigenpair that is carried along from step to step for
     one Hessian-vector product each, see `OnlineEigenpair`. It needs a Hessian that changes slowly, so use it on fixed
@@ -66,13 +66,13 @@ class NegativeCurvatureTracker(CurvatureCallback):
     *The descent* changes the training, as the paper's appendix C proposes: after the optimizer's step the parameters
     move by
 
-    .. math:: -\min(\eta |c|, s)\, \mathrm{sign}(c)\, \tilde v, \qquad c = g^\top \tilde v
+        −min(η |c|, s) sign(c) v   with   c = gᵀv
 
-    with :math:`\eta` = ``Descent.lr`` and :math:`s` = ``Descent.max_step``, to the side on which the loss falls. It
-    does so only while :math:`\tilde\lambda < -r` for the residual :math:`r` of the estimate, so that the Hessian
-    certainly has a negative eigenvalue there. The pair is that of `estimator`; pair, residual and the gradient
-    :math:`g` are all taken before the optimizer's step, on the measured data: they belong to one point, and the
-    gradient costs nothing more. A move follows each step with a measurement, beside the optimizer, whose state and
+    along the most negative eigenvector v, with η = ``Descent.lr`` and s = ``Descent.max_step``, to the side on which
+    the loss falls. It does so only while the eigenvalue is below −r for the residual r of the estimate, so that the
+    Hessian certainly has a negative eigenvalue there. The pair is that of `estimator`; pair, residual and the gradient
+    g are all taken before the optimizer's step, on the measured data: they belong to one point, and the gradient costs
+    nothing more. A move follows each step with a measurement; it is made apart from the optimizer, whose state and
     clipping it leaves alone.
 
     Logged:

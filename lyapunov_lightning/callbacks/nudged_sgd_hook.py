@@ -31,25 +31,25 @@ Variant = Literal["nudge", "top_only", "no_top"]
 
 
 class NudgedSGDHook(CurvatureCallback):
-    r"""Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
+    """Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
 
     The `k` eigenvectors of the largest Hessian eigenvalues are measured on fixed training data, again before every
-    epoch, and each update is changed in their span, the rows of :math:`V`. With :math:`u` for the gradient that SGD
+    epoch, and each update is changed in their span, the rows of V. With u for the gradient that SGD
     takes its step from:
 
-    - ``"nudge"``: learning rate :math:`\gamma\eta` along the eigenvectors, :math:`u - (1 - \gamma)V^\top V u`. With
+    - ``"nudge"``: learning rate γη along the eigenvectors, u − (1 − γ)VᵀVu. With
       `gamma` below 1 the training goes to sharper regions, faster early on. With `gamma` 1 nothing is touched: the run
       is bit-identical to plain SGD, with the same measurements.
-    - ``"top_only"``: :math:`V^\top V u`, the update follows the sharpest directions alone.
-    - ``"no_top"``: :math:`u - V^\top V u`, the update leaves them out.
+    - ``"top_only"``: VᵀVu, the update follows the sharpest directions alone.
+    - ``"no_top"``: u − VᵀVu, the update leaves them out.
 
     `frozen` keeps the eigenvectors of the first measurement for the whole run, the paper's constant direction.
 
     **Where it acts.** In ``on_before_optimizer_step``: after the backward pass, the accumulation over batches, the mean
     over ranks and the unscaling of half precision; before gradient clipping, and before the optimizer's weight decay
     and momentum. So the order is: unscale, nudge, clip, step. Momentum then sums changed gradients. A weight decay
-    :math:`w` of the optimizer belongs to the gradient of SGD, :math:`u = g + w\theta`, so ``.grad`` becomes
-    :math:`P(u) - w\theta`, to which the optimizer adds :math:`w\theta` again; that is also what clipping sees. In a
+    w of the optimizer belongs to the gradient of SGD, u = g + wθ, so ``.grad`` becomes
+    P(u) − wθ, to which the optimizer adds wθ again; that is also what clipping sees. In a
     module with manual optimization it is what the module itself did to the gradients that comes first.
 
     Parameters whose ``.grad`` is None keep it, and count as zeros. A gradient that is not finite is left alone, for

@@ -58,19 +58,19 @@ _MAX_WARMUP = 50
 
 
 class QuasiNewtonLRController(CurvatureCallback):
-    r"""Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
+    """Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
 
     Two rules:
 
     - ``"along_update"`` (default): with ``u`` the optimizer's own update at learning rate 1, after momentum,
-      preconditioning, decay and clipping, :math:`(-g^\top u) / |u^\top H u|` is the learning rate that goes to the
+      preconditioning, decay and clipping, (−gᵀu) / |uᵀHu| is the learning rate that goes to the
       bottom of the parabola along it. Slope and curvature are seen by the *next* batch, since the batch that made the
       update sees it steeper than it is. The learning rate follows slowly: steps shorter than 1.4 times that way grow,
       up to 1.8 times while the loss falls, and those beyond 2 times, where nothing is gained, shrink, beyond 4 while
       the loss falls.
     - ``"inverse_sharpness"``: the chaos-theory paper's method, for SGD. Algorithm 1 follows the largest eigenvalue, at
       the initial point until it has settled and then by one iteration a measurement, and the learning rate is its
-      :math:`1/h_0 = (e - 1)/\lambda_{max}` after a running average; with momentum, times ``1 - momentum``. One tracked
+      1/h₀ = (e − 1)/λ_max after a running average; with momentum, times ``1 - momentum``. One tracked
       vector can hang on a wrong eigenvector, and then asks for a learning rate that is many times too large: so every
       estimate is held against the curvature along the gradient.
 
