@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class CurvatureProbe(CurvatureCallback):
-    r"""Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
+    """Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
 
     The largest eigenvalue, the *sharpness*, decides on the stability of the training: gradient descent with learning
-    rate :math:`\eta` diverges along directions of curvature above :math:`2/\eta`, and networks tend to train right at
+    rate η diverges along directions of curvature above 2/η, and networks tend to train right at
     that edge of stability. The probe measures it every few steps on the batch of the step, or on fixed data, at the
     parameters before the step, and changes nothing: the run is bit-identical to one without the probe.
 

@@ -50,24 +50,23 @@ hundreds of these away (at 13 to 460 for a LeNet on MNIST)."""
 
 
 class LossAlongEigvecScanner(CurvatureCallback):
-    r"""Logs the loss along eigenvectors of the Hessian, and its quadratic model, while a module trains.
+    """Logs the loss along eigenvectors of the Hessian, and its quadratic model, while a module trains.
 
-    For each of the `largest` and `smallest` eigenpairs :math:`(\lambda_i, v_i)`, and for `random` directions as a
-    baseline, the loss is evaluated along :math:`\theta - \alpha(g^\top v_i)v_i` with the gradient :math:`g`. A
-    quadratic loss has the same curvature :math:`\lambda_i` at every scale and its minimum at :math:`\alpha =
-    1/\lambda_i`. The loss of a network does so along directions of positive curvature, and often not along directions
-    of negative curvature. Along the first direction the loss is also evaluated at multiples of SGD's steps. Everything
-    is measured at the parameters before the step; the run is bit-identical to one without the scanner.
+    For each of the `largest` and `smallest` eigenpairs (λᵢ, vᵢ), and for `random` directions as a baseline, the loss is
+    evaluated along θ − α(gᵀvᵢ)vᵢ with the gradient g. A quadratic loss has the same curvature λᵢ at every scale and its
+    minimum at α = 1/λᵢ. The loss of a network does so along directions of positive curvature, and often not along
+    directions of negative curvature. Along the first direction the loss is also evaluated at multiples of SGD's steps.
+    Everything is measured at the parameters before the step; the run is bit-identical to one without the scanner.
 
     Logged, with ``{i}`` the rank from 1 for the largest eigenvalues, ``min_1`` ... for the smallest and ``random_1``
     ... for random directions:
 
-    - ``scan/optimal_step_{i}``: the :math:`\alpha` of the first minimum that a line search finds in the direction of
-      descent, and ``scan/best_improvement_{i}``: how far the loss falls up to there. Left out if no minimum lies inside
-      the searched range, or none is deeper than the rounding errors.
-    - ``scan/expected_change_{alpha}``: mean over mini-batch gradients of :math:`L(\theta-\alpha\eta\tilde g)-L(\theta)`
-      with :math:`\tilde g` the gradient's part along the first direction and :math:`\eta` the optimizer's learning
-      rate (the highest one of its groups); for an optimizer other than SGD this is not the step that it takes.
+    - ``scan/optimal_step_{i}``: the α of the first minimum that a line search finds in the direction of descent, and
+      ``scan/best_improvement_{i}``: how far the loss falls up to there. Left out if no minimum lies inside the searched
+      range, or none is deeper than the rounding errors.
+    - ``scan/expected_change_{alpha}``: mean over mini-batch gradients of L(θ − αηp) − L(θ) with p the gradient's part
+      along the first direction and η the optimizer's learning rate (the highest one of its groups); for an optimizer
+      other than SGD this is not the step that it takes.
 
     and in the group ``scan_details``, each explained at `ScanResult`, accuracy and cost: ``loss``,
     ``noise``, ``residual``, ``converged`` (0 where the measurement failed), ``sgd_step``, ``forward_passes``,

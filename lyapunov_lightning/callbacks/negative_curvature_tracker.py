@@ -51,13 +51,13 @@ class Descent:
 
 
 class NegativeCurvatureTracker(CurvatureCallback):
-    r"""Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
+    """Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
 
     The `smallest` eigenpairs and the largest one are computed from one Krylov space, by default on fixed training data,
     at the parameters before a step. Without `descent` the run is bit-identical to one without the tracker.
 
     *Frozen directions*: at each step of `freeze_at` the top and the bottom eigenvector are stored, and the curvature
-    :math:`v^\top H(t) v` along them is logged from then on. It shows how soon an eigenvector is out of date.
+    vᵀH(t)v along them is logged from then on. It shows how soon an eigenvector is out of date.
 
     *The running estimate* (``estimator="online"``): a smallest eigenpair that is carried along from step to step for
     one Hessian-vector product each, see `OnlineEigenpair`. It needs a Hessian that changes slowly, so use it on fixed
@@ -66,14 +66,13 @@ class NegativeCurvatureTracker(CurvatureCallback):
     *The descent* changes the training, as the paper's appendix C proposes: after the optimizer's step the parameters
     move by
 
-    .. math:: -\min(\eta |c|, s)\, \mathrm{sign}(c)\, \tilde v, \qquad c = g^\top \tilde v
+        −min(η |c|, s) sign(c) v   with   c = gᵀv
 
-    with :math:`\eta` = ``Descent.lr`` and :math:`s` = ``Descent.max_step``, to the side on which the loss falls. They
-    move only while :math:`\tilde\lambda < -r` for the residual :math:`r` of the estimate, so that the Hessian
-    certainly has a negative eigenvalue there. The eigenpair is that of `estimator`. Eigenpair, residual and gradient
-    :math:`g` are all taken before the optimizer's step, on the measured data, so that they belong to one point and
-    the gradient costs nothing more. A move follows each step with a measurement, and leaves the optimizer's state and
-    its clipping alone.
+    with η = ``Descent.lr`` and s = ``Descent.max_step``, to the side on which the loss falls. They move only while λ <
+    −r for the residual r of the estimate, so that the Hessian certainly has a negative eigenvalue there. The eigenpair
+    is that of `estimator`. Eigenpair, residual and gradient g are all taken before the optimizer's step, on the
+    measured data, so that they belong to one point and the gradient costs nothing more. A move follows each step with a
+    measurement, and leaves the optimizer's state and its clipping alone.
 
     Logged:
 

@@ -32,26 +32,25 @@ Variant = Literal["nudge", "top_only", "no_top"]
 
 
 class NudgedSGDHook(CurvatureCallback):
-    r"""Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
+    """Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
 
     The `k` eigenvectors of the largest Hessian eigenvalues are measured on fixed training data, again before every
-    epoch, and each update is changed in their span, the rows of :math:`V`. Let :math:`u` be the gradient that SGD
-    takes its step from:
+    epoch, and each update is changed in their span, the rows of V. Let u be the gradient that SGD takes its step from:
 
-    - ``"nudge"``: learning rate :math:`\gamma\eta` along the eigenvectors, :math:`u - (1 - \gamma)V^\top V u`. With
-      `gamma` below 1 the training goes to sharper regions, and is faster early on. With `gamma` 1 the gradients are
-      left as they are, and the run is bit-identical to plain SGD, with the same measurements.
-    - ``"top_only"``: :math:`V^\top V u`, the update follows the sharpest directions only.
-    - ``"no_top"``: :math:`u - V^\top V u`, the update leaves them out.
+    - ``"nudge"``: learning rate γη along the eigenvectors, u − (1 − γ)VᵀVu. With `gamma` below 1 the training goes to
+      sharper regions, and is faster early on. With `gamma` 1 the gradients are left as they are, and the run is
+      bit-identical to plain SGD, with the same measurements.
+    - ``"top_only"``: VᵀVu, the update follows the sharpest directions only.
+    - ``"no_top"``: u − VᵀVu, the update leaves them out.
 
     `frozen` keeps the eigenvectors of the first measurement for the whole run, the paper's constant direction.
 
     **Where it acts.** In ``on_before_optimizer_step``: after the backward pass, the accumulation over batches, the mean
     over ranks and the unscaling of half precision; before gradient clipping, and before the optimizer's weight decay
     and momentum. So the order is: unscale, nudge, clip, step. Momentum then sums changed gradients. A weight decay
-    :math:`w` of the optimizer is part of the gradient that SGD uses, :math:`u = g + w\theta`, so ``.grad`` becomes
-    :math:`P(u) - w\theta`, to which the optimizer adds :math:`w\theta` again; clipping sees it in this form too. In a
-    module with manual optimization, whatever the module itself does to the gradients comes first.
+    w of the optimizer is part of the gradient that SGD uses, u = g + wθ, so ``.grad`` becomes P(u) − wθ, to which the
+    optimizer adds wθ again; clipping sees it in this form too. In a module with manual optimization, whatever the
+    module itself does to the gradients comes first.
 
     Parameters whose ``.grad`` is None keep it, and count as zeros. A gradient that is not finite is left alone, for
     the loss scaler to skip.

@@ -32,21 +32,21 @@ from lyapunov_lightning.training.sharing import Step
 
 
 class QuasiNewtonLRController(CurvatureCallback):
-    r"""Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
+    """Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
 
     Two rules:
 
     - ``"along_update"`` (default): with ``u`` the optimizer's own update at learning rate 1, after momentum,
-      preconditioning, decay and clipping, :math:`(-g^\top u) / |u^\top H u|` is the learning rate that goes to the
-      bottom of the parabola along it. Slope and curvature are measured on the *next* batch, since the slope along ``u``
-      is steeper on the batch that ``u`` was made of. The learning rate follows slowly: steps grow while they are
-      shorter than 1.4 times the way to the bottom (1.8 times while the loss falls), and shrink beyond 2 times, where
-      nothing is gained (4 times while the loss falls).
+      preconditioning, decay and clipping, (−gᵀu) / |uᵀHu| is the learning rate that goes to the bottom of the parabola
+      along it. Slope and curvature are measured on the *next* batch, since the slope along ``u`` is steeper on the
+      batch that ``u`` was made of. The learning rate follows slowly: steps grow while they are shorter than 1.4 times
+      the way to the bottom (1.8 times while the loss falls), and shrink beyond 2 times, where nothing is gained (4
+      times while the loss falls).
     - ``"inverse_sharpness"``: the chaos-theory paper's method, for SGD. Algorithm 1 follows the largest eigenvalue, at
       the initial point until it has settled and then by one iteration for each measurement. The learning rate is its
-      :math:`1/h_0 = (e - 1)/\lambda_{max}` after a running average; with momentum, times ``1 - momentum``. The one
-      vector that it follows can stay near a wrong eigenvector, and the learning rate is then many times too large: so
-      every estimate is compared with the curvature along the gradient.
+      1/h0 = (e − 1)/λ_max after a running average; with momentum, times ``1 - momentum``. The one vector that it
+      follows can stay near a wrong eigenvector, and the learning rate is then many times too large: so every estimate
+      is compared with the curvature along the gradient.
 
     Where the length of the training is known (``max_steps``, or ``max_epochs`` and a sized dataloader), the learning
     rate falls linearly to zero over its last 40 % under ``"along_update"``: noise always makes smaller steps look

@@ -26,7 +26,7 @@ from lyapunov_lightning.figures.style import (
     shades,
     stacked,
 )
-from lyapunov_lightning.figures.ticks import Floats, fitting_axis, linear_axis, number_labels
+from lyapunov_lightning.figures.ticks import Floats, fitting_axis, linear_axis, number_label
 
 _FEWEST_IN_A_SURFACE = 5
 """Scans from which on a surface shows more than curves in one plane."""
@@ -70,7 +70,7 @@ def loss_profiles_figure(
                 keyed = True
         pad = 20 if row[0].get_legend() else 6  # titles of a row stand in one line
         for panel, window in zip(row, windows, strict=False):
-            panel.set_title(f"scale {number_labels([window.scale])[0]}", loc="right", color=GREY, fontsize=9, pad=pad)
+            panel.set_title(f"scale {number_label(window.scale)}", loc="right", color=GREY, fontsize=9, pad=pad)
         for panel in row[len(windows) :]:
             panel.set_axis_off()
         if not windows:

@@ -22,7 +22,7 @@ from lyapunov_lightning.figures.style import (
     stacked,
     write,
 )
-from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_labels
+from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_label
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and the values at these."""
@@ -181,7 +181,7 @@ def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> No
     low, high = panel.get_xlim()
     late = step > low + 0.6 * (high - low)
     is_first = step <= times[known][0]
-    text = "at the limit from the start" if is_first else f"meets the limit at step {number_labels([0.0, step])[1]}"
+    text = "at the limit from the start" if is_first else f"meets the limit at step {number_label(step)}"
     write(
         panel,
         text,

@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lyapunov_lightning.figures.ticks import TICK_SIZE, Floats, linear_axis
+from lyapunov_lightning.figures.ticks import Floats, linear_axis
 
 INK = "#333333"
 RED, BLUE, OCHRE, TEAL, PURPLE, SKY, GREY = COLOURS = (
@@ -36,6 +36,9 @@ IN_TIME = LinearSegmentedColormap.from_list("in_time", colormaps["viridis"](np.l
 
 WIDTH = 7.0
 """Of a picture with one column of panels, in inches."""
+
+TICK_SIZE = 9.0
+"""The font size of tick labels and small text, in points."""
 
 _SAVED_DPI = 200
 _SHOWN_DPI = 150
