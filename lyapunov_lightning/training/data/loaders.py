@@ -128,6 +128,7 @@ class LoaderCopy:
     def _rewind(self) -> None:
         """Set the samplers to their first epoch, so that a run that is resumed in its tenth draws the same batches."""
         batch_sampler = self._loader.batch_sampler
+        # A DistributedSampler may be the sampler, or within a batch sampler of the user's or of Lightning's.
         for sampler in (self._loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
             set_epoch = getattr(sampler, "set_epoch", None)
             if callable(set_epoch):
@@ -162,13 +163,14 @@ class LoaderCopy:
 def seeded(seed: int) -> Iterator[None]:
     """Run a block with global generators that are seeded, and leave them as they were before."""
     with preserved_randomness():
+        # Not by `torch.manual_seed`, which seeds CUDA as well.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # else PyTorch would keep the seed and use it in the training, once it is
             torch.cuda.manual_seed_all(seed)
         if torch.backends.mps.is_available():
             torch.mps.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # NumPy takes no more bits, and no negative numbers
         yield
 
 
@@ -251,6 +253,7 @@ class _ReadOnly(TorchDispatchMode):
         # An operation says in its schema which arguments it writes to: `a!` of `add_(Tensor(a!) self, ...)`.
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                # The arguments of `foreach` operations are lists.
                 written = args[position] if position < len(args) else kwargs.get(argument.name)
                 for tensor in written if isinstance(written, (list, tuple)) else (written,):
                     if isinstance(tensor, Tensor) and self._holds(tensor):

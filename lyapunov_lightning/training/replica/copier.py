@@ -62,7 +62,8 @@ def hand_through(value: Any, error: UncopiedError) -> Any:
     and listed in the log.
 
     """
-    if error.is_its_own_copy:  # a constant of a compiled package
+    if error.is_its_own_copy:
+        # A constant of a compiled package, most likely. It is not listed, since nothing would be to be done about it.
         return value
     cls = type(value)
     if isinstance(value, Iterator):
@@ -101,7 +102,7 @@ class Policy:
 
 
 REPLICA = Policy()
-"""The policy of replicas, and of batches that are kept."""
+"""The policy of replicas, and of batches that are kept. Without limits, it is used by as many copiers as there are."""
 
 
 class Copier(Walk):

@@ -61,10 +61,14 @@ def copy_function(function: types.FunctionType, copy: Copy, memo: Memo) -> Any:
     cells = None if is_method or not function.__closure__ else tuple(map(copy, function.__closure__))
     defaults, keywords = copy(function.__defaults__), copy(function.__kwdefaults__)
     if cells is None and defaults is function.__defaults__ and not keywords and not function.__dict__:
+        # Itself, since others find it by identity: a registry of losses, `if activation is relu`. A step may still
+        # write to it, `forward.calls = 1`, which `Memo.forget` takes back.
         memo.stateless.append(function)
         return function
     if function.__module__ and function.__module__.startswith(COMPILERS):
+        # A wrapper that holds compiled code, which a replay does not use: it runs the code as it was written.
         return function
+    # With the globals of the original. Those that its code names hold copies for as long as it runs, see `namespaces`.
     copied = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, defaults, cells or function.__closure__
     )
@@ -135,6 +139,7 @@ def copy_memory_view(view: memoryview, copy: Copy, memo: Memo) -> memoryview:
         return view
     copied: Any = memoryview(copy(view.obj))
     if copied.nbytes != view.nbytes:
+        # Of a part, whose place in the whole Python does not tell. What is written to it does not reach the whole then.
         copied = memoryview(bytearray(view))
     return copied if copied.format == view.format else copied.cast("B").cast(view.format, view.shape)  # type: ignore[no-any-return]
 
@@ -172,6 +177,7 @@ def copy_file(file: Any, copy: Copy, memo: Memo) -> Any:
         if file.closed or (not file.readable() and not file.writable()):
             return file
         if file.writable():
+            # Also one that can be read as well: what is read from it the step has usually written before.
             return _opened(memo, open(os.devnull, "w" if isinstance(file, io.TextIOBase) else "wb"))
         # A `GzipFile` has a name as well, but by that name one reads what is compressed. A file that was made from a
         # descriptor has that for a name, and the copy's `close` would close it for the training.

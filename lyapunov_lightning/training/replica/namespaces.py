@@ -125,6 +125,8 @@ class _ClassNamespace:
 
     def install(self) -> None:
         for name, copied in self._copies.items():
+            # By `setattr`, since the dictionary of a class is read-only, and Python's caches of methods have to be
+            # told.
             setattr(self._cls, name, copied)
 
     def restore(self) -> None:
@@ -150,8 +152,9 @@ class _GlobalNamespace:
         self._variables.update(self._copies)
 
     def restore(self) -> None:
+        # `global SEEN; SEEN = True`, which would tell the training's own step that it is not the first one.
         for name in self._missing & self._variables.keys():
-            del self._variables[name]  # made by the step
+            del self._variables[name]
         self._variables.update(self._before)
 
 
@@ -197,6 +200,7 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
                 if isinstance(value, types.FunctionType):
                     pending.append(value)
                 elif isinstance(value, type):
+                    # `Counter.total += 1` of a class of which the module holds no instance.
                     copier.memo.classes[value] = None
                 elif space is current.__globals__ and isinstance(value, types.ModuleType) and _is_users(value.__name__):
                     spaces.append(vars(value))
@@ -206,6 +210,8 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
 def _functions_of(cls: type) -> Iterator[Callable[..., Any]]:
     """The functions in a class body, also those within properties, class methods and decorators."""
     for value in vars(cls).values():
+        # The getters of properties and what decorators have wrapped. To look with `getattr` on the class would run the
+        # user's descriptors.
         function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
         function = getattr(function, "__wrapped__", function)
         if isinstance(function, types.FunctionType):

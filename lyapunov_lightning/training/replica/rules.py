@@ -50,7 +50,7 @@ class Rule:
     Attributes:
         fits: Whether it is about a class.
         way: Makes the copy.
-        why: The reason, a phrase or sentence.
+        why: The reason. Where somebody reports a leak or a failed copy, it says what a change would break.
 
     """
 
@@ -90,13 +90,16 @@ def _is_cython_function(cls: type) -> bool:
 
 
 def _ends_with_a_finalizer(cls: type) -> bool:
+    """An iterator that has something to put away when it goes."""
     return issubclass(cls, Iterator) and hasattr(cls, "__del__")
 
 
 def _has_own_protocol(cls: Any) -> bool:
+    """Whether the class says how it is pickled; what every class inherits from `object` knows attributes only."""
     return bool(cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__)
 
 
+# Whatever is not known by its class fails in ways of its own, so these are ways to try first, see `copy_instance`.
 _instance_by_protocol: Way = functools.partial(copy_instance, by_protocol)
 _instance_by_attributes: Way = functools.partial(copy_instance, by_attributes)
 
@@ -128,7 +131,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(exactly(memoryview), handlers.copy_memory_view, "A step writes through it; there is no protocol."),
     Rule(exactly(threading.local), handlers.copy_thread_local, "State like any attribute's; there is no protocol."),
-    Rule(exactly(type(threading.Lock())), handlers.fresh_lock, "One lock makes `copy.deepcopy` of a logger fail."),
+    Rule(exactly(type(threading.Lock())), handlers.fresh_lock, "A single lock makes `copy.deepcopy` fail as a whole."),
     Rule(exactly(type(threading.RLock())), handlers.fresh_reentrant_lock, "Likewise."),
     # Random numbers, and what can be drawn once.
     Rule(exactly(torch.Generator), handlers.copy_generator, "The training's next numbers would be another's."),

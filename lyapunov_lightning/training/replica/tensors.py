@@ -27,6 +27,8 @@ def copy_tensor(tensor: Tensor, copy: Copy, memo: Memo) -> Tensor:
             return memo.note(tensor, copy(base).as_strided(*place))  # type: ignore[no-any-return]
     requires_grad = tensor.requires_grad and tensor.is_leaf
     cls = type(tensor)
+    # Without the original's graph: by way of a loss that was kept, `self.last = loss`, the derivatives would reach into
+    # the last step.
     with torch.no_grad():
         data = _in_own_memory(tensor, memo) if _is_plain(tensor) else tensor.detach().clone()
     if isinstance(tensor, nn.Parameter) and not isinstance(data, nn.Parameter):
@@ -73,7 +75,12 @@ def _in_own_memory(tensor: Tensor, memo: Memo) -> Tensor:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of a block of memory, and nothing else."""
+    """Whether a tensor is a view of a block of memory, and nothing else.
+
+    What is not, sparse or quantized tensors, conjugate views, subclasses that keep their numbers in other tensors, is
+    cloned by its own rules, and shares its memory with no other copy.
+
+    """
     return (
         tensor.layout is torch.strided
         and tensor.device.type != "meta"
@@ -85,7 +92,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def copy_array(array: "np.ndarray[Any, Any]", copy: Copy, memo: Memo) -> Any:
     """An array with memory of its own, shared as `copy_tensor` says, also with tensors (``torch.from_numpy``)."""
     if not array.flags.writeable:
-        return array
+        return array  # a file that is mapped into memory, a view that `np.broadcast_to` has made
     if memo.limits is not None and not array.dtype.hasobject and not memo.limits.affords(array.nbytes):
         return _read_only(array, memo.limits.shared)
     base = array.base
@@ -96,7 +103,7 @@ def copy_array(array: "np.ndarray[Any, Any]", copy: Copy, memo: Memo) -> Any:
     if address in memo.blocks and array.flags.c_contiguous:  # the memory of a tensor that was copied
         whole = torch.empty(0, dtype=torch.uint8).set_(memo.blocks[address]).numpy()
         return whole[: array.nbytes].view(array.dtype).reshape(array.shape).view(type(array))
-    copied = memo.note(array, array.copy())
+    copied = memo.note(array, array.copy())  # before its objects, one of which may be the array
     if array.dtype.hasobject:
         copied.reshape(-1)[:] = [copy(entry) for entry in array.reshape(-1)]
     elif array.nbytes and array.flags.c_contiguous:

@@ -55,10 +55,12 @@ class Walk:
             return copies[key]
         if memo.limits is not None:
             memo.limits.check_number(len(copies))
+        # For each object and not once for all of them: one handle in a list leaves the rest of the list to be copied.
         try:
             copied = self._way_of(cls)(value, self, memo)
         except UncopiedError as error:
             copied = self._uncopied(value, error)
+        # Most ways have noted it by now, before they went on to what it refers to.
         if copied is not value and key not in copies:
             memo.note(value, copied)
         return copied
@@ -139,8 +141,11 @@ def copy_instance(first: Way, value: Any, copy: Copy, memo: Memo) -> Any:
     except Exception as error:
         memo.copies.pop(id(value), None)  # the one that was begun lacks whatever has failed
         if isinstance(value, Iterator):
-            raise UncopiedError(str(error)) from error  # with its attributes alone it would begin anew
+            # Its place is in no attribute. A copy of these would begin anew, or draw from what the original draws from.
+            raise UncopiedError(str(error)) from error
         copied = _copied_otherwise(value, copy, memo, error)
+    # Itself, though it has memory that no attribute shows: a constant of a compiled package, or a handle that says it
+    # is one. Which of the two nobody can see, so it is the policy's to decide.
     if copied is value and cls.__basicsize__ > _Bare.__basicsize__ and cls not in copyreg.dispatch_table:
         raise UncopiedError("it is not written in Python", is_its_own_copy=True)
     return copied
@@ -177,6 +182,7 @@ def by_protocol(value: Any, copy: Copy, memo: Memo) -> Any:
     if isinstance(reduced, str):  # the name of a singleton
         return value
     make, arguments, state, items, pairs, setter = (*reduced, *[None] * 6)[:6]
+    # From here on as `copy._reconstruct`, which is private, with a copier in the place of its memo.
     copied = make(*map(copy, arguments))
     if copied is value:
         # Its class keeps one instance for equal arguments, as those of fsspec's file systems do. To set the state of
@@ -223,9 +229,11 @@ def _by_entries(value: dict[Any, Any], copy: Copy, memo: Memo) -> Any:
 def _with_attributes(value: Any, copied: Any, copy: Copy, memo: Memo) -> Any:
     """Fill an empty instance with copies of the attributes of another one."""
     memo.classes.update(dict.fromkeys(type(value).__mro__))
+    # Those of all base classes, with names such as `__count` as they are mangled in each.
     slots = copyreg._slotnames(type(value))  # type: ignore[attr-defined]
     attributes = getattr(value, "__dict__", None)
     if not attributes and not slots:
+        # `MISSING = Sentinel()`, and `if value is MISSING` in the step. `Memo.forget` takes back what is written to it.
         if attributes is not None:
             memo.stateless.append(value)
         return value
@@ -239,7 +247,8 @@ def _with_attributes(value: Any, copied: Any, copy: Copy, memo: Memo) -> Any:
             # own ideas of.
             target[name] = attribute if type(attribute) in PLAIN else copy(attribute)
     for name in slots:
-        if hasattr(value, name):
+        if hasattr(value, name):  # a slot may be empty
+            # Past the class's own `__setattr__`, by which a frozen dataclass refuses.
             object.__setattr__(copied, name, copy(getattr(value, name)))
     return copied
 
@@ -253,6 +262,7 @@ def without_finalizer(cls: Any) -> Any:
     """
     if not hasattr(cls, "__del__"):
         return cls
+    # Without slots of its own, so that instances are laid out alike and pass for the class's, in `isinstance` as well.
     namespace = {"__del__": lambda self: None, "__module__": cls.__module__, "__slots__": ()}
     return type(cls)(cls.__name__, (cls,), namespace)
 
@@ -277,7 +287,7 @@ def copy_module(module: nn.Module, copy: Copy, memo: Memo) -> nn.Module:
 def _script_module(module: torch.jit.ScriptModule, memo: Memo) -> nn.Module:
     """A compiled module knows how to copy itself; its tensors are those that were noted for the original's."""
     with torch.no_grad():  # else the copy's tensors are functions of the original's
-        copied: nn.Module = module.__deepcopy__({})
+        copied: nn.Module = module.__deepcopy__({})  # in C++, which knows nothing of the memo
         pairs = zip((*module.parameters(), *module.buffers()), (*copied.parameters(), *copied.buffers()), strict=True)
         for tensor, twin in pairs:
             if memo.has(tensor):
