@@ -152,7 +152,7 @@ class MeanLoss:
         """Add the losses at several points, one point after the other to need the memory of one displaced copy."""
         for place, displacement in enumerate(displacements):
             values = self.displaced(displacement)
-            total.weight = 0.0
+            total.weight = 0.0  # that of one pass over the batches, whatever the number of points
             for index in range(len(self.batches)):
                 value = self._batch_value(index, values)  # before the weight, which this may find out
                 total.sum[place] += self.batches.weight(index) * value.to(total.sum)

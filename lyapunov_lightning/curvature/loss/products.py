@@ -111,6 +111,7 @@ class GraphProduct(ABC, Generic[Graph]):
                 inputs = None  # a copy that does not say so: what it was computed from is gone, or its own
             with torch._C.DisableTorchFunction():  # what follows is no part of the loss
                 is_kept = self.graphs.keep(index, graph, batch, inputs)
+            # The scalar loss and what only it needs may be freed now; a kept graph has what the products need.
             del evaluation
         return self._all_multiplied(graph, directions, retain_graph=is_kept)
 
@@ -284,6 +285,7 @@ class FiniteDifference:
         return [self._product(index, *direction) for direction in directions]
 
     def _product(self, index: int, displacement: Tensor, factor: Tensor) -> Tensor:
+        # Central and not one-sided: the error of h²·g'''/6 in place of h·g''/2, for one gradient more.
         ahead = self._displaced_gradient(index, displacement)
         behind = self._displaced_gradient(index, -displacement)
         return ahead.sub_(behind).mul_(factor)

@@ -93,6 +93,7 @@ def preserved_randomness(start: RandomState | None = None) -> Iterator[None]:
         start: The state to run the block from; the present one if None.
 
     """
+    # Also where the block fails: a run that goes on with other random numbers is another run.
     before = RandomState.capture()
     if start is not None:
         start.restore()

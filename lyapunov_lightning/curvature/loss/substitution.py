@@ -38,6 +38,7 @@ class SubstitutedLoss:
         if values is None:
             yield Evaluation(self._loss(batch), self._parameters, lambda: num_samples(batch))
             return
+        # By identity: two parameters with equal numbers are two sets of coordinates.
         with _Substitution(dict(zip(map(id, self._parameters), values, strict=True))):
             yield Evaluation(self._loss(batch), values, lambda: num_samples(batch))
 

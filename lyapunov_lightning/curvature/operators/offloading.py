@@ -53,6 +53,7 @@ class OffloadedHessian(SymmetricOperator):
     def num_matvecs(self, count: int) -> None:
         self._hessian.num_matvecs = count
 
+    # The Krylov basis, up to a hundred vectors, stays in the CPU's memory; the device holds one vector and one product.
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a vector of shape ``(length,)``."""
         return self._hessian.matvec(self._there(vector)).cpu()

@@ -174,6 +174,8 @@ def stochastic_diagonal(
         mean, spread = space.zeros(), space.zeros()
         for count in range(1, num_probes + 1):
             signs = space.random_signs(generator)
+            # Projected on both sides, P A P: what is projected on one side only is not symmetric, and the diagonal of
+            # the cross terms would add to the variance.
             sample = operator.matvec(projected(space, signs.clone(), vectors))
             sample = projected(space, sample.clone(), vectors).mul_(signs)
             # B. Welford's update (1962): the difference of the sum of squares and the squared sum would cancel, in

@@ -297,7 +297,7 @@ def test_random_numbers_are_the_same_in_any_pieces(parts: list[int], drawn: int)
         return RandomNumbers(lambda count: torch.randn(count, generator=generator, dtype=torch.float64), total)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vectors, "_DRAWN", drawn)
+        patch.setattr(vectors, "_DRAWN_AT_ONCE", drawn)
         whole = numbers().take(total)
         one_by_one = numbers()
         pieces = [one_by_one.take(part) for part in parts]
