@@ -24,10 +24,8 @@ from lyapunov_lightning.curvature.arguments import check_positive
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.krylov import KrylovBasis, RitzPairs, Target, both_ends
+from lyapunov_lightning.curvature.solvers.warm_start import with_noise
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-
-_START_NOISE = 0.1
-"""Norm of the random part of a warm start, relative to the given vector."""
 
 _RUNNERS_UP = 0.3
 """Share of the vectors next to the wanted ones in the start of the next search. They are carried along from search to
@@ -208,14 +206,13 @@ def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None,
 
 
 def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> Tensor:
-    """A combination of the rows of `start` in which each has its share, and a little of everything else."""
+    """A combination of the rows of `start` in which each has the same share, with a little of everything else."""
     rows = space.adopt(start, "start")
     noise = space.random(generator)
     direction = rows[0].clone()
     for row in rows[1:]:
         direction += row * float(torch.randn((), generator=generator, dtype=torch.float64, device="cpu").sign())
-    norm = float(space.norm(direction))
-    return direction.div_(norm).add_(noise, alpha=_START_NOISE / float(space.norm(noise))) if norm > 0 else noise
+    return with_noise(space, direction, noise)
 
 
 def _search(basis: KrylovBasis, target: Target, max_matvecs: int, least: int) -> tuple[RitzPairs, int]:

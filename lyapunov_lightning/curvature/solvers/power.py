@@ -16,10 +16,8 @@ from lyapunov_lightning.curvature.arguments import check_int, check_positive
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.warm_start import with_noise
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-
-_START_NOISE = 0.1
-"""Norm of the random part of a warm start, relative to the given vector."""
 
 _LEAST_PRODUCTS = 6
 """Products that are spent at least: a start near another eigenvector has a small residual, and would end the iteration
@@ -135,8 +133,5 @@ def _needed_shift(value: float, residuals: Sequence[float]) -> float:
 def _blended(space: VectorSpace, start: Tensor, noise: Tensor) -> Tensor:
     """A unit vector along the start, with a little of everything else."""
     (vector,) = space.adopt(start, "start")[:1]
-    norm = float(space.norm(vector))
-    if not norm > 0:
-        return noise
-    blended: Tensor = vector / norm + _START_NOISE * noise
-    return blended.div_(space.norm(blended))
+    blended = with_noise(space, vector.clone(), noise)
+    return noise if blended is noise else blended.div_(space.norm(blended))
