@@ -116,7 +116,7 @@ def _most(panel: Axes, which: Which) -> Any:
     """How many ticks the labels have room for, on a panel that has its first size."""
     # Matplotlib reckons with labels 27 points wide below an axis, but 1.2×10⁻⁹ takes 45 and a gap. On the left a label
     # is one line high whatever it says.
-    return "auto" if which == "y" else max(3, int(panel.bbox.width / panel.figure.dpi / 0.7))
+    return "auto" if which == "y" else max(3, int(panel.bbox.width / panel.figure.dpi / 0.85))
 
 
 def _set(panel: Axes, which: Which, scale: str, ticks: Locator, **options: Any) -> None:
