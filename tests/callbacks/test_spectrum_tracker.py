@@ -24,7 +24,7 @@ from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.callbacks.identity import Outcome, assert_identical, train
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import BusyModule, MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
 EVERYTHING = HessianConfig(fraction=1.0)
 """The fixed data are the whole training set, of which a reference is easily computed."""
@@ -237,6 +237,10 @@ def test_a_resumed_benettin_goes_on_bit_identically(tmp_path: Path) -> None:
         assert rest.curve(f"spectrum/lambda{rank}") == later
 
 
+WITHOUT_METRICS = {"module": functools.partial(BusyModule, use_metrics=False)}
+"""They take most of a run's time, and are put back in one place for all callbacks: one run with them is enough here."""
+
+
 @functools.cache
 def run_without(**options: Any) -> Outcome:
     """Into the second epoch, of 25 batches."""
@@ -247,10 +251,13 @@ def run_without(**options: Any) -> Outcome:
     ("tracker", "options"),
     [
         ({"largest": 3, "smallest": 2}, {}),
-        ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, {}),
-        ({"largest": 2, "estimator": "benettin"}, {}),
-        ({"largest": 2, "hessian": HessianConfig("batch", mode="eval")}, {"precision": "bf16-mixed"}),
-        ({"largest": 2, "smallest": 1}, {"accumulate": 4}),
+        ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, WITHOUT_METRICS),
+        ({"largest": 2, "estimator": "benettin"}, WITHOUT_METRICS),
+        (
+            {"largest": 2, "hessian": HessianConfig("batch", mode="eval")},
+            {"precision": "bf16-mixed", **WITHOUT_METRICS},
+        ),
+        ({"largest": 2, "smallest": 1}, {"accumulate": 4, **WITHOUT_METRICS}),
     ],
     ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
 )
