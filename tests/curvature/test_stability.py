@@ -293,7 +293,7 @@ def edge(optimizer: torch.optim.Optimizer, parameters: list[Tensor], hessian: Te
 
     low, high = 1e-8, 1e8
     assume(is_stable(low) and not is_stable(high))
-    for _ in range(24):  # to 1e-5
+    for _ in range(20):  # to 4e-5
         middle = (low * high) ** 0.5
         low, high = (middle, high) if is_stable(middle) else (low, middle)
     return low
