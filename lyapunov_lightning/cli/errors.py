@@ -23,7 +23,7 @@ def fail(error: BaseException | str) -> NoReturn:
     """End the program with one line on the error stream.
 
     Args:
-        error: What is the matter.
+        error: What went wrong.
 
     Raises:
         SystemExit: With exit status 2.
@@ -66,9 +66,9 @@ def _own_types() -> tuple[type[BaseException], ...]:
 
 
 def explained(message: str) -> str:
-    """What jsonargparse says, in one line where it concerns the callbacks of this package.
+    """An error message of jsonargparse, in one line where it concerns the callbacks of this package.
 
-    Its own message lists why the value is none of the types that the Trainer takes.
+    Its own message gives, for each type that the Trainer takes as callbacks, why the value is not of that type.
 
     Args:
         message: As jsonargparse made it.
@@ -91,7 +91,7 @@ def explained(message: str) -> str:
 
 
 def _unknown_callback(message: str) -> str | None:
-    """The short name, or the name in this package, that is no callback's."""
+    """The short name, or the name in this package, that was meant for a callback and is none."""
     for pattern in (
         r"Expected a dot import path string: ([\w.]+)",
         r"module 'lyapunov_lightning[\w.]*' has no attribute '(\w+)'",

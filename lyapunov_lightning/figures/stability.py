@@ -18,6 +18,7 @@ from lyapunov_lightning.figures.style import (
     floats,
     house_style,
     key,
+    mark_lower_edge,
     new_picture,
     stacked,
     write,
@@ -153,22 +154,6 @@ def draw_loss(panel: Axes, losses: Curve, colour: str = BLUE) -> None:
     drawn = np.concatenate([floats(line.get_ydata()) for line in panel.lines])
     (log_axis if np.isfinite(drawn).any() and np.nanmin(drawn) > 0 else linear_axis)(panel, "y")
     panel.set_ylabel("training loss")
-
-
-def mark_lower_edge(panel: Axes, steps: Sequence[float], label: str) -> None:
-    """Ticks where something happened, below the curves."""
-    where: Any = panel.get_xaxis_transform()
-    panel.plot(
-        floats(steps),
-        np.zeros(len(steps)),
-        "|",
-        color=RED,
-        markersize=9,
-        markeredgewidth=1.0,
-        clip_on=False,
-        transform=where,
-        label=label,
-    )
 
 
 def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> None:

@@ -25,7 +25,7 @@ _WIDE_RANGE = 30.0
 _MOST_DECADES = 6
 """How many decades an axis of both signs shows on either side; what is smaller looks like zero on it."""
 
-_STEPS = [1, 2, 5, 10]
+_STEPS = [1, 2, 2.5, 5, 10]
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -116,7 +116,7 @@ def _most(panel: Axes, which: Which) -> Any:
     """How many ticks the labels have room for, on a panel that has its first size."""
     # Matplotlib reckons with labels 27 points wide below an axis, but 1.2×10⁻⁹ takes 45 and a gap. On the left a label
     # is one line high whatever it says.
-    return "auto" if which == "y" else max(3, int(panel.bbox.width / panel.figure.dpi / 0.7))
+    return "auto" if which == "y" else max(3, int(panel.bbox.width / panel.figure.dpi / 0.85))
 
 
 def _set(panel: Axes, which: Which, scale: str, ticks: Locator, **options: Any) -> None:
