@@ -25,7 +25,7 @@ _WIDE_RANGE = 30.0
 _MOST_DECADES = 6
 """How many decades an axis of both signs shows on either side; what is smaller looks like zero on it."""
 
-_STEPS = [1, 2, 5, 10]
+_STEPS = [1, 2, 2.5, 5, 10]
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
