@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lyapunov_lightning.callbacks.phases import FirstStepDue, Idle, OnTrial, Phase, Seen, Stepping
 from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
 from lyapunov_lightning.callbacks.rules import RULES, Proposal, RuleName, Situation
 from lyapunov_lightning.curvature.acting.loss_watch import Verdict
@@ -19,9 +19,9 @@ from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Sta
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
-from lyapunov_lightning.training.optimizers.phases import FirstStepDue, Idle, OnTrial, Phase, Seen, Stepping
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
+from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.optimizers.updates import LastUpdate, SeenUpdate, Update
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 from lyapunov_lightning.training.reporting.losses import LossSeries, loss_in
@@ -151,7 +151,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._update = LastUpdate()
         self._losses = LossSeries()
         self._phase: Phase = Idle()
-        self._hook: RemovableHandle | None = None
+        self._step_hook = StepHook()
 
     @property
     @override
@@ -178,9 +178,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._losses.start(trainer)
         self._update.to(trainer.strategy.root_device)
         if self._rule.follows_updates:
-            # A hook of the optimizer and not of Lightning: other callbacks may move the parameters after the step,
-            # before Lightning's next hook, and the update would have their moves in it.
-            self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, optimizer))
+            self._step_hook.attach(optimizer, partial(self._after_step, trainer, optimizer))
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -287,9 +285,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         """Drop what an interrupted step has left, the hook on its optimizer, and the copy of the training."""
         self._phase = Idle()
         self._steering.release()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._step_hook.release()
 
     def _propose(self, hessian: LossHessian, step: Step, update: Update | None, is_first: bool) -> Proposal:
         counter = partial(progress, step.trainer, type(self).__name__)
