@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,30 @@ import torch
 from tests.distributed import ranks
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 400
-"""Seconds for all checks together, after which the ranks are taken to hang."""
+PATIENCE = 600
+"""Seconds without news, after which the ranks are taken to hang: twice what one waits for another."""
 
 Outcomes = Callable[[str], list[Any]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Waiting for the ranks, which a busy machine may let take any time, does not count against a test's time."""
+    for item in items:
+        if "outcomes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(func_only=True))
+
+
 @pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What all ranks returned from a check, which is a reason to fail where one of them did not.
 
     The checks are those of the modules that the selected tests call ``runs``. Where tests are spread over several
-    processes, the first of them that comes here starts the ranks for all.
+    processes, the first of them that comes here starts the ranks for all. All checks are waited for here, and none in
+    a test.
 
     """
-    deadline = time.monotonic() + PATIENCE
-    is_spread = "PYTEST_XDIST_WORKER" in os.environ
     folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if is_spread else folder) / "ranks"
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks"
     modules = {
         item.module.runs.__name__ for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())
     }
@@ -44,12 +50,17 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pass  # another one was first
     else:
         process = _start(folder, sorted(modules))
+    try:
+        _wait(folder)
+    finally:
+        if process is not None:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     @cache
     def load(name: str) -> list[Any]:
         paths = [ranks.saved(folder, name, rank) for rank in range(ranks.WORLD_SIZE)]
-        while not (all(path.exists() for path in paths) or _is_over(folder, deadline)):
-            time.sleep(0.05)
         if not all(path.exists() for path in paths):
             pytest.fail(f"a rank hung or died in {name} or before:\n{(folder / 'log').read_text()[-3000:]}")
         loaded = [torch.load(path, weights_only=False) for path in paths]
@@ -58,13 +69,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             pytest.fail("\n".join(failures))
         return loaded
 
-    yield load
-    if process is not None:
-        while is_spread and not _is_over(folder, deadline):  # somebody else may still want to know
-            time.sleep(0.05)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return load
 
 
 def _start(folder: Path, modules: list[str]) -> "subprocess.Popen[bytes]":
@@ -77,5 +82,10 @@ def _start(folder: Path, modules: list[str]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def _is_over(folder: Path, deadline: float) -> bool:
-    return (folder / ranks.FINISHED).exists() or time.monotonic() > deadline
+def _wait(folder: Path) -> None:
+    """Wait until no rank runs any more, or nothing has come of them for long."""
+    num_files, since = 0, time.monotonic()
+    while not (folder / ranks.FINISHED).exists() and time.monotonic() - since < PATIENCE:
+        if (found := sum(1 for _ in folder.iterdir())) != num_files:
+            num_files, since = found, time.monotonic()
+        time.sleep(0.1)

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from lyapunov_lightning.training.reporting import outlets
 
 WORLD_SIZE = 2
-TIMEOUT = timedelta(seconds=60)
-"""How long a rank waits for another one before it gives up."""
+TIMEOUT = timedelta(seconds=300)
+"""How long a rank waits for another one before it gives up, which on a busy machine may be slow and not hang."""
 
 FINISHED = "finished"
 """The file that is there once no rank runs any more."""

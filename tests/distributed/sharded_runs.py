@@ -51,17 +51,31 @@ CALLBACKS: dict[str, Any] = {
         2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}
     ),
     "layerwise": lambda: SpectrumTracker(
-        2, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS)
+        3, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS)
     ),
-    "differences": lambda: SpectrumTracker(2, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0)),
+    "differences": lambda: SpectrumTracker(3, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0)),
     "benettin": lambda: SpectrumTracker(1, 2, 1, estimator="benettin"),
     "negative": lambda: NegativeCurvatureTracker(2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8),
     "descent": lambda: NegativeCurvatureTracker(2, 1, hessian=STEP, descent=Descent(0.1, 0.05), tol=1e-8),
-    "scanner": lambda: LossAlongEigvecScanner(2, random=1, hessian=FIXED, tol=1e-8, units="norm"),
+    "scanner": lambda: LossAlongEigvecScanner(
+        2, random=1, hessian=FIXED, tol=1e-8, units="norm", points=5, scales=[1.0], sgd_steps=[1.0]
+    ),
     "controller": lambda: QuasiNewtonLRController(),
     "inverse_sharpness": lambda: QuasiNewtonLRController(rule="inverse_sharpness"),
     "nudge": lambda: NudgedSGDHook(2, k=2, hessian=FIXED, tol=1e-10),
 }
+
+
+QUICK: dict[str, Any] = {
+    **CALLBACKS,
+    "probe": lambda: CurvatureProbe(1, end="both", tol=0.1),
+    "spectrum": lambda: SpectrumTracker(
+        2, 2, 1, tol=1e-4, hessian=FIXED, random_vectors=2, groups={"head": "net.head*"}
+    ),
+    "negative": lambda: NegativeCurvatureTracker(2, 1, hessian=FIXED, freeze_at=[1], estimator="online", tol=0.1),
+    "nudge": lambda: NudgedSGDHook(2, k=1, hessian=FIXED, tol=0.1),
+}
+"""The same, for runs in which it is not the numbers that count."""
 
 
 def loader_of(rank: int, sizes: Sequence[int] = (4, 4), num_batches: int = 3) -> DataLoader:
@@ -127,7 +141,7 @@ def sharded_unfreezing(rank: int) -> dict[str, Any]:
     """Parameters that come to the trained ones in mid-run, of which the ranks have different numbers."""
     found = {}
     for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy)):
-        callbacks = [CALLBACKS[name]() for name in ("probe", "spectrum", "negative", "controller")]
+        callbacks = [CALLBACKS["probe"](), *(QUICK[name]() for name in ("spectrum", "negative", "controller"))]
         if kind == "copied":  # which does not bear parameters that are frozen when it begins
             of_kind = partial(strategy, find_unused_parameters=True)
         found[kind] = trained(rank, Unfreezing(), *callbacks, strategy=of_kind())
@@ -139,14 +153,14 @@ def sharded_unfreezing(rank: int) -> dict[str, Any]:
 IDENTITY: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "resharded": (
         {"optimizer": torch.optim.AdamW, "lr": 0.01, "dropout": 0.1},
-        [CALLBACKS[name] for name in ("probe", "critical", "spectrum", "negative", "scanner")],
+        [QUICK[name] for name in ("probe", "critical", "spectrum", "negative", "scanner")],
     ),
     "kept whole": (
         {"sharding": {"reshard_after_forward": False}, "checkpointed": True, "dropout": 0.1},
         [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
     ),
     "by differences": ({"dropout": 0.1}, [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))]),
-    "two copies": ({"copies": 2, "lr": 0.05}, [CALLBACKS["probe"]]),
+    "two copies": ({"copies": 2, "lr": 0.05}, [QUICK["probe"]]),
 }
 """Modules, and callbacks that read beside their training."""
 
@@ -229,6 +243,10 @@ def looked_at(rank: int, look: Any, module: Any = None, **options: Any) -> dict[
     return {"found": looking.found, "batch": looking.batch, "parameters": looking.parameters, "note": looking.note}
 
 
+FEW = 10
+"""Products of a search that is broken off, before its values are those of any search."""
+
+
 def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     space = operator.space
     direction = space.random(torch.Generator().manual_seed(1))
@@ -242,7 +260,8 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
         "displaced gradient": space.whole(operator.gradient(0.01 * direction)),
         "values": operator.values_along(direction, [0.0, 0.01, -0.02]),
         "value": operator.value(0.01 * direction),
-        "pairs": (pairs.values, pairs.num_matvecs, bool(pairs.converged.all())),
+        "pairs": (pairs.values, pairs.residuals, bool(pairs.converged.all())),
+        "after few products": lanczos(operator, largest=3, smallest=2, max_matvecs=FEW).values,
         "vectors": vectors,
         "power": power_iteration(operator, tol=1e-1).values,
         "trace": (moments.trace.value, moments.frobenius_norm.value),
@@ -301,12 +320,9 @@ FAILURES: dict[str, tuple[tuple[int, ...], str, str]] = {
 @check
 def sharded_failures(rank: int) -> dict[str, Any]:
     """Losses that fail on one rank in the middle of products, or on all of them, in a training that goes on."""
-    calls = 0
 
     def failing(ranks: tuple[int, ...], where: str = "after") -> Any:
         def loss_fn(module: Any, batch: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
             fails = rank in ranks and module.trainer.global_step == 1
             if fails and where == "forward":  # a replica, so that nothing is left of the hook
                 module.net.blocks[0].down.register_forward_hook(raise_planned)
@@ -322,8 +338,8 @@ def sharded_failures(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": trained(rank)}
     for name, (ranks, where, way) in FAILURES.items():
         config = HessianConfig("batch", loss_fn=failing(ranks, where), max_gather_bytes=ROOM[way])
-        found[name] = trained(rank, CurvatureProbe(1, hessian=config), SpectrumTracker(1, 2, hessian=config))
-    found["calls"] = calls
+        callbacks = CurvatureProbe(1, hessian=config, tol=0.5), SpectrumTracker(1, 1, hessian=config, tol=0.5)
+        found[name] = trained(rank, *callbacks)
     return found
 
 
@@ -361,8 +377,8 @@ def sharded_resume(rank: int) -> dict[str, Any]:
                     ckpt_path=start,
                 )
                 for callbacks, start in (
-                    ([CALLBACKS[name](), Saving(path)], None),
-                    ([CALLBACKS[name]()], path),
+                    ([QUICK[name](), Saving(path)], None),
+                    ([QUICK[name]()], path),
                 )
             ]
             found[f"{name}, {'sharded' if is_sharded else 'whole'}"] = dict(

@@ -1,6 +1,5 @@
 """Solvers on two ranks without a training: one rank fails anywhere, or computes a little otherwise than the other."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -271,21 +270,18 @@ def after_failures(rank: int, operator: Any, prepare: Callable[[Any], Run]) -> d
     count = torch.tensor(float(mode.sent_last * rank))  # what comes later is the failing rank's own affair
     dist.all_reduce(count)
     found = []
-    slowest = 0.0
     for place in places(int(count)):
         run = prepare(operator)
-        started = time.perf_counter()
         try:
             with out_of_memory(place) if rank == 1 else nullcontext():
                 run()
             outcome = "nothing"
         except Exception as error:
             outcome = type(error).__name__
-        slowest = max(slowest, time.perf_counter() - started)
         ones = torch.ones(3)
         dist.all_reduce(ones)
         found.append((place, outcome, ones.tolist()))
-    return {"found": found, "slowest": slowest, "count": int(count)}
+    return {"found": found, "count": int(count)}
 
 
 @check

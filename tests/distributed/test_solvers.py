@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tests.distributed import solver_runs as runs
-from tests.distributed.ranks import TIMEOUT
 from tests.distributed.references import same
 
 NETWORKS = ["lanczos of a scaled Hessian", "online of Gauss-Newton"]
@@ -17,9 +16,9 @@ def test_wherever_a_rank_fails_all_end_and_are_in_step_again(outcomes, name):
     assert len(own["found"]) > 2 * runs.EDGE
     for here, there in zip(own["found"], other["found"], strict=True):
         assert here[0] == there[0]
+        # Told by the other one, and not by the timeout of a collective that it waited in.
         assert (here[1], there[1]) == ("OutOfMemoryError", "PeerFailureError"), here[0]
         assert here[2] == there[2] == [2, 2, 2]
-    assert max(own["slowest"], other["slowest"]) < TIMEOUT.total_seconds() / 10
 
 
 @pytest.mark.parametrize("name", runs.SOLVERS)

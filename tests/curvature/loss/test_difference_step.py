@@ -217,7 +217,7 @@ def in_two_threads(
     loss: Any, parameters: list[Tensor], batches: list[list[Tensor]]
 ) -> list[tuple[Tensor, HessianOperator, int]]:
     """A product on each of two ranks: threads, one of which runs while the other one is in a collective."""
-    barrier, running = threading.Barrier(2, timeout=20), threading.Lock()
+    barrier, running = threading.Barrier(2, timeout=120), threading.Lock()
     sent: dict[int, Tensor] = {}
 
     def run(rank: int) -> tuple[Tensor, HessianOperator, int]:

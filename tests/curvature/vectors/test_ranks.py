@@ -31,7 +31,7 @@ class Network:
 
     def __init__(self) -> None:
         self._sent: list[Tensor] = [torch.zeros(0)] * COUNT
-        self._barrier = threading.Barrier(COUNT, timeout=10)
+        self._barrier = threading.Barrier(COUNT, timeout=120)
         self.lengths: list[list[int]] = [[] for _ in range(COUNT)]
 
     def of(self, rank: int) -> Callable[[Tensor], None]:
@@ -60,7 +60,7 @@ def on_all_ranks(function: Callable[[int, Ranks], Any]) -> tuple[list[Any], Netw
     """What a function returns or raises on each rank."""
     network = Network()
     outcomes: list[Any] = [None] * COUNT
-    done = threading.Barrier(COUNT, timeout=10)
+    done = threading.Barrier(COUNT, timeout=120)
 
     def run(rank: int) -> None:
         try:
