@@ -1,4 +1,4 @@
-"""One shot: the curvature of this module's loss, on these data, as it is now."""
+"""`measure`: the curvature of a module's loss on some data, once and without training."""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -17,7 +17,7 @@ from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.stochastic.density import spectral_density
-from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult
+from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult, direction_names
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.loaders import seeded
@@ -36,7 +36,8 @@ _BATCH_SIZE = 128
 """Samples in a batch where the data are a dataset."""
 
 _REACH, _POINTS = 0.05, 31
-"""How far a line is looked at to both sides, as a share of the norm of the parameters, and at how many points."""
+"""How far along a line the loss is evaluated, to both sides and as a share of the norm of the parameters, and at how
+many points."""
 
 
 def measure(
@@ -64,7 +65,7 @@ def measure(
         largest: How many of the largest eigenvalues.
         smallest: How many of the smallest.
         density: Whether to estimate the density of all eigenvalues too, for 320 products.
-        lines: Along how many eigenvectors of each end to look at the loss.
+        lines: Along how many eigenvectors of each end to evaluate the loss.
         hessian: Which Hessian. By default that of all of the data in evaluation mode, as without dropout.
         ckpt_path: A checkpoint whose weights are measured in place of the module's.
         trainer: Its devices, strategy and precision are used; its callbacks and loggers are not. By default one device,
@@ -113,7 +114,7 @@ def measure(
         )
     copier = Copier()
     if module._trainer is not None:
-        copier.note(module._trainer, None)
+        copier.memo.note(module._trainer, None)
     twin = copier(module)
     twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
     once = _Once(data, config, largest, smallest, density, lines, twin)
@@ -121,7 +122,7 @@ def measure(
         with _alone(trainer, once):
             trainer.predict(twin, dataloaders=_NoBatches(), ckpt_path=ckpt_path, return_predictions=False)
     finally:
-        copier.forget()
+        copier.memo.forget()
     assert once.result is not None  # `predict` has called it, or raised
     return once.result
 
@@ -177,7 +178,7 @@ class _Once(Callback):
     def _measured(self, trainer: Any, pl_module: Any) -> SpectrumResult:
         config = self._config
         assert config.mode is not None  # see `HessianConfig.filled`
-        with seeded(config.seed):  # the same on all ranks, which take turns
+        with seeded(config.seed):  # all ranks draw the same order of batches, of which each takes every n-th
             batches, num_batches = _batches(trainer, pl_module, self._data, config)
         with seeded(config.seed + trainer.global_rank):
             hessian = Operators().make(Problem(trainer, pl_module, config, batches))
@@ -226,16 +227,13 @@ class _Once(Callback):
         """The loss along eigenvectors of both ends."""
         of_largest = min(self._lines, self._largest)
         of_smallest = min(self._lines, self._smallest)
-        places = {
-            **{str(rank + 1): rank for rank in range(of_largest)},
-            **{f"min_{rank + 1}": self._largest + rank for rank in range(of_smallest)},
-        }
-        if not places:
+        if not of_largest + of_smallest:
             return {}
+        places = [*range(of_largest), *range(self._largest, self._largest + of_smallest)]
         start = noisy_start(hessian, gradient)
         reach = _REACH * parameter_norm(hessian) or 1.0
         found: dict[str, ScannedLine] = {}
-        for name, place in places.items():
+        for name, place in zip(direction_names(of_largest, of_smallest), places, strict=True):
             direction = Direction(float(pairs.values[place]), pairs.vectors[place])
             line = scan_direction(
                 hessian, direction, gradient, start, scales=[reach], units="norm", points=_POINTS
@@ -254,7 +252,7 @@ class _Once(Callback):
 
 @contextmanager
 def _alone(trainer: Any, callback: Callback) -> Iterator[None]:
-    """Let a trainer run one callback, without loggers, and leave its own as they were."""
+    """Let a trainer run with one callback and no loggers; its own are back afterwards."""
     callbacks, loggers = trainer.callbacks, trainer.loggers
     trainer.callbacks, trainer.loggers = [callback], []
     try:
@@ -283,9 +281,9 @@ def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> 
 
 
 def _loader(trainer: Any, pl_module: Any, data: Any) -> Iterable[Any]:
-    """What gives the batches."""
+    """The iterable that gives the batches."""
     if isinstance(data, either("LightningDataModule")):
-        # As for `fit`, so that the hooks of the data which move batches to the device are found.
+        # As `fit` does: without it Lightning would not find the hooks of the data that move batches to the device.
         trainer._data_connector.attach_datamodule(pl_module, data)
         if trainer.local_rank == 0:
             data.prepare_data()

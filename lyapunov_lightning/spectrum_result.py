@@ -1,4 +1,4 @@
-"""What a single look at the curvature finds."""
+"""The result of `measure`: eigenvalues, their density, and the loss along eigenvectors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -49,13 +49,13 @@ class SpectrumResult:
         residuals: Shape ``(k,)``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it of each value.
         value_errors: Shape ``(k,)``: how far each value is estimated to be from the true one.
         converged: Shape ``(k,)``: whether the tolerance was met.
-        num_largest: How many of them are of the upper end.
+        num_largest: How many of them belong to the upper end.
         module: The class of the module.
         mode: ``"train"`` or ``"eval"``.
         loss: The loss that was measured.
         gradient_norm: The norm of its gradient.
         num_parameters: The number n of trainable parameters.
-        num_batches: Batches that were measured on, of all ranks.
+        num_batches: On how many batches was measured, all ranks together.
         density: The distribution of all eigenvalues, if asked for.
         lines: The loss along eigenvectors: ``"1"`` ... of the upper end, ``"min_1"`` ... of the lower end.
         matvecs: Hessian-vector products spent.
@@ -154,7 +154,7 @@ class SpectrumResult:
         return pandas.DataFrame(self._rows(), columns=columns, index=pandas.Index(self._names(), name="rank"))
 
     def save(self, path: str | Path) -> None:
-        """Write all of it to a file, from which `load` reads it. It is a dictionary that ``torch.load`` reads, too."""
+        """Write all of it to a file that `load` reads. The file is a dictionary, which ``torch.load`` can read too."""
         state = {name: value for name, value in vars(self).items() if name not in ("density", "lines")}
         state["density"] = None if self.density is None else vars(self.density)
         state["lines"] = {name: asdict(line) for name, line in self.lines.items()}
@@ -169,12 +169,17 @@ class SpectrumResult:
         return cls(**{**state, "density": density, "lines": lines})
 
     def _names(self) -> list[str]:
-        smallest = range(1, len(self.values) - self.num_largest + 1)
-        return [*map(str, range(1, self.num_largest + 1)), *(f"min_{rank}" for rank in smallest)]
+        return direction_names(self.num_largest, len(self.values) - self.num_largest)
 
     def _rows(self) -> list[tuple[Any, ...]]:
         columns = (self.values, self.residuals, self.value_errors, self.converged)
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def direction_names(num_largest: int, num_smallest: int) -> list[str]:
+    """The names of eigenpairs by rank: ``1``, ``2`` ... from the upper end, ``min_1`` ... from the lower one."""
+    upper = [str(rank) for rank in range(1, num_largest + 1)]
+    return upper + [f"min_{rank}" for rank in range(1, num_smallest + 1)]
 
 
 def _listed(values: Tensor) -> str:

@@ -13,8 +13,6 @@ import lightning.pytorch
 import lightning.pytorch.cli
 import numpy as np
 import pytest
-import pytorch_lightning
-import pytorch_lightning.cli
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -23,6 +21,9 @@ from torchmetrics import MeanMetric
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, QuasiNewtonLRController, SpectrumTracker
 from lyapunov_lightning.training.reporting import progress
+
+pytorch_lightning = pytest.importorskip("pytorch_lightning", reason="the second name is not installed")
+pytest.importorskip("pytorch_lightning.cli")
 
 LIBRARIES = [lightning.pytorch, pytorch_lightning]
 

@@ -1,14 +1,18 @@
-"""Every configuration among the examples is understood, and names callbacks of this package."""
+"""Every configuration among the examples is understood, and names callbacks of this package; numbers are right."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.data import Digits
+from examples.gauss_newton import drawn, half_squares, measured
 from lyapunov_lightning import callbacks
 from lyapunov_lightning.training.callback import CurvatureCallback
 
@@ -35,6 +39,37 @@ def test_each_of_several_processes_gets_all_digits_for_a_step() -> None:
         for inputs, labels in batches:
             assert len(inputs) == len(labels) == len(data.train_set)
             assert inputs.equal(next(iter(loader))[0])
+
+
+def test_ends_of_the_hessian_and_its_relatives_are_those_of_the_dense_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=generator)
+    batch = (torch.randn(12, 3, generator=generator, dtype=torch.float64), torch.arange(12) % 2)
+    names, shapes = zip(*((name, parameter.shape) for name, parameter in network.named_parameters()), strict=True)
+
+    def outputs(flat: torch.Tensor) -> torch.Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return functional_call(network, values, (batch[0],))
+
+    flat = nn.utils.parameters_to_vector(network.parameters()).detach()
+    hessian = torch.autograd.functional.hessian(lambda at: half_squares(outputs(at), batch[1]).mean(), flat)
+    jacobian = torch.autograd.functional.jacobian(outputs, flat).flatten(0, 1)
+    gauss_newton = jacobian.T @ jacobian / 12
+    gradients = torch.autograd.functional.jacobian(lambda at: half_squares(outputs(at), batch[1]), flat)
+    h, g, f, rest = (
+        torch.linalg.eigvalsh(matrix)[[0, -1]].tolist()
+        for matrix in (hessian, gauss_newton, gradients.T @ gradients / 12, hessian - gauss_newton)
+    )
+    found = measured(network, batch, step=3)
+    assert [found.hessian_min, found.hessian] == pytest.approx(h, rel=1e-2)
+    assert found.gauss_newton == pytest.approx(g[1], rel=1e-2)
+    assert found.fisher == pytest.approx(f[1], rel=1e-2)
+    assert [found.rest_min, found.rest] == pytest.approx(rest, rel=1e-2)
+    assert found.rest_min < found.hessian_min < 0
+    assert len(drawn([found, found], "Twice").axes) == 2
 
 
 def test_every_callback_has_a_configuration() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import pytorch_lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -234,6 +233,8 @@ def test_a_trainer_lends_its_precision_and_keeps_its_callbacks_and_loggers(tmp_p
 
 
 def test_modules_of_the_other_name_are_served():
+    pytorch_lightning = pytest.importorskip("pytorch_lightning", reason="the second name is not installed")
+
     class Other(pytorch_lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,7 @@
-"""The callbacks: when to measure, what to change; one file each."""
+"""The callbacks: when to measure, what to change; one file each.
+
+They are policy. Nothing here differentiates a loss, and no callback knows another.
+"""
 
 from lyapunov_lightning.callbacks.curvature_probe import CurvatureProbe
 from lyapunov_lightning.callbacks.loss_along_eigvec_scanner import LossAlongEigvecScanner

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from lyapunov_lightning.curvature.tracking.online import OnlineEigenpair, Online
 from lyapunov_lightning.figures import frozen_figure, negative_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.moves import move_parameters
 from lyapunov_lightning.training.optimizers.requirements import check_movable
 from lyapunov_lightning.training.reporting.progress import watched
@@ -34,8 +34,8 @@ class Descent:
     """Moves of the parameters along the most negative direction.
 
     Args:
-        lr: Their learning rate.
-        max_step: Their greatest length, in parameter space.
+        lr: The learning rate of the moves.
+        max_step: The largest length of a move, in parameter space.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -51,29 +51,28 @@ class Descent:
 
 
 class NegativeCurvatureTracker(CurvatureCallback):
-    r"""Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
+    """Logs the most negative eigenvalues of the training loss's Hessian, and can descend along their directions.
 
     The `smallest` eigenpairs and the largest one are computed from one Krylov space, by default on fixed training data,
     at the parameters before a step. Without `descent` the run is bit-identical to one without the tracker.
 
     *Frozen directions*: at each step of `freeze_at` the top and the bottom eigenvector are stored, and the curvature
-    :math:`v^\top H(t) v` along them is logged from then on: it tells how soon an eigenvector is out of date.
+    vᵀH(t)v along them is logged from then on. It shows how soon an eigenvector is out of date.
 
     *The running estimate* (``estimator="online"``): a smallest eigenpair that is carried along from step to step for
     one Hessian-vector product each, see `OnlineEigenpair`. It needs a Hessian that changes slowly, so use it on fixed
-    data: the most negative direction of one mini-batch is as a rule no such direction of the next one.
+    data: the most negative direction of one mini-batch is as a rule not one of the next mini-batch.
 
     *The descent* changes the training, as the paper's appendix C proposes: after the optimizer's step the parameters
     move by
 
-    .. math:: -\min(\eta |c|, s)\, \mathrm{sign}(c)\, \tilde v, \qquad c = g^\top \tilde v
+        −min(η |c|, s) sign(c) v   with   c = gᵀv
 
-    with :math:`\eta` = ``Descent.lr`` and :math:`s` = ``Descent.max_step``, to the side on which the loss falls. It
-    does so only while :math:`\tilde\lambda < -r` for the residual :math:`r` of the estimate, so that the Hessian
-    certainly has a negative eigenvalue there. The pair is that of `estimator`; pair, residual and the gradient
-    :math:`g` are all taken before the optimizer's step, on the measured data: they belong to one point, and the
-    gradient costs nothing more. A move follows each step with a measurement, beside the optimizer, whose state and
-    clipping it leaves alone.
+    with η = ``Descent.lr`` and s = ``Descent.max_step``, to the side on which the loss falls. They move only while λ <
+    −r for the residual r of the estimate, so that the Hessian certainly has a negative eigenvalue there. The eigenpair
+    is that of `estimator`. Eigenpair, residual and gradient g are all taken before the optimizer's step, on the
+    measured data, so that they belong to one point and the gradient costs nothing more. A move follows each step with a
+    measurement, and leaves the optimizer's state and its clipping alone.
 
     Logged:
 
@@ -82,29 +81,28 @@ class NegativeCurvatureTracker(CurvatureCallback):
     - ``negative/frozen_{step}_top`` and ``frozen_{step}_bottom``: the curvature along the directions frozen at a step.
     - ``negative/online_lambda_min``: the running estimate, at the steps of `online_schedule`.
 
-    and in the group ``negative_details``, each explained at `NegativeResult`, how good and how expensive that is:
+    and in the group ``negative_details``, each explained at `NegativeResult`, accuracy and cost:
     ``lambda_max``, ``negative_mass``, ``gradient_component_1`` ... ``k``, ``gradient_norm``, ``residual``,
     ``converged`` (0 where the measurement failed), ``online_residual``, ``online_age``, ``online_error``,
     ``descent_step`` and ``descended`` (1 if it is not 0), ``matvecs`` and ``seconds``.
 
-    At the end of epochs, as far as that is cheap, and of the training the loggers that take figures, else files beside
-    the log, get ``negative/eigenvalues`` and, once directions are frozen, ``negative/frozen``. The results are in
-    ``tracker.results``.
+    The figures ``negative/eigenvalues`` and, once directions are frozen, ``negative/frozen`` go to all loggers that
+    take figures, and to files in the log folder if none does: at the end of the training, and at the end of epochs as
+    long as drawing takes little time. The results are in ``tracker.results``.
 
-    In memory and in checkpoints two vectors of the model's size are kept for each frozen step, and five for the running
-    estimate.
+    Memory and checkpoints hold two vectors of the model's size for each frozen step, and five for the running estimate.
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps. Without it and `schedule` the
             tracker follows the trainer's ``log_every_n_steps``.
-        smallest: How many eigenvalues of the lower end. 0 leaves the running estimate alone (``online`` only).
+        smallest: How many eigenvalues of the lower end. 0 for the running estimate only, with ``estimator="online"``.
         schedule: Any other schedule, such as ``Schedule(every_n_epochs=1)``.
         hessian: Which Hessian; by default that of fixed training data. Finite differences see too little of the
             negative end of networks with ReLU or max-pooling to be of use here.
-        freeze_at: The optimizer steps whose eigenvectors are frozen; measured there whatever the schedule.
-        estimator: ``"lanczos"``, or ``"online"`` for the running estimate beside it.
-        online_schedule: When to update the running estimate; at every step if not given.
-        descent: How to move the parameters along the most negative direction; not at all if None.
+        freeze_at: The optimizer steps whose eigenvectors are frozen. They are measured there whatever the schedule.
+        estimator: ``"lanczos"``, or ``"online"`` for the running estimate in addition.
+        online_schedule: When to update the running estimate; by default at every step.
+        descent: How to move the parameters along the most negative direction; by default they are not moved.
         tol: Relative residual at which an eigenvalue counts as converged.
         save_dir: Where to write ``negative.csv``, a table of all that is logged, if given.
         log_prefix: Put in front of every tag, so that several trackers live side by side.
@@ -160,6 +158,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         if descent is not None and not isinstance(descent, Descent):
             raise ValueError(f"`descent` should be a Descent or None, got {descent!r}.")
         online = online_schedule if online_schedule is not None else Schedule(every_n_steps=1)
+        # The moves of "online" come from its own products, so that the eigenpairs beside it act on nothing.
         acts = descent is not None and estimator == "lanczos"
         super().__init__(
             every_n_steps,
@@ -168,14 +167,16 @@ class NegativeCurvatureTracker(CurvatureCallback):
             log_prefix,
             default=None if smallest else online,
             request=EigenRequest(1, smallest, tol, acts=acts) if smallest else None,
-            table=None if save_dir is None else Path(save_dir) / "negative.csv",
+            save_dir=save_dir,
             arguments=arguments,
         )
         self._estimator = estimator
         self._smallest = smallest
         self._descent = descent
         self._freezing = ScheduleState(Schedule(at_steps=frozen_steps) if frozen_steps else None)
-        self._running = ScheduleState(online if estimator == "online" else None) if smallest else self.schedule_state
+        self._running = self.schedule_state  # of the running estimate; without eigenpairs it is the only schedule
+        if smallest:
+            self._running = ScheduleState(online if estimator == "online" else None, self._recorder.say)
         self._solves = self._freezes = self._updates = False
         self._frozen = FrozenDirections()
         self._online = OnlineEigenpair(seed=self.config.seed)
@@ -192,7 +193,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         )
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._move = None
         self._freezing.start()
@@ -229,7 +230,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
         return figures
 
     @override
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        # One after the other and not in one `or`, since each schedule has to see every batch.
         self._freezes = self._freezing.advance(trainer, batch_idx)
         self._updates = self._running.advance(trainer, batch_idx)
         self._solves = bool(self._smallest) and (super().advance(trainer, batch_idx) or self._freezes)
@@ -239,7 +241,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
     def measure(self, hessian: LossHessian, step: Step) -> NegativeResult:
         moves = self._descent is not None and (self._updates or self._estimator == "lanczos")
         if moves:
-            self._move = _Move(step.index)  # the ranks make it together, also if this one fails to measure
+            # Planned before measuring: the ranks make the move together, even if this one fails to measure.
+            self._move = _Move(step.index)
         result = NegativeResult(step=step.index, epoch=step.epoch)
         if self._solves:
             result, pair = self._eigenpairs(hessian, step)
@@ -254,6 +257,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
             )
         if self._descent is not None and moves:
             length = negative_curvature_step(
+                # Only evaluated if the eigenvalue is negative beyond its residual.
                 lambda: float(hessian.space.inner(hessian.gradient(), pair.vector)),
                 pair.value,
                 pair.residual,
@@ -273,9 +277,11 @@ class NegativeCurvatureTracker(CurvatureCallback):
             )
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._move is None or trainer.global_step == self._move.step:
-            return  # no step yet: gradients are accumulated
+            return  # the batch is one of several of a step
         move, self._move = self._move, None
         moved = move_parameters(trainer, pl_module, move.displacement)
         if move.displacement is not None and not moved:
@@ -284,13 +290,13 @@ class NegativeCurvatureTracker(CurvatureCallback):
             )
 
     @override
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self._move = None  # of a batch that led to no step
+        self._move = None  # planned for a step that was not made, and out of date at the next one
 
     @override
     def _spend(self, seconds: float) -> None:
-        self._say((self.schedule_state if self._solves else self._running).record(seconds))
+        (self.schedule_state if self._solves else self._running).record(seconds)
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
@@ -313,6 +319,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
             lambda_min=tuple(pairs.smallest.tolist()),
             lambda_max=float(pairs.largest),
             negative_mass=pairs.negative_mass,
+            # The first pair is the one of the upper end. Signs of eigenvectors are arbitrary.
             gradient_components=tuple(hessian.space.inner(pairs.vectors[1:], gradient).abs().tolist()),
             gradient_norm=float(hessian.space.norm(gradient)),
             residual=float(pairs.residuals.max()),
@@ -325,7 +332,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
 
 @dataclass(frozen=True)
 class _Move:
-    """A move of the parameters that is to follow an optimizer step; without displacement if none could be planned."""
+    """A move of the parameters that is to follow an optimizer step; without a displacement if measuring it failed."""
 
     step: int
     displacement: Tensor | None = None

@@ -19,6 +19,7 @@ from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Sta
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval
 from lyapunov_lightning.training.optimizers.moves import scale_gradients
 from lyapunov_lightning.training.optimizers.requirements import check_uniform_sgd, check_unscaled
 from lyapunov_lightning.training.replica.replica import trainable_parameters
@@ -31,35 +32,34 @@ Variant = Literal["nudge", "top_only", "no_top"]
 
 
 class NudgedSGDHook(CurvatureCallback):
-    r"""Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
+    """Gives SGD another learning rate along the sharpest directions of the loss: Nudged-SGD and its relatives.
 
     The `k` eigenvectors of the largest Hessian eigenvalues are measured on fixed training data, again before every
-    epoch, and each update is changed in their span, the rows of :math:`V`. With :math:`u` for the gradient that SGD
-    takes its step from:
+    epoch, and each update is changed in their span, the rows of V. Let u be the gradient that SGD takes its step from:
 
-    - ``"nudge"``: learning rate :math:`\gamma\eta` along the eigenvectors, :math:`u - (1 - \gamma)V^\top V u`. With
-      `gamma` below 1 the training goes to sharper regions, faster early on. With `gamma` 1 nothing is touched: the run
-      is bit-identical to plain SGD, with the same measurements.
-    - ``"top_only"``: :math:`V^\top V u`, the update follows the sharpest directions alone.
-    - ``"no_top"``: :math:`u - V^\top V u`, the update leaves them out.
+    - ``"nudge"``: learning rate γη along the eigenvectors, u − (1 − γ)VᵀVu. With `gamma` below 1 the training goes to
+      sharper regions, and is faster early on. With `gamma` 1 the gradients are left as they are, and the run is
+      bit-identical to plain SGD, with the same measurements.
+    - ``"top_only"``: VᵀVu, the update follows the sharpest directions only.
+    - ``"no_top"``: u − VᵀVu, the update leaves them out.
 
     `frozen` keeps the eigenvectors of the first measurement for the whole run, the paper's constant direction.
 
     **Where it acts.** In ``on_before_optimizer_step``: after the backward pass, the accumulation over batches, the mean
     over ranks and the unscaling of half precision; before gradient clipping, and before the optimizer's weight decay
     and momentum. So the order is: unscale, nudge, clip, step. Momentum then sums changed gradients. A weight decay
-    :math:`w` of the optimizer belongs to the gradient of SGD, :math:`u = g + w\theta`, so ``.grad`` becomes
-    :math:`P(u) - w\theta`, to which the optimizer adds :math:`w\theta` again; that is also what clipping sees. In a
-    module with manual optimization it is what the module itself did to the gradients that comes first.
+    w of the optimizer is part of the gradient that SGD uses, u = g + wθ, so ``.grad`` becomes P(u) − wθ, to which the
+    optimizer adds wθ again; clipping sees it in this form too. In a module with manual optimization, whatever the
+    module itself does to the gradients comes first.
 
     Parameters whose ``.grad`` is None keep it, and count as zeros. A gradient that is not finite is left alone, for
     the loss scaler to skip.
 
-    Only the eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones stay,
-    and before the first good ones the gradient is left alone. Where parameters are frozen or unfrozen in mid-run, the
-    eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each is warned
-    of once. What it does depends on its own measurement alone, whatever other callbacks measure; callbacks that measure
-    the same Hessian at the same step share the operator.
+    Only eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones are used
+    further, and as long as there are none the gradient is left alone. If parameters are frozen or unfrozen during the
+    run, the eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each of
+    these cases is warned of once. What it does depends on its own measurement only, whatever other callbacks measure;
+    callbacks that measure the same Hessian at the same step share the operator.
 
     Logged:
 
@@ -70,11 +70,11 @@ class NudgedSGDHook(CurvatureCallback):
     - In the group ``nudge_details``: ``residual``, the largest ``‖Hv − λv‖`` among them; ``converged``, the share of
       them that met `tol`; ``matvecs`` and ``seconds``, products and wall-clock time spent.
 
-    The measurements are in ``hook.results`` too, as `NudgeResult`, and the figure ``nudge/eigenvalues`` draws them.
+    The measurements are in ``hook.results`` too, as `NudgeResult`, and the figure ``nudge/eigenvalues`` shows them.
 
-    It holds `k` vectors of the model's size, in float32 or wider, and so does the checkpoint; a resumed run goes on bit
-    by bit. A measurement takes the memory of its Krylov basis, ``max(32, 2k + 16) + 1`` vectors at most, and an update
-    that of about four.
+    It holds `k` vectors of the model's size, in float32 or wider, and so does the checkpoint; a resumed run continues
+    bit by bit. A measurement takes the memory of its Krylov basis, ``max(32, 2k + 16) + 1`` vectors at most, and an
+    update that of about four.
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps. Without it and `schedule` the
@@ -152,12 +152,12 @@ class NudgedSGDHook(CurvatureCallback):
         return self._generate_state_key(k=self._k, variant=self._variant, log_prefix=self._log_prefix)
 
     @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "what two of them do to the same gradient depends on their order")
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         check_size(type(self).__name__, pl_module, self._k)
         self._check_optimizer(trainer, pl_module)
@@ -175,15 +175,18 @@ class NudgedSGDHook(CurvatureCallback):
         return {"eigenvalues": partial(subspace_figure, [result.step for result in results], eigenvalues, overlaps)}
 
     @override
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
         is_done = self._frozen and self._directions.vectors is not None
         return super().advance(trainer, batch_idx) and not is_done
 
     @override
     def measure(self, hessian: LossHessian, step: Step) -> NudgeResult:
         names = list(trainable_parameters(step.pl_module))
+        # Names and not lengths: where one layer was frozen and another one unfrozen, the length may be the same.
         kept = self._directions.matching(names)
         pairs = self._eigenpairs(hessian, step.trainer, start=kept)
+        # A vector that has not converged is a mixture of eigenvectors, and a small learning rate along it would slow
+        # the training down in flat directions too.
         count, overlap = int(pairs.converged.sum()), None
         if count:
             vectors = pairs.vectors[pairs.converged.to(pairs.vectors.device)]
@@ -208,8 +211,10 @@ class NudgedSGDHook(CurvatureCallback):
 
     @override
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._check_optimizer(trainer, pl_module)
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._check_optimizer(trainer, pl_module)  # again, since parameter groups may change during a run
         if self._directions.vectors is None:
             return
         named = trainable_parameters(pl_module)
@@ -221,6 +226,7 @@ class NudgedSGDHook(CurvatureCallback):
             )
             return
         removed: float | Tensor = 0.0
+        # With both factors 1 the projection would give the same gradient but for its last digits, and another run.
         if not self._inside == self._outside == 1:
             parameters = list(named.values())
             vectors = self._directions.on(parameters[0].device)
@@ -228,7 +234,7 @@ class NudgedSGDHook(CurvatureCallback):
             removed = scale_gradients(
                 optimizer, parameters, vectors, self._space, inside=self._inside, outside=self._outside
             )
-        every = trainer.log_every_n_steps
+        every = log_interval(trainer)
         if every and trainer.global_step % every == 0 and math.isfinite(removed):
             self._recorder.log(trainer, {"nudge/removed_fraction": float(removed)})
 
@@ -236,14 +242,16 @@ class NudgedSGDHook(CurvatureCallback):
     def _stateful(self) -> dict[str, Stateful]:
         return {**super()._stateful(), "directions": self._directions}
 
-    def _eigenpairs(self, hessian: LossHessian, trainer: Any, start: Tensor | None) -> Eigenpairs:
+    def _eigenpairs(self, hessian: LossHessian, trainer: Trainer, start: Tensor | None) -> Eigenpairs:
         """The eigenpairs, on every rank or on none: with different ones the parameters would drift apart."""
         with failing_together(trainer), watched(hessian, trainer, type(self).__name__) as operator:
-            seed = self.config.seed + trainer.global_step  # another one each time, to see what the last one overlooked
+            seed = (
+                self.config.seed + trainer.global_step
+            )  # with another seed a search sees what the last one overlooked
             return lanczos(operator, largest=self._k, tol=self._tol, start=start, seed=seed)
 
-    def _check_optimizer(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse an optimizer with which the change of the gradient is not that of the learning rate."""
+    def _check_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an optimizer for which changing the gradient is not the same as changing the learning rate."""
         check_uniform_sgd(type(self).__name__, trainer.optimizers, trainable_parameters(pl_module))
         check_unscaled(type(self).__name__, trainer)
 
@@ -257,23 +265,23 @@ class _Directions:
         self._is_restored = False
 
     def start(self) -> None:
-        """Begin a run: without eigenvectors, except for those of the checkpoint that it goes on from."""
+        """Begin a run: without eigenvectors, unless they come from the checkpoint that it resumes."""
         if not self._is_restored:
             self.vectors, self._names = None, []
         self._is_restored = False
 
     def matching(self, names: list[str]) -> Tensor | None:
-        """The eigenvectors, if they belong to these parameters."""
+        """The eigenvectors, if they belong to these parameters; else None."""
         return self.vectors if self._names == names else None
 
     def on(self, device: torch.device) -> Tensor:
-        """The eigenvectors, on this device from now on: those of a checkpoint come on the CPU."""
+        """The eigenvectors, moved to this device once: those of a checkpoint are on the CPU."""
         assert self.vectors is not None  # by the caller
         self.vectors = self.vectors.to(device)
         return self.vectors
 
     def turn(self, vectors: Tensor, names: list[str]) -> None:
-        """Go on with other eigenvectors."""
+        """Replace the eigenvectors."""
         self.vectors, self._names = vectors, names
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lyapunov_lightning.callbacks.phases import FirstStepDue, Idle, OnTrial, Phase, Seen, Stepping
 from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
 from lyapunov_lightning.callbacks.rules import RULES, Proposal, RuleName, Situation
 from lyapunov_lightning.curvature.acting.loss_watch import Verdict
@@ -18,9 +18,9 @@ from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
-from lyapunov_lightning.training.optimizers.phases import FirstStepDue, Idle, OnTrial, Phase, Seen, Stepping
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
+from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.optimizers.updates import LastUpdate, SeenUpdate, Update
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 from lyapunov_lightning.training.reporting.losses import LossSeries, loss_in
@@ -31,21 +31,21 @@ from lyapunov_lightning.training.sharing import Step
 
 
 class QuasiNewtonLRController(CurvatureCallback):
-    r"""Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
+    """Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
 
     Two rules:
 
     - ``"along_update"`` (default): with ``u`` the optimizer's own update at learning rate 1, after momentum,
-      preconditioning, decay and clipping, :math:`(-g^\top u) / |u^\top H u|` is the learning rate that goes to the
-      bottom of the parabola along it. Slope and curvature are measured on the *next* batch, since the slope along ``u``
-      is steeper on the batch that ``u`` was made of. The learning rate follows slowly: steps grow while they are
-      shorter than 1.4 times the way to the bottom (1.8 times while the loss falls), and shrink beyond 2 times, where
-      nothing is gained (4 times while the loss falls).
+      preconditioning, decay and clipping, (−gᵀu) / |uᵀHu| is the learning rate that goes to the bottom of the parabola
+      along it. Slope and curvature are measured on the *next* batch, since the slope along ``u`` is steeper on the
+      batch that ``u`` was made of. The learning rate follows slowly: steps grow while they are shorter than 1.4 times
+      the way to the bottom (1.8 times while the loss falls), and shrink beyond 2 times, where nothing is gained (4
+      times while the loss falls).
     - ``"inverse_sharpness"``: the chaos-theory paper's method, for SGD. Algorithm 1 follows the largest eigenvalue, at
       the initial point until it has settled and then by one iteration for each measurement. The learning rate is its
-      :math:`1/h_0 = (e - 1)/\lambda_{max}` after a running average; with momentum, times ``1 - momentum``. The one
-      vector that it follows can stay near a wrong eigenvector, and the learning rate is then many times too large: so
-      every estimate is compared with the curvature along the gradient.
+      1/h0 = (e − 1)/λ_max after a running average; with momentum, times ``1 - momentum``. The one vector that it
+      follows can stay near a wrong eigenvector, and the learning rate is then many times too large: so every estimate
+      is compared with the curvature along the gradient.
 
     Where the length of the training is known (``max_steps``, or ``max_epochs`` and a sized dataloader), the learning
     rate falls linearly to zero over its last 40 % under ``"along_update"``: noise always makes smaller steps look
@@ -150,7 +150,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._update = LastUpdate()
         self._losses = LossSeries()
         self._phase: Phase = Idle()
-        self._hook: RemovableHandle | None = None
+        self._step_hook = StepHook()
 
     @property
     @override
@@ -174,9 +174,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._losses.start(trainer)
         self._update.to(trainer.strategy.root_device)
         if self._rule.follows_updates:
-            # A hook of the optimizer and not of Lightning: other callbacks may move the parameters after the step,
-            # before Lightning's next hook, and the update would have their moves in it.
-            self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, optimizer))
+            self._step_hook.attach(optimizer, partial(self._after_step, trainer, optimizer))
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -283,9 +281,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         """Drop what an interrupted step has left, the hook on its optimizer, and the copy of the training."""
         self._phase = Idle()
         self._steering.release()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._step_hook.release()
 
     def _propose(self, hessian: LossHessian, step: Step, update: Update | None, is_first: bool) -> Proposal:
         counter = partial(progress, step.trainer, type(self).__name__)

@@ -24,7 +24,7 @@ from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Sta
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_training_map
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 from lyapunov_lightning.training.reporting.progress import watched
@@ -36,39 +36,39 @@ from lyapunov_lightning.training.sharing import EigenRequest, Step
 Estimator = Literal["lanczos", "benettin"]
 
 _GRADIENT_BATCHES = 10
-"""Over how many mini-batches of the data the gradient's alignment is averaged."""
+"""The number of mini-batches of the data over which the gradient's alignment is averaged."""
 
 
 class SpectrumTracker(CurvatureCallback):
     r"""Logs the ends of the Hessian's spectrum, and what else is asked for, while a module trains.
 
-    At every step of the schedule the `largest` and `smallest` eigenvalues with their vectors are computed on fixed
-    training data, both ends from one Krylov space, and set in relation to the training: how far the mini-batch
-    gradients lie in the sharpest directions, and how far these turned since the last measurement. The run is
+    At every step of the schedule the `largest` and `smallest` eigenvalues and their eigenvectors are computed on fixed
+    training data, both ends from one Krylov space. They are then related to the training: how far the mini-batch
+    gradients lie along the sharpest directions, and how far these have turned since the last measurement. The run is
     bit-identical to one without the tracker. Callbacks of this package that ask for the same Hessian at the same step
     share one computation.
 
     Logged:
 
     - ``spectrum/lambda_1`` ... ``lambda_k``, the largest first; ``spectrum/lambda_min_1`` ..., the smallest first.
-    - ``spectrum/gradient_in_top_subspace``: how much of the mini-batch gradients lies in the span of the upper end's
-      eigenvectors; ``spectrum/subspace_overlap``: how much of that span was there at the last measurement.
+    - ``spectrum/gradient_in_top_subspace``: the share of the mini-batch gradients in the span of the upper end's
+      eigenvectors; ``spectrum/subspace_overlap``: the overlap of that span with the one of the last measurement.
     - ``spectrum/trace`` and ``spectrum/frobenius_norm`` of the whole Hessian, estimated, if `random_vectors`.
     - ``spectrum/lambda_max_{group}`` for each of `groups`: the largest eigenvalue of that diagonal block.
 
-    and in the group ``spectrum_details``, as `TrackedSpectrum` tells:
+    and in the group ``spectrum_details``, each explained at `TrackedSpectrum`:
 
-    - ``residual``, ``converged``, ``matvecs``, ``block_matvecs`` and ``seconds``: how good and how expensive that is.
+    - ``residual``, ``converged``, ``matvecs``, ``block_matvecs`` and ``seconds``: accuracy and cost.
     - ``gradient_cosine_1`` ... (``gradient_cosine_min_1`` ... for the lower end), ``gradient_in_random_subspace``,
       ``subspace_overlap_first``, ``tracked_norm``, ``negative_mass``, ``trace_error``, ``frobenius_norm_error``.
     - ``lyapunov_exponent_1`` ... and ``paper_lambda_1`` ... (``..._min_1`` ...), and ``from_other_end``, for
       ``estimator="benettin"``.
 
-    At the end of epochs in which something was measured, as far as that is cheap, and at the end of the training the
-    loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else files beside the log, get
-    ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment``; in TensorBoard the
-    tab "Custom scalars" has all eigenvalues on one chart. All results are in ``tracker.results`` as `TrackedSpectrum`,
-    and the last density is ``tracker.density``.
+    The figures ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment`` go to all loggers
+    that take figures (TensorBoard, Weights & Biases, MLflow, Comet), and to files in the log folder if none does: at
+    the end of the training, and at the end of epochs in which something was measured, as long as drawing takes little
+    time. In TensorBoard the tab "Custom scalars" has all eigenvalues on one chart. All results are in
+    ``tracker.results`` as `TrackedSpectrum`, and the last density is ``tracker.density``.
 
     The Krylov basis takes the memory of ``max_basis_vectors + 1`` vectors of the model's size.
 
@@ -81,15 +81,15 @@ class SpectrumTracker(CurvatureCallback):
             ``Schedule(first_n_steps=100, every_n_epochs=1)``.
         hessian: Which Hessian; by default that of the same 5 % of the training data throughout.
         estimator: ``"lanczos"``, or ``"benettin"``: perturbations that are evolved and orthogonalised along the real
-            training steps, one iteration at every step on its batch whatever the schedule, which then only says when
-            to log. The largest end follows gradient ascent, the smallest the map of plain SGD. What grows fastest
+            training, with one iteration at every step on its batch. The schedule then only says when to log. The
+            largest end follows gradient ascent, the smallest the map of plain SGD. The perturbation that grows fastest
             comes first, so a negative eigenvalue far beyond the positive ones takes a place among the largest, and is
             counted in ``from_other_end``. It converges no faster than power iteration: look at the residuals.
         tol: Relative residual at which an eigenvalue counts as converged.
-        random_vectors: Random vectors for estimates over the whole spectrum, trace and Frobenius norm, at one product
-            each; 0 for none, else at least 2.
-        density_steps: Products for each random vector, if the spectral density is wanted too; 0 if not. 40 show the
-            shape of the bulk.
+        random_vectors: Random vectors for estimates over the whole spectrum (trace and Frobenius norm), with one
+            product each; 0 for no estimates, else at least 2.
+        density_steps: Products for each random vector for the spectral density; 0 for no density. 40 show the shape of
+            the bulk.
         groups: Blocks of parameters to measure on their own: ``"modules"`` for each top-level submodule, or names with
             a pattern of parameter names each, such as ``{"head": "network.head.*"}``.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
@@ -170,11 +170,13 @@ class SpectrumTracker(CurvatureCallback):
         super().__init__(
             every_n_steps,
             schedule,
+            # Perturbations evolve under the training's own map, which is another one for each batch (chaos-theory
+            # paper, appendix C).
             replace(hessian, data="batch") if self._along_training else hessian,
             log_prefix,
             method="finite_difference" if self._along_training else None,
             request=None if self._along_training else EigenRequest(largest, smallest, tol, max_basis_vectors),
-            table=None if save_dir is None else Path(save_dir) / "spectrum.csv",
+            save_dir=save_dir,
             arguments=arguments,
         )
         seed = self.config.seed
@@ -187,7 +189,7 @@ class SpectrumTracker(CurvatureCallback):
         self._ascent = LyapunovSpectrum(largest, map="ascent", seed=seed) if largest else None
         self._training = LyapunovSpectrum(smallest, map="sgd", seed=seed) if smallest else None
         self._every_step = ScheduleState(Schedule(every_n_steps=1))
-        self._is_logged = True
+        self._is_logged = True  # with "benettin" there is an iteration at every step, and a result at some
         self._last, self._first = KeptSubspace(), KeptSubspace(moves_on=False)
         self._blocks = BlockTrackers(tol, seed)
         self.density: SpectralDensity | None = None
@@ -195,12 +197,14 @@ class SpectrumTracker(CurvatureCallback):
     @property
     @override
     def state_key(self) -> str:
+        # Lightning keeps one state for each key. Two trackers with equal keys would both resume with that of the
+        # second.
         return self._generate_state_key(
             estimator=self._estimator, largest=self._largest, smallest=self._smallest, log_prefix=self._log_prefix
         )
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         owner = type(self).__name__
         self._every_step.start()
@@ -248,11 +252,12 @@ class SpectrumTracker(CurvatureCallback):
         return figures
 
     @override
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
         is_due = super().advance(trainer, batch_idx)
         if not self._along_training:
             return is_due
         self._is_logged = is_due
+        # In this order, since each schedule has to see every batch.
         return self._every_step.advance(trainer, batch_idx) or is_due
 
     @override
@@ -263,7 +268,8 @@ class SpectrumTracker(CurvatureCallback):
         pairs = self.shared.eigenpairs(step, self)
         top = pairs.vectors[: pairs.num_largest]
         if self._vectors_dir is not None:
-            with failing_together(step.trainer):  # or the first rank would leave the others waiting in what follows
+            # The first rank alone writes. A full disk would leave the others waiting for it in what follows.
+            with failing_together(step.trainer):
                 self._save(self._vectors_dir, step, pairs, hessian.space)
         alignment = gradient_alignment(hessian, pairs, _GRADIENT_BATCHES)
         estimates = {"matvecs": pairs.num_matvecs, "negative_mass": pairs.negative_mass}
@@ -298,7 +304,7 @@ class SpectrumTracker(CurvatureCallback):
             save_vectors(path, pairs.values, vectors, {"num_largest": str(pairs.num_largest)})
 
     def _block_sharpness(self, step: Step) -> dict[str, Any]:
-        """The largest eigenvalue of each diagonal block, by differentiating with respect to its parameters alone."""
+        """The largest eigenvalue of each diagonal block: a Hessian with respect to the block's parameters only."""
         found: dict[str, Eigenpairs] = {}
         for name, members in parameter_blocks(trainable_parameters(step.pl_module), self._groups).items():
             block = self.shared.block(step, self.config, members) if members else None
@@ -313,9 +319,11 @@ class SpectrumTracker(CurvatureCallback):
         }
 
     def _estimates(self, hessian: LossHessian, step: Step, pairs: Eigenpairs) -> dict[str, Any]:
-        """Estimates over the whole spectrum, in which the eigenpairs enter exactly."""
+        """Estimates over the whole spectrum. The eigenpairs enter exactly, and only the rest is estimated."""
         if not self._random_vectors:
             return {}
+        # With the same random vectors at every step the noise of the estimates is the same too, and their changes are
+        # those of the Hessian.
         options: dict[str, Any] = {"num_probes": self._random_vectors, "known": pairs, "seed": self.config.seed}
         with watched(hessian, step.trainer, type(self).__name__) as operator:
             moments = stochastic_moments(operator, **options)
@@ -330,11 +338,12 @@ class SpectrumTracker(CurvatureCallback):
         }
         if self.density is not None:
             estimates["matvecs"] += self.density.num_matvecs
-            estimates["negative_mass"] = self.density.negative_mass()
+            estimates["negative_mass"] = self.density.negative_mass()  # of all eigenvalues, and not of the tracked ones
         return estimates
 
     def _exponents(self, hessian: LossHessian, step: Step) -> TrackedSpectrum:
         """One iteration of the perturbations of both ends."""
+        # One learning rate for all parameters: `check_training_map` has refused everything else.
         optimizers = step.trainer.optimizers
         lr = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
         here = hessian.gradient()

@@ -36,7 +36,7 @@ TRAINER_COMMANDS = {
     "predict": "run the model on the prediction data",
     "measure": "the spectrum of the Hessian at a checkpoint, as a table and a picture",
 }
-"""What is done with the Trainer, the model and the data of a configuration."""
+"""The commands that need the Trainer, the model and the data of a configuration."""
 
 
 def main(args: list[str] | None = None) -> "LightningCLI | None":
@@ -49,11 +49,11 @@ def main(args: list[str] | None = None) -> "LightningCLI | None":
         args: The command line's arguments; those of the process if None.
 
     Returns:
-        The finished LightningCLI, with its ``trainer`` and ``model``; None of the commands that need none.
+        The finished LightningCLI, with its ``trainer`` and ``model``; None for the commands that need none.
 
     Raises:
-        SystemExit: After ``--help`` and ``--version``, and for every error raised by this package, which is told in one
-            line on the error stream.
+        SystemExit: After ``--help`` and ``--version``, and for every error raised by this package, which is reported
+            in one line on the error stream.
 
     """
     given = sys.argv[1:] if args is None else args
@@ -94,7 +94,7 @@ def _run_lightning(given: list[str], args: list[str] | None) -> "LightningCLI":
 
 
 def _parser() -> argparse.ArgumentParser:
-    """What is listed by ``--help``, and parses all that is not for LightningCLI."""
+    """The parser behind ``--help``, and for all commands that are not for LightningCLI."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

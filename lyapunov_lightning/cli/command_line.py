@@ -1,4 +1,4 @@
-"""LightningCLI, with one command more: `measure`. Importing this needs jsonargparse."""
+"""LightningCLI with one more command, `measure`. Importing this needs jsonargparse."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class MeasuringTrainer(Trainer):
-    """The Trainer, with one thing more to do with a model and its data."""
+    """The Trainer with one more method, `measure`."""
 
     def measure(
         self,
@@ -38,23 +38,23 @@ class MeasuringTrainer(Trainer):
         """Print a table of the ends of the Hessian's spectrum, and draw them.
 
         Args:
-            model: Whose training loss is measured.
-            datamodule: Whose training data it is measured on.
+            model: The model whose training loss is measured.
+            datamodule: The data on whose training dataloader it is measured.
             ckpt_path: The checkpoint to measure; the model as the configuration makes it if not given.
             largest: How many of the largest eigenvalues.
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
             lines: Along how many eigenvectors of each end to scan the loss.
             hessian: Which Hessian; by default that of all training data, in evaluation mode.
-            out: The picture to write, as PNG; beside it the same as SVG.
-            weights_only: Taken from configurations written for ``fit``, and without a meaning here.
+            out: The picture to write, as PNG; the same is written as SVG next to it.
+            weights_only: Accepted because configurations written for ``fit`` have it; it has no effect here.
 
         """
         from lyapunov_lightning import measure
 
         if datamodule is None:
             raise MisconfigurationException(
-                "`measure` was not told on which data. Name them in the configuration, or with `--data`."
+                "`measure` does not know on which data to measure. Name them in the configuration, or with `--data`."
             )
         if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {ckpt_path}.")
@@ -76,7 +76,7 @@ class MeasuringTrainer(Trainer):
 
 
 class Parser(LightningArgumentParser):
-    """Tells errors in a few words, without the hundreds of arguments that the Trainer and the model have."""
+    """Reports errors in a few words, without the hundreds of arguments that the Trainer and the model have."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -95,7 +95,7 @@ class CommandLine(LightningCLI):
     """LightningCLI with this package's callbacks known by their short names, and the command `measure`.
 
     Args:
-        **kwargs: As those of LightningCLI.
+        **kwargs: The arguments of LightningCLI.
 
     """
 
@@ -111,7 +111,8 @@ class CommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "measure":
             return
-        # Nothing is trained: what the configuration has to watch the training, to log and to save it, is left out.
+        # Nothing is trained: the callbacks, loggers and checkpoints that the configuration has for a training are left
+        # out, and its file is not written again.
         self.save_config_callback = None
         trainer: jsonargparse.Namespace = self.config["measure"]["trainer"]
         trainer["callbacks"] = None

@@ -1,4 +1,4 @@
-"""Errors as the command line tells them: those of this package in one line, all others as they are."""
+"""Errors on the command line: one line for an error of this package, the whole traceback for any other."""
 
 import difflib
 import os
@@ -13,6 +13,9 @@ PROGRAM = "lyapunov-lightning"
 
 _PROBLEM = re.compile(r"Problem with given class_path 'lyapunov_lightning\.(?:\w+\.)*(\w+)':\n((?: {8,}.*\n?)+)")
 
+_TYPES = (ValueError, FileExistsError, FileNotFoundError, ModuleNotFoundError)
+"""The built-in errors that the package raises for the user to read."""
+
 _FOLDER = os.path.dirname(os.path.abspath(lyapunov_lightning.__file__)) + os.sep
 
 
@@ -20,7 +23,7 @@ def fail(error: BaseException | str) -> NoReturn:
     """End the program with one line on the error stream.
 
     Args:
-        error: What is the matter.
+        error: What went wrong.
 
     Raises:
         SystemExit: With exit status 2.
@@ -33,23 +36,39 @@ def fail(error: BaseException | str) -> NoReturn:
 
 
 def own_error(error: BaseException | None) -> BaseException | None:
-    """The error among this one and its causes that this package raised, on purpose; None if there is none.
+    """The error among this one and its causes that this package raised for the user to read; None if there is none.
 
-    On purpose: by a ``raise`` of its own. An error that Python, PyTorch or Lightning raises while this package runs is
-    nobody's wrong argument, and its traceback is needed.
+    It is of one of the types that the package raises with a message which names the cause and the remedy, and was
+    raised in a file of the package. All others keep their traceback: an error in the user's module or in Lightning, and
+    errors that are no message to the user, such as an AttributeError in our own code.
     """
+    own_types = _own_types()
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.startswith(_FOLDER) and (frames[-1].line or "").startswith("raise "):
+        # Where it was raised is the last frame. Without that, a ValueError of the user's `__init__`, which our callback
+        # runs on the way, would lose the traceback that leads to it.
+        if isinstance(error, own_types) and frames and frames[-1].filename.startswith(_FOLDER):
             return error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
-def explained(message: str) -> str:
-    """What jsonargparse says, in one line where it concerns the callbacks of this package.
+def _own_types() -> tuple[type[BaseException], ...]:
+    # MisconfigurationException is of the classes of Lightning, which takes seconds to import. Where it has not been
+    # imported, nothing has raised one.
+    loaded = "lyapunov_lightning.training.lightning_names" in sys.modules
+    if not loaded:
+        return _TYPES
+    from lyapunov_lightning.curvature.errors import MeasurementError
+    from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
-    Its own message lists why the value is none of the types that the Trainer takes.
+    return (*_TYPES, MeasurementError, MisconfigurationException)
+
+
+def explained(message: str) -> str:
+    """An error message of jsonargparse, in one line where it concerns the callbacks of this package.
+
+    Its own message gives, for each type that the Trainer takes as callbacks, why the value is not of that type.
 
     Args:
         message: As jsonargparse made it.
@@ -72,7 +91,7 @@ def explained(message: str) -> str:
 
 
 def _unknown_callback(message: str) -> str | None:
-    """The short name, or the name in this package, that is no callback's."""
+    """The short name, or the name in this package, that was meant for a callback and is none."""
     for pattern in (
         r"Expected a dot import path string: ([\w.]+)",
         r"module 'lyapunov_lightning[\w.]*' has no attribute '(\w+)'",

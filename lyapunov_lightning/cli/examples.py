@@ -1,4 +1,4 @@
-"""The example configurations, which travel with the package: written to where they can be run and changed."""
+"""Writes the example configurations, which come with the package, to where they can be run and changed."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def write_examples(dest: str | Path) -> None:
 
 
 def _source() -> Path:
-    """Where the examples are: in the package that is installed from a wheel, beside it in a clone."""
+    """Where the examples are: inside the package if it was installed from a wheel, next to it in a clone."""
     package = Path(lyapunov_lightning.__file__).parent
     inside = package / "_examples"
     return inside if (inside / "configs").is_dir() else package.parent / "examples"

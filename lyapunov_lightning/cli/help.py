@@ -1,4 +1,4 @@
-"""What a callback is, logs and takes, for the terminal: its docstring, which has it all, without the markup."""
+"""The help of a callback in the terminal: its docstring, which says all, without the markup."""
 
 import argparse
 import inspect
@@ -13,27 +13,11 @@ from lyapunov_lightning.cli.errors import PROGRAM
 
 _OPTION = "--trainer.callbacks.help"
 
-_TEX = {
-    r"\\mathrm\{(\w+)\}": r"\1",
-    r"\\tilde\s*\\(\w+)": "\\\\\\1\u0303",
-    r"\\tilde\s*(\w)": "\\1\u0303",
-    r"\^\\top": "ᵀ",
-    r"\\alpha": "α",
-    r"\\eta": "η",
-    r"\\gamma": "γ",
-    r"\\lambda": "λ",
-    r"\\theta": "θ",
-    r"\\q?quad": "  ",
-    r"\\,": " ",
-    r"\\(\w+)": r"\1",
-    r"_\{(\w+)\}": r"_\1",
-}
-
 
 def print_callback_help(args: list[str]) -> None:
-    """Answer ``--trainer.callbacks.help NAME``, for the callbacks of this package, and end the program.
+    """Answer ``--trainer.callbacks.help NAME`` for the callbacks of this package, and end the program.
 
-    Does nothing if that is not what `args` end with: other callbacks, and the help of an argument's own arguments, are
+    Does nothing if `args` end with anything else: other callbacks, and the help of an argument's own arguments, are
     left to jsonargparse.
 
     Args:
@@ -70,9 +54,7 @@ def callback_help(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """The text without the markup of reStructuredText and TeX."""
-    text = re.sub(r"\.\. math:: (.*)", lambda found: "  " + _formula(found[1]), text)
-    text = re.sub(r":math:`([^`]*)`", lambda found: _formula(found[1]), text)
+    """The text without the markup of code and emphasis."""
     text = re.sub(r"``(.+?)``", r"\1", text, flags=re.DOTALL)
     text = re.sub(r"`([\w.]+)`", r"\1", text)
     return re.sub(r"(?<![\w*])(\*{1,2})(\w[^*\n]*)\1(?![\w*])", r"\2", text)
@@ -94,18 +76,12 @@ def _description(name: str) -> str:
 
 
 def _filled(item: str, width: int) -> str:
-    if item.startswith(" "):  # a formula
-        return item
+    if item.startswith(" "):  # a formula, which has its own line
+        return textwrap.indent(textwrap.dedent(item), "  ")
     indent = "  " if item.startswith("- ") else ""
     return textwrap.fill(
         " ".join(item.split()), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _formula(tex: str) -> str:
-    for pattern, text in _TEX.items():
-        tex = re.sub(pattern, text, tex)
-    return tex
 
 
 def _width() -> int:

@@ -21,6 +21,7 @@ def check_int(name: str, value: object, least: int) -> None:
         ValueError: If it is not.
 
     """
+    # In Python True is an int: `every_n_steps: true` in a YAML file would measure at each step.
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` should be a {'positive' if least else 'non-negative'} int, got {value}.")
 
@@ -32,5 +33,5 @@ def check_positive(name: str, value: float) -> None:
         ValueError: If it is not.
 
     """
-    if not value > 0:
+    if not value > 0:  # NaN is refused as well
         raise ValueError(f"`{name}` should be a positive float, got {value}.")

@@ -10,7 +10,18 @@ class MeasurementError(RuntimeError):
 
 
 class NonFiniteCurvatureError(MeasurementError):
-    """The loss, its gradient or a Hessian-vector product is NaN or infinite."""
+    """The loss, its gradient or a Hessian-vector product is NaN or infinite.
+
+    Args:
+        message: What is not finite, and where.
+
+    """
+
+    def __init__(
+        self,
+        message: str = "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here.",
+    ) -> None:
+        super().__init__(message)
 
 
 class PeerFailureError(MeasurementError):
@@ -26,4 +37,4 @@ class PeerFailureError(MeasurementError):
 
 
 class CurvatureWarning(UserWarning):
-    """The package tells the user about a measurement that is missing, degraded or to be read with care."""
+    """A measurement is missing, degraded or to be read with care."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
-_COLUMNS = 16
-"""How many columns of the identity are multiplied at a time."""
+_COLUMNS_AT_ONCE = 16
+"""Columns of the identity that are multiplied at a time: each batch is evaluated once for all of them, and they are few
+enough that their memory does not count next to that of the matrix."""
 
 _Operand = TypeVar("_Operand")
 
@@ -71,7 +72,7 @@ def parameters_of(
             f"`parameters` should be tensors, got a module of type {type(parameters).__name__}. Give its `parameters()`"
             " or `named_parameters()`."
         )
-    if isinstance(parameters, Tensor):  # whose rows, which iteration would give, are no parameters
+    if isinstance(parameters, Tensor):  # iteration would give its rows, which are no parameters
         parameters = [parameters]
     entries: list[Any] = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
     named = bool(entries) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
@@ -107,6 +108,11 @@ class SymmetricOperator(ABC):
         layout: How parameters form its vectors, if they do.
         names: The names of these parameters, by which dictionaries are read; none if empty.
 
+    Attributes:
+        size: The length of the vectors.
+        dtype: Their dtype.
+        device: Where they are.
+
     Example::
 
         >>> import torch
@@ -125,28 +131,17 @@ class SymmetricOperator(ABC):
 
     layout: FlatLayout | None = None
     names: tuple[str, ...] = ()
-    __array_ufunc__ = None  # lets `array @ operator` come to `__rmatmul__`
+    # Without it NumPy takes the operator for an object array in `array @ operator`, and never asks `__rmatmul__`.
+    __array_ufunc__ = None
 
     def __init__(self, space: VectorSpace, layout: FlatLayout | None = None, names: Sequence[str] = ()) -> None:
         self.space = space
+        self.size = space.size
+        self.dtype = space.dtype
+        self.device = space.device
         if layout is not None:
             self.layout = layout
             self.names = tuple(names)
-
-    @property
-    def size(self) -> int:
-        """The length of the vectors."""
-        return self.space.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the vectors."""
-        return self.space.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the vectors."""
-        return self.space.device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -180,8 +175,8 @@ class SymmetricOperator(ABC):
     def to_dense(self, max_bytes: int = 2**30) -> Tensor:
         """The matrix, column by column as the products give it.
 
-        It is not made symmetric: how much it is not shows the rounding of the products, or that the loss cannot be
-        differentiated rightly. It costs as many products as it has columns.
+        It is not made symmetric: how far it is from symmetric shows the rounding of the products, or that PyTorch
+        differentiates the loss wrongly. It costs as many products as it has columns.
 
         Args:
             max_bytes: The most memory that the matrix may take.
@@ -201,10 +196,10 @@ class SymmetricOperator(ABC):
                 " parameters, or a larger `max_bytes`."
             )
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for start in range(0, self.size, _COLUMNS):
-            columns = dense[:, start : start + _COLUMNS]
+        for start in range(0, self.size, _COLUMNS_AT_ONCE):
+            columns = dense[:, start : start + _COLUMNS_AT_ONCE]
             block = torch.zeros_like(columns)
-            block[start : start + _COLUMNS].fill_diagonal_(1)
+            block[start : start + _COLUMNS_AT_ONCE].fill_diagonal_(1)
             own = torch.stack([self.space.cut(column) for column in block.T], dim=1)
             for column, product in zip(columns.T, self.matmat(own).T, strict=True):
                 column.copy_(self.space.whole(product))
@@ -247,7 +242,8 @@ class SymmetricOperator(ABC):
         if isinstance(other, Tensor):
             return cast(_Operand, self._times(other))
         if isinstance(other, np.ndarray):
-            product = self._times(torch.from_numpy(np.array(other, order="C")))  # a copy: arrays may be read-only
+            # A copy: PyTorch warns of read-only arrays, and refuses reversed ones.
+            product = self._times(torch.from_numpy(np.array(other, order="C")))
             return cast(_Operand, product.cpu().numpy())
         if self.layout is None or not isinstance(other, (list, tuple, Mapping)):
             return NotImplemented

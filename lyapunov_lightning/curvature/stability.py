@@ -1,43 +1,64 @@
-r"""Where an optimizer's present learning rate turns unstable.
+r"""Where an optimizer's present learning rate turns unstable, on all of the data and on mini-batches.
 
-On a quadratic a training step is a linear map of the parameters and of the optimizer's momentum. As the curvature
-grows, an eigenvalue of that map leaves the unit circle at -1: the parameters then swing from one side to the other, and
-the gradient ``g, -g, g, ...`` that this brings comes out of the momentum as ``r·g``. With the learning rate ``η`` the
-largest stable curvature is ``2 / (r η)``:
+On a quadratic a training step is a linear map. Along one direction of curvature ``h`` every optimizer below is the same
+map with other numbers, of the parameter ``x`` and of what its momentum still has to give, ``v``::
 
-=======================================  ==============================  =================================
-optimizer                                response ``r``                  stability limit
-=======================================  ==============================  =================================
-SGD, Adagrad                             ``1``                           ``2 / η``
-SGD, momentum ``m``, dampening ``d``     ``(1 - d) / (1 + m)``           ``(2 + 2m) / ((1 - d) η)``
-SGD, Nesterov momentum ``m``             ``(1 + 2m) / (1 + m)``          ``(2 + 2m) / ((1 + 2m) η)``
-Adam, RAdam, Adamax                      ``(1 - β1) / (1 + β1)``         ``(2 + 2β1) / ((1 - β1) η)``
-AdamW                                    the same                        ``(1 + β1)(2 - ηw) / ((1 - β1) η)``
-RMSprop, momentum ``m``                  ``1 / (1 + m)``                 ``(2 + 2m) / η``
-NAdam, momentum ``μ``, then ``μ'``       ``1 - μ + μ'(1 - β1)/(1 + β1)``  ``2 / (r η)``
-=======================================  ==============================  =================================
+    x ← kept·x - now·h·x - v          v ← memory·v + later·h·x
+
+**All of the data.** As the curvature grows, an eigenvalue of the map leaves the unit circle at -1: the parameters then
+swing from one side to the other, and the gradient ``g, -g, g, ...`` that this brings comes out of the momentum as
+``r·g``. With the learning rate ``η`` the largest stable curvature is ``(1 + kept) / (r η)``:
+
+=======================================  ==================================  =================================
+optimizer                                response ``r``                      stability limit
+=======================================  ==================================  =================================
+SGD, Adagrad                             ``1``                               ``2 / η``
+SGD, momentum ``m``, dampening ``d``     ``(1 - d) / (1 + m)``               ``(2 + 2m) / ((1 - d) η)``
+SGD, Nesterov momentum ``m``             ``(1 + 2m) / (1 + m)``              ``(2 + 2m) / ((1 + 2m) η)``
+Adam, RAdam, Adamax                      ``(1 - β1) / (1 + β1)``             ``(2 + 2β1) / ((1 - β1) η)``
+AdamW                                    the same                            ``(1 + β1)(2 - ηw) / ((1 - β1) η)``
+RMSprop, momentum ``m``                  ``1 / (1 + m)``                     ``(2 + 2m) / η``
+NAdam, momentum ``μ``, then ``μ'``       ``1 - μ + μ'(1 - β1)/(1 + β1)``     ``2 / (r η)``
+=======================================  ==================================  =================================
 
 For an adaptive optimizer it is to be compared with the largest eigenvalue of the preconditioned Hessian ``P^{-1}H``,
 where ``P`` divides the gradient in its update (J. Cohen et al., "Adaptive gradient methods at the edge of stability",
 2022), here as it stands and as if it were fixed. Further:
 
-- *Decoupled weight decay* ``w`` (AdamW) shortens the parameters by ``1 - ηw`` before the step, which takes the place of
-  one of the two 1 in the limit of 2: ``(2 - ηw) / (r η)``.
+- *Decoupled weight decay* ``w`` (AdamW) makes ``kept`` ``1 - ηw``, else it is 1.
 - *Weight decay in the gradient* (all others) adds ``w`` to the curvature before the gradient is divided by ``P``.
 - *Groups* that differ in learning rate, momentum or weight decay have one limit together: with
   ``S = diag(r η / (2 - ηw)) P^{-1}`` (``w`` decoupled) and ``D`` the decay in the gradient, the map is stable up to
   ``λ_max(S^{1/2} (H + D) S^{1/2}) = 1``. That nothing else leaves the circle before follows from the symmetry of ``H``:
   on the circle the polynomial of every one of these optimizers is real at ±1 only.
 - `maximize` follows the gradient upwards: ``-H`` takes the place of ``H``.
+
+**Mini-batches.** Now ``h`` differs from step to step. It is described by two numbers: the *batch sharpness*
+``B = E[h²] / E[h]``, to which the curvature of a batch along its own gradient averages (A. Andreyev, P. Beneventano,
+"Edge of stochastic stability", 2024), and the *agreement* of the batches, ``p = E[h]² / E[h²]``: 1 where all see the
+same curvature, towards 0 where each sees another direction. The step then is the map of the mean curvature ``pB``, with
+noise of variance ``p(1 - p)B²`` that is fed back through one number, ``h·x``. The second moments of such a system decay
+as long as the variance of the noise times the squared impulse response of the mean map, summed over time, is below 1
+(J. Willems, G. Blankenship, "Frequency domain stability criteria for stochastic systems", 1971). The impulse response
+is that of ``(now·z + δ) / (z² + c₁z + c₂)`` with ``δ = later - memory·now``, ``c₁ = now·pB - kept - memory`` and
+``c₂ = kept·memory + δ·pB``, and the sum of its squares is known in closed form. So the limit is the smallest positive
+root ``B`` of
+
+    (1 - c₂)((1 + c₂)² - c₁²)  =  p(1 - p)B² · ((now² + δ²)(1 + c₂) - 2·now·δ·c₁),
+
+which is ``2(1 - m²) / (η (1 + m - 2mp))`` for SGD with momentum ``m``: ``2/η`` without momentum whatever ``p``, the
+classical limit at ``p = 1``, and ``2(1 - m)/η`` towards ``p = 0``. At ``m = 0.9`` the ends are a factor of 19 apart.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
@@ -46,6 +67,67 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 _Group = Mapping[str, Any]
 _State = Mapping[str, Any]
 _Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """What a step does along one direction, see the head of this module.
+
+    Attributes:
+        now: What a gradient of 1 moves the parameter by in its own step; with `later` in units of the learning rate's.
+        later: What it moves it by in the next step.
+        memory: What is left of a momentum after a step.
+        kept: What decoupled weight decay leaves of the parameter.
+
+    """
+
+    now: float
+    later: float = 0.0
+    memory: float = 0.0
+    kept: float = 1.0
+
+    @property
+    def pace(self) -> float:
+        """One over the largest stable curvature where it is the same at every step; negative if it goes uphill."""
+        return (self.now - self.later / (1 + self.memory)) / (1 + self.kept)
+
+    def limit(self, agreement: float, decay: float = 0.0) -> float:
+        """The largest stable batch sharpness, in the mean square.
+
+        Args:
+            agreement: How far the batches agree in their curvature, from 0 (excluded) to 1.
+            decay: What weight decay adds to the curvature of every batch, and is not in the batch sharpness.
+
+        """
+        if self.pace <= 0:
+            return math.inf
+        # In units of the classical limit all coefficients are of order 1, whatever the learning rate: roots of
+        # polynomials whose coefficients span 12 decades are lost to rounding.
+        unit = 1 / self.pace
+        if agreement == 1:  # nothing is random, and at a momentum of 1 the general formula is 0 / 0
+            return max(unit - decay, 0.0)
+        delta = self.later - self.memory * self.now
+        sharpness = Polynomial([0.0, unit])
+        mean = agreement * sharpness + decay
+        c1, c2 = self.now * mean - self.kept - self.memory, delta * mean + self.kept * self.memory
+        impulse = (self.now**2 + delta**2) * (1 + c2) - 2 * self.now * delta * c1
+        room = (1 - c2) * ((1 + c2) ** 2 - c1**2) - agreement * (1 - agreement) * sharpness**2 * impulse
+        # Without decay a curvature of 0 leaves the parameter where it is: a root that is no limit. Where there is no
+        # room on its far side nothing is stable, as with a momentum of 1.
+        if room(_NO_CURVATURE) < 0:
+            return 0.0
+        roots = room.roots()
+        real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
+        positive = real[real > _NO_CURVATURE]
+        return float(positive.min()) * unit if len(positive) else math.inf
+
+
+_NO_CURVATURE = 1e-9
+"""A batch sharpness that counts as none, in units of the classical limit. The smallest limit is about ``(1 - m) / 2``
+of that, towards ``p = 0``, so that a momentum of 1 - 1e-8 is still distinguished from 1."""
+
+_SAME_ROOT = 1e-6
+"""Imaginary part, relative to the root, up to which rounding may have split a double real root."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +144,8 @@ class Stability:
         shift: What weight decay adds to the diagonal, of shape ``(n,)``; None for zeros. Where it is the same number
             for all parameters and `scale` is None, it is taken from the limit instead.
         sign: -1 for an optimizer that maximizes the loss, else 1.
+        decay: What weight decay adds to the curvature and is taken from the limit, where that is done.
+        maps: What the steps do, each kind once, with the pace of its parameters over the highest one.
 
     """
 
@@ -70,6 +154,30 @@ class Stability:
     scale: Tensor | None
     shift: Tensor | None = None
     sign: float = 1.0
+    decay: float = 0.0
+    maps: tuple[tuple[StepMap, float], ...] = ()
+
+    def limit_at(self, agreement: float) -> float:
+        """The batch sharpness at which the optimizer turns unstable under mini-batches.
+
+        The batch sharpness is that of the same matrix: ``dᵀ(H_B + D)d / g_Bᵀd`` along the step
+        ``d = sign · diag(scale²) g_B`` that a mini-batch with gradient ``g_B`` asks for, ``D`` being the decay in the
+        gradient where there is a `shift`. At an agreement of 1 this is `limit`.
+
+        Args:
+            agreement: How far the batches agree in their curvature: 1 for batches that are all of the data, towards 0
+                for small ones. It counts for optimizers with momentum only.
+
+        Raises:
+            ValueError: If the agreement is not in (0, 1].
+
+        """
+        if not 0 < agreement <= 1:
+            raise ValueError(f"`agreement` should be in (0, 1], got {agreement}.")
+        # Groups whose momenta differ have no metric in common for all agreements. Each is held against its own limit in
+        # the classical metric, and the smallest limit counts, which is on the safe side.
+        limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps if ratio)
+        return min(limits, default=math.inf)
 
     @property
     def is_on_hessian(self) -> bool:
@@ -138,12 +246,14 @@ def stability_of(
     limit, sign = 1 / highest, signs.pop()
     ratios = [0.0 if move is None else move.pace / highest for move in moves]
     decays = [0.0 if move is None else move.decay for move in moves]
+    paired = zip(moves, ratios, strict=True)
+    maps = tuple(dict.fromkeys((move.map, ratio) for move, ratio in paired if move is not None))
     if not rule.is_adaptive and len(set(ratios)) == len(set(decays)) == 1 and decays[0] < limit:
-        return Stability(lr, limit - decays[0], None, None, sign)
+        return Stability(lr, limit - decays[0], None, None, sign, decays[0], maps)
     squares = _squares(rule, owners, states, ratios, parameters, layout)
     scale = None if not rule.is_adaptive and set(ratios) == {1.0} else layout.flatten(squares).sqrt_()
     shifts = [None if square is None or not w else square * w for square, w in zip(squares, decays, strict=True)]
-    return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign)
+    return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign, 0.0, maps)
 
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
@@ -156,25 +266,33 @@ class _Move:
     """How an optimizer moves a parameter, but for the division of its gradient.
 
     Attributes:
-        pace: One over the largest stable curvature.
+        map: What the step does along one direction.
         decay: The weight decay that is part of the gradient.
         sign: -1 if the parameter moves along the gradient, 1 if against it.
 
     """
 
-    pace: float
+    map: StepMap
     decay: float
     sign: float
+
+    @property
+    def pace(self) -> float:
+        """One over the largest stable curvature."""
+        return self.map.pace
 
 
 def _move(rule: "_Rule", group: _Group | None, state: _State) -> _Move | None:
     """How a parameter moves; None if it does not."""
-    pace = rule.pace(group, state) if group is not None and rule.has_started(state) else 0.0
-    if group is None or not pace:
+    if group is None or not rule.has_started(state):
+        return None
+    map = rule.map(group, state)
+    if not map.pace:
         return None
     # What turns the sign of the gradient in the step, as a dampening above 1 does, turns that of the decay in it too.
-    turn = -1.0 if pace < 0 else 1.0
-    return _Move(abs(pace), turn * rule.decay(group), -turn if group.get("maximize") else turn)
+    turn = -1.0 if map.pace < 0 else 1.0
+    map = replace(map, now=turn * map.now, later=turn * map.later)
+    return _Move(map, turn * rule.decay(group), -turn if group.get("maximize") else turn)
 
 
 class _Rule:
@@ -186,10 +304,19 @@ class _Rule:
         """Whether the optimizer's state tells how it divides the gradient."""
         return True
 
-    def pace(self, group: _Group, state: _State) -> float:
-        """One over the largest stable curvature, before any division of the gradient; negative if it goes uphill."""
-        shrinkage = group["lr"] * group["weight_decay"] if self.is_decoupled(group) else 0.0
-        return float(group["lr"] * self.response(group, state) / (2 - shrinkage))
+    def map(self, group: _Group, state: _State) -> StepMap:
+        """What the step does, before any division of the gradient."""
+        now, later, memory = self.response(group, state)
+        rate = self.rate(group, state)
+        return StepMap(rate * now, rate * later, memory, self.kept(group))
+
+    def rate(self, group: _Group, state: _State) -> float:
+        """The learning rate of the next step."""
+        return float(group["lr"])
+
+    def kept(self, group: _Group) -> float:
+        """What decoupled weight decay leaves of a parameter."""
+        return 1.0 - group["lr"] * group["weight_decay"] if self.is_decoupled(group) else 1.0
 
     def decay(self, group: _Group) -> float:
         """The weight decay that is part of the gradient."""
@@ -197,18 +324,19 @@ class _Rule:
 
     def diverges(self, group: _Group) -> bool:
         """Whether the step diverges without any curvature."""
-        return group.get("momentum", 0) > 1 or (self.is_decoupled(group) and group["lr"] * group["weight_decay"] >= 2)
+        return group.get("momentum", 0) > 1 or self.kept(group) <= -1
 
     def is_decoupled(self, group: _Group) -> bool:
         """Whether weight decay acts on the parameters, not on the gradient."""
         return bool(group.get("decoupled_weight_decay"))
 
-    def response(self, group: _Group, state: _State) -> float:
-        """What the momentum makes of an alternating gradient."""
+    def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
+        """What a gradient of 1 moves now and in the next step, per unit of the rate, and what the momentum keeps."""
         momentum: float = group["momentum"]
         if group["nesterov"]:
-            return (1 + 2 * momentum) / (1 + momentum)
-        return (1 - group["dampening"]) / (1 + momentum) if momentum else 1.0
+            return 1 + momentum, momentum**2, momentum
+        share = 1 - group["dampening"] if momentum else 1.0  # without momentum PyTorch does not dampen
+        return share, momentum * share, momentum
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         """What each parameter's gradient is divided by in the update, for those of one group."""
@@ -223,9 +351,9 @@ class _Adam(_Rule):
     def has_started(self, state: _State) -> bool:
         return "exp_avg_sq" in state
 
-    def response(self, group: _Group, state: _State) -> float:
+    def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
         beta1: float = group["betas"][0]
-        return (1 - beta1) / (1 + beta1)
+        return 1 - beta1, beta1 * (1 - beta1), beta1
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
@@ -241,12 +369,12 @@ class _AdamW(_Adam):
 class _NAdam(_Adam):
     """Its momentum grows with the steps, and what has gathered of it is applied one step ahead, as Nesterov's."""
 
-    def response(self, group: _Group, state: _State) -> float:
+    def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
         beta1: float = group["betas"][0]
         decay: float = group["momentum_decay"]
         step: float = state["step"]
         now, ahead = (beta1 * (1 - 0.5 * math.pow(0.96, count * decay)) for count in (step + 1, step + 2))
-        return 1 - now + ahead * (1 - beta1) / (1 + beta1)
+        return 1 - now + ahead * (1 - beta1), ahead * beta1 * (1 - beta1), beta1
 
 
 class _RAdam(_Adam):
@@ -283,8 +411,9 @@ class _RmsProp(_Rule):
     def has_started(self, state: _State) -> bool:
         return "square_avg" in state
 
-    def response(self, group: _Group, state: _State) -> float:
-        return 1 / (1 + float(group["momentum"]))
+    def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
+        momentum = float(group["momentum"])
+        return 1.0, momentum, momentum
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         moments: _Tensors = [state["square_avg"].to(dtype) for state in states]
@@ -301,12 +430,11 @@ class _Adagrad(_Rule):
     def has_started(self, state: _State) -> bool:
         return "sum" in state and state["step"] > 0
 
-    def pace(self, group: _Group, state: _State) -> float:
-        age: float = state["step"] * group["lr_decay"]
-        return super().pace(group, state) / (1 + age)
+    def rate(self, group: _Group, state: _State) -> float:
+        return super().rate(group, state) / (1 + float(state["step"] * group["lr_decay"]))
 
-    def response(self, group: _Group, state: _State) -> float:
-        return 1.0
+    def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
+        return 1.0, 0.0, 0.0
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         return _rooted([state["sum"].to(dtype) for state in states], group["eps"])

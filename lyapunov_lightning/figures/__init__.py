@@ -1,4 +1,7 @@
-"""Figures of what the callbacks measured, all in one style: each function takes numbers and returns a `Picture`."""
+"""Figures of what the callbacks measured, all in one style: each function takes numbers and returns a `Picture`.
+
+Nothing here knows a callback, a run or a logger, and nothing touches the state of pyplot.
+"""
 
 from lyapunov_lightning.figures.landscape import (
     curvature_fit_figure,

@@ -1,4 +1,4 @@
-"""The loss along directions in parameter space, beside what its curvature promises."""
+"""The loss along directions in parameter space, compared with what its curvature promises."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,12 +26,13 @@ from lyapunov_lightning.figures.style import (
     shades,
     stacked,
 )
-from lyapunov_lightning.figures.ticks import Floats, fitting_axis, linear_axis, number_labels
+from lyapunov_lightning.figures.ticks import Floats, fitting_axis, linear_axis, number_label
 
 _FEWEST_IN_A_SURFACE = 5
-"""Scans from which on a surface shows more than curves in one plane."""
+"""The number of scans from which a surface shows more than curves in one plane."""
 
 _MOST_IN_A_SURFACE = 60
+"""With more curves the nearer ones hide those behind them."""
 
 
 @house_style()
@@ -70,7 +71,7 @@ def loss_profiles_figure(
                 keyed = True
         pad = 20 if row[0].get_legend() else 6  # titles of a row stand in one line
         for panel, window in zip(row, windows, strict=False):
-            panel.set_title(f"scale {number_labels([window.scale])[0]}", loc="right", color=GREY, fontsize=9, pad=pad)
+            panel.set_title(f"scale {number_label(window.scale)}", loc="right", color=GREY, fontsize=9, pad=pad)
         for panel in row[len(windows) :]:
             panel.set_axis_off()
         if not windows:
@@ -298,7 +299,7 @@ def _against_eigenvalues(
 def _scatter_against_eigenvalues(
     panel: Axes, eigenvalues: Tensor, values: Any, moments: Floats, *, quadratic: bool
 ) -> None:
-    """One point for each direction of each measurement, coloured by when; and where a quadratic has them."""
+    """One point for each direction of each measurement, coloured by its time; the diagonal is a quadratic loss."""
     x, y = floats(eigenvalues), floats(values)
     colours = np.repeat(moments, x.shape[1])
     x, y = x.reshape(-1), y.reshape(-1)

@@ -1,10 +1,10 @@
-"""What a learning rate that follows the curvature does."""
+"""How a learning rate that follows the curvature develops over a run."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from lyapunov_lightning.figures.stability import Curve, draw_loss, mark_lower_edge
+from lyapunov_lightning.figures.stability import Curve, draw_loss
 from lyapunov_lightning.figures.style import (
     INK,
     OCHRE,
@@ -15,13 +15,14 @@ from lyapunov_lightning.figures.style import (
     floats,
     house_style,
     key,
+    mark_lower_edge,
     new_picture,
     stacked,
 )
 from lyapunov_lightning.figures.ticks import log_axis
 
-_FAR = 10.0
-"""Step lengths beyond which 1 and 2 are too close to each other on a linear axis."""
+_LONGEST_ON_LINEAR_AXIS = 10.0
+"""The step length beyond which 1 and 2 are too close to each other on a linear axis."""
 
 
 @house_style()
@@ -72,9 +73,9 @@ def learning_rate_figure(
     for length, meaning, style in ((1.0, "1: bottom of the parabola", "--"), (2.0, "2: nothing gained", ":")):
         lower.axhline(length, color=INK, linewidth=1.1, linestyle=style, label=meaning, zorder=3)
     key(lower)
-    # The range of all but the wildest hundredth of the steps, which may lie anywhere.
+    # Without the longest and the shortest hundredth of the steps: one length of 10⁶ would hide all others.
     low, high = np.nanquantile(np.append(lengths, [0.0, 2.2]), [0.01, 0.99])
-    if high > _FAR and np.nanmin(lengths) > 0:
+    if high > _LONGEST_ON_LINEAR_AXIS and np.nanmin(lengths) > 0:
         log_axis(lower, "y")
     else:
         lower.set_ylim(min(low, 0.0), max(high, 2.2))

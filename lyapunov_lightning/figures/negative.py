@@ -1,4 +1,4 @@
-"""Negative curvature, and what becomes of directions of one step later in the training."""
+"""Negative curvature, and how the curvature along the eigenvectors of one step changes later in the training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from lyapunov_lightning.figures.spectrum import draw_family
 from lyapunov_lightning.figures.style import (
     INK,
+    MOST_NAMES,
     PURPLE,
     WIDTH,
     Picture,
@@ -24,8 +25,6 @@ from lyapunov_lightning.figures.style import (
 )
 from lyapunov_lightning.figures.ticks import is_wide, log_axis
 
-_MOST_NAMES = 6
-
 
 @house_style()
 def frozen_figure(
@@ -36,7 +35,7 @@ def frozen_figure(
     *,
     title: str = "Curvature along eigenvectors of earlier steps",
 ) -> Picture:
-    """The curvature along eigenvectors of some steps over the rest of the training, beside the eigenvalues themselves.
+    """The curvature along eigenvectors of some steps over the rest of the training, and the eigenvalues themselves.
 
     A curve begins at the step whose eigenvector it follows, marked by a dot, and then shows how far the curvature in
     that direction stays with the end of the spectrum: figure 2 of the negative-eigenvalues paper.
@@ -77,7 +76,7 @@ def frozen_figure(
             log_axis(panel, "y")
         panel.set_ylabel(f"curvature along\n{'top' if panel is panels[0] else 'bottom'} eigenvectors")
         handles, labels = panel.get_legend_handles_labels()
-        if len(labels) > _MOST_NAMES + 1:  # the dots say for the others where they were frozen
+        if len(labels) > MOST_NAMES + 1:  # the dots say for the others where they were frozen
             handles, labels = [*handles[:2], handles[-1]], [*labels[:2], labels[-1]]
         key(panel, handles=handles, labels=labels)
     return picture
@@ -87,7 +86,7 @@ def frozen_figure(
 def negative_figure(
     steps: Sequence[float], lambda_min: Tensor, lambda_max: Sequence[float | None], *, title: str = "Negative curvature"
 ) -> Picture:
-    """The most negative eigenvalues over the training, and how large they are beside the largest positive one.
+    """The most negative eigenvalues over the training, and how large they are compared with the largest positive one.
 
     The modulus of what is negative is drawn on a logarithmic axis, as in figure 1 of the negative-eigenvalues paper.
 

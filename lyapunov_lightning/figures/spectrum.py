@@ -1,4 +1,4 @@
-"""The ends and the density of the spectrum of the Hessian, and how they lie to the gradient."""
+"""The ends and the density of the spectrum of the Hessian, and how the gradient lies in the sharpest directions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from lyapunov_lightning.figures.landscape import draw_profile
 from lyapunov_lightning.figures.style import (
     BLUE,
     INK,
+    MOST_NAMES,
     OCHRE,
     RED,
     TEAL,
@@ -22,6 +23,7 @@ from lyapunov_lightning.figures.style import (
     house_style,
     key,
     label_ends,
+    mark_lower_edge,
     new_picture,
     note,
     rank_names,
@@ -29,9 +31,6 @@ from lyapunov_lightning.figures.style import (
     stacked,
 )
 from lyapunov_lightning.figures.ticks import Floats, fitting_axis, linear_axis, log_axis
-
-_MOST_NAMES = 6
-"""Curves of one family that are all named; of more only the first and the last are."""
 
 Line = tuple[Tensor, Tensor, Tensor, float]
 """Distances, losses and the quadratic model at these, and the eigenvalue."""
@@ -268,7 +267,7 @@ def draw_family(
         known = values[:, rank][np.isfinite(values[:, rank])]
         if len(known):
             ends.insert(0, (names[rank], float(known[-1]), palette[rank]))
-    if len(ends) > _MOST_NAMES:
+    if len(ends) > MOST_NAMES:
         ends = [ends[0], ends[-1]]
     return ends
 
@@ -285,25 +284,14 @@ def _draw_density(panel: Axes, grid: Tensor, density: Tensor, eigenvalues: Tenso
         panel.set_ylim(bottom=floor)
     curve(panel, where, height, color=BLUE, linewidth=1.3, label="density")
     if eigenvalues is not None and len(eigenvalues):
-        at_the_edge: Any = panel.get_xaxis_transform()
-        known = floats(eigenvalues)
-        panel.plot(
-            known,
-            np.full(len(known), 0.03),
-            "|",
-            color=RED,
-            markersize=9,
-            markeredgewidth=1.2,
-            transform=at_the_edge,
-            label="known eigenvalues",
-        )
+        mark_lower_edge(panel, eigenvalues.tolist(), "known eigenvalues")
         key(panel)
     panel.set_xlabel("eigenvalue")
     panel.set_ylabel("spectral density")
 
 
 def _draw_ranks(panel: Axes, values: Floats, errors: Floats, num_largest: int) -> None:
-    """Eigenvalues side by side with their errors, the smallest of all at the right."""
+    """Eigenvalues side by side with their errors, from the largest on the left to the smallest on the right."""
     num_smallest = len(values) - num_largest
     order = [*range(num_largest), *reversed(range(num_largest, len(values)))]
     names = rank_names(num_largest, num_smallest)

@@ -18,11 +18,12 @@ from lyapunov_lightning.figures.style import (
     floats,
     house_style,
     key,
+    mark_lower_edge,
     new_picture,
     stacked,
     write,
 )
-from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_labels
+from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_label
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and the values at these."""
@@ -155,22 +156,6 @@ def draw_loss(panel: Axes, losses: Curve, colour: str = BLUE) -> None:
     panel.set_ylabel("training loss")
 
 
-def mark_lower_edge(panel: Axes, steps: Sequence[float], label: str) -> None:
-    """Ticks where something happened, below the curves."""
-    where: Any = panel.get_xaxis_transform()
-    panel.plot(
-        floats(steps),
-        np.zeros(len(steps)),
-        "|",
-        color=RED,
-        markersize=9,
-        markeredgewidth=1.0,
-        clip_on=False,
-        transform=where,
-        label=label,
-    )
-
-
 def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> None:
     """A dot on the curve and a label where a curve that rises to the limit leaves room."""
     known = np.isfinite(values)
@@ -181,7 +166,7 @@ def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> No
     low, high = panel.get_xlim()
     late = step > low + 0.6 * (high - low)
     is_first = step <= times[known][0]
-    text = "at the limit from the start" if is_first else f"meets the limit at step {number_labels([0.0, step])[1]}"
+    text = "at the limit from the start" if is_first else f"meets the limit at step {number_label(step)}"
     write(
         panel,
         text,

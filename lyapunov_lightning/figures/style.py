@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lyapunov_lightning.figures.ticks import TICK_SIZE, Floats, linear_axis
+from lyapunov_lightning.figures.ticks import Floats, linear_axis
 
 INK = "#333333"
 RED, BLUE, OCHRE, TEAL, PURPLE, SKY, GREY = COLOURS = (
@@ -29,13 +29,19 @@ RED, BLUE, OCHRE, TEAL, PURPLE, SKY, GREY = COLOURS = (
     "#8fc4e6",
     "#707070",
 )
-"""Told apart with any of the common colour blindnesses too, as they differ in lightness."""
+"""They differ in lightness, so that they can be distinguished with any of the common colour blindnesses."""
 
 IN_TIME = LinearSegmentedColormap.from_list("in_time", colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
-"""Of points whose colour says when they were measured; without the yellow that is lost on white."""
+"""For points whose colour says when they were measured; without the yellow end, which is hard to see on white."""
 
 WIDTH = 7.0
-"""Of a picture with one column of panels, in inches."""
+"""The width of a picture with one column of panels, in inches."""
+
+MOST_NAMES = 6
+"""How many curves of one family are all named; of more only the first and the last are."""
+
+TICK_SIZE = 9.0
+"""The font size of tick labels and small text, in points."""
 
 _SAVED_DPI = 200
 _SHOWN_DPI = 150
@@ -44,7 +50,8 @@ _LOOKED_AT = (
     *("axes.", "axes3d.", "errorbar.", "figure.", "font.", "grid.", "image.", "legend.", "lines.", "markers."),
     *("mathtext.", "patch.", "path.", "pdf.", "savefig.", "scatter.", "svg.", "text.", "xtick.", "ytick."),
 )
-"""The settings that bear on how a figure looks: whatever a user set for their own figures, ours look the same."""
+"""The settings on which the look of a figure depends. They start from Matplotlib's defaults, so that our figures look
+the same whatever a user has set for their own."""
 
 _STYLE: dict[Any, Any] = {
     **{name: value for name, value in matplotlib.rcParamsDefault.items() if name.startswith(_LOOKED_AT)},
@@ -91,7 +98,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Matplotlib's settings inside are ours; outside nothing changes."""
+    """Draw with our settings of Matplotlib; a user's own are back afterwards."""
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -99,7 +106,7 @@ def house_style() -> Iterator[None]:
 class Picture(Figure):
     """A Matplotlib figure that a notebook shows by itself, and that is saved for paper and screen at once.
 
-    It belongs to no window and to no list of pyplot's, so that it needs no closing.
+    Pyplot does not know it, so that it opens no window and needs no closing.
 
     Example::
 
@@ -117,7 +124,7 @@ class Picture(Figure):
             super().__init__(*args, **kwargs)
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draw it in its own style: Matplotlib makes ticks when they are first drawn."""
+        """Draw it in its own style: Matplotlib makes ticks when they are first drawn, with the settings of then."""
         with house_style():
             super().draw(renderer)
 
@@ -125,8 +132,8 @@ class Picture(Figure):
         """Write a PNG of 200 dots per inch and an SVG side by side.
 
         Args:
-            path: Where to; directories are made. A suffix that names a format of pictures is replaced, and a format
-                other than these two is written as well.
+            path: Where to write; missing directories are made. A suffix that names a format of pictures is replaced;
+                a format other than these two is written as well.
 
         Returns:
             What was written.
@@ -219,22 +226,38 @@ def key(panel: Axes, **options: Any) -> None:
 
 
 def _width_of_key(handles: Sequence[Any], columns: int) -> float:
-    """About how wide a legend of so many columns is, in points: beside its text an entry has a line and gaps."""
+    """About how wide a legend of so many columns is, in points: besides its text each entry has a line and gaps."""
     widths = [TICK_SIZE * (0.6 * len(str(handle.get_label())) + 4.0) for handle in handles]
     return float(sum(max(column) for column in np.array_split(widths, columns)))
 
 
 def note(panel: Axes, text: str) -> None:
-    """What to read instead of numbers where there are none."""
+    """A few words in the middle of a panel that has nothing to draw."""
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY, fontsize=TICK_SIZE)
     panel.set_yticks([])
 
 
 def write(panel: Axes, text: str, xy: tuple[float, float], **options: Any) -> None:
-    """Small text beside a point, with a white rim, so that it can be read across lines."""
+    """Small text next to a point, with a white rim, so that it can be read where it crosses lines."""
     options = {"fontsize": TICK_SIZE, "textcoords": "offset points", "annotation_clip": False, **options}
     rim = [patheffects.withStroke(linewidth=2.5, foreground="white")]
     panel.annotate(text, xy, path_effects=rim, **options)
+
+
+def mark_lower_edge(panel: Axes, places: Sequence[float], label: str) -> None:
+    """Short strokes on the lower edge of a panel, where something happened or is known."""
+    where: Any = panel.get_xaxis_transform()
+    panel.plot(
+        floats(places),
+        np.zeros(len(places)),
+        "|",
+        color=RED,
+        markersize=9,
+        markeredgewidth=1.0,
+        clip_on=False,
+        transform=where,
+        label=label,
+    )
 
 
 def label_ends(panel: Axes, labels: Sequence[tuple[str, float, Any]], height: float) -> None:
@@ -285,7 +308,7 @@ def shades(count: int, name: str = "plasma") -> Floats:
 def colour_bar(
     picture: Picture, panels: Any, low: float, high: float, label: str, *, whole: bool = False, **options: Any
 ) -> None:
-    """The key of a colour map beside the panels."""
+    """The key of a colour map at the side of the panels."""
     mappable = ScalarMappable(Normalize(low, high), IN_TIME)
     bar = picture.colorbar(mappable, ax=panels, aspect=30, **{"pad": 0.02, "shrink": 0.95, **options})
     linear_axis(bar.ax, "y", whole=whole)

@@ -1,10 +1,9 @@
-"""What every callback of this package does alike: measure when it is due, log, share, resume."""
+"""What all callbacks of this package have in common: they measure when it is due, log, share and resume."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -12,67 +11,54 @@ from typing_extensions import override
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import Data, HessianConfig
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
-from lyapunov_lightning.training.fsdp import put_away, space_of_parameters
-from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException
-from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.fsdp import put_away
+from lyapunov_lightning.training.lightning_names import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+    log_interval,
+)
 from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder, show_charts
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
-from lyapunov_lightning.training.sharded.vector_states import (
-    converted_vectors,
-    cut_vectors,
-    gathered_vectors,
-    without_vectors,
-)
+from lyapunov_lightning.training.sharded.vector_states import Stateful as Stateful
+from lyapunov_lightning.training.sharded.vector_states import cut_states, fitting_space, gathered_state
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
 
 Figures = dict[str, "Callable[[], Picture]"]
-"""What draws each of a callback's figures, by name."""
+"""Functions that draw a callback's figures, by the name of the figure."""
 
-_FRACTION = 0.05
-"""Share of an epoch's batches that fixed data are, where nobody says how many."""
-
-
-class Stateful(Protocol):
-    """A part of a callback that goes on where it was in a resumed run.
-
-    Vectors of the model's size stand in its state under one of the names `VECTORS`: they are gathered for a checkpoint
-    where the model is sharded.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is kept: tensors, numbers, strings, None, and lists and dictionaries of these."""
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from a `state_dict`."""
+_FIXED_FRACTION = 0.05
+"""Share of an epoch's batches that make the fixed data, where the user does not say how many."""
 
 
 class CurvatureCallback(Callback):
-    """A callback that measures the curvature.
+    """A callback that measures the curvature of the training loss.
 
-    A subclass says what it measures in `measure`, and what it acts on in further hooks.
+    A subclass measures in `measure`, and acts on the training in further hooks.
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps.
         schedule: Any other schedule.
         hessian: Which Hessian.
         log_prefix: Put in front of every tag.
-        data: On which data the callback measures if `hessian` does not say so.
-        method: How products are computed where the callback leaves no choice.
-        default: The schedule where none is given; that of ``trainer.log_every_n_steps`` if None.
-        request: The eigenpairs that it wants.
-        table: The file that keeps all that is logged, if there is to be one.
-        arguments: What the callback was made with, for its `repr`, see `non_default`.
+        data: On which data the callback measures, where `hessian` leaves this open.
+        method: How products are computed, for a callback that leaves no choice.
+        default: The schedule if none is given; None follows ``trainer.log_every_n_steps``.
+        request: The eigenpairs that the callback wants.
+        save_dir: The folder of a table, ``{group}.csv``, that gets everything that is logged, if given.
+        arguments: The arguments that the callback was made with, for its `repr`, see `non_default`.
 
     Raises:
         ValueError: If both `every_n_steps` and `schedule` are given, or one of the values is of another type.
@@ -96,7 +82,7 @@ class CurvatureCallback(Callback):
         method: Method | None = None,
         default: Schedule | None = None,
         request: EigenRequest | None = None,
-        table: str | Path | None = None,
+        save_dir: str | Path | None = None,
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -108,31 +94,30 @@ class CurvatureCallback(Callback):
             if schedule is not None:
                 raise ValueError("`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.")
             schedule = Schedule(every_n_steps=every_n_steps)
-        self.config = hessian.filled(data=data, fraction=_FRACTION, mode="train", method=method)
+        self.config = hessian.filled(data=data, fraction=_FIXED_FRACTION, mode="train", method=method)
         self._arguments = dict(arguments)
         self.request = request
         self.data_position = StartPosition()
         self._start = SearchStart()
+        table = None if save_dir is None else SeriesFile(Path(save_dir) / f"{self.group}.csv")
+        self._recorder = Recorder(type(self).__name__, self.group, log_prefix, table)
         self.schedule = schedule if schedule is not None else default
-        self.schedule_state = ScheduleState(self.schedule)
+        self.schedule_state = ScheduleState(self.schedule, self._recorder.say)
         self._results = Results(self.result_class)
-        self._is_to_be_drawn = False
+        self._has_new_results = False
         self._log_prefix = log_prefix
-        self._recorder = Recorder(
-            type(self).__name__, self.group, log_prefix, None if table is None else SeriesFile(table)
-        )
         self._shared: SharedMeasurements | None = None
         self._space: VectorSpace | None = None
         self._is_restored = False
 
     @property
     def results(self) -> list[Any]:
-        """What was measured so far, a frozen result for each measurement; of a very long run for every second one."""
+        """What was measured so far: one frozen result for each measurement, in very long runs for every second one."""
         return self._results.items
 
     @property
     def shared(self) -> SharedMeasurements:
-        """What the callbacks of the trainer share, from ``on_train_start`` on."""
+        """What all callbacks of the trainer share, from ``on_train_start`` on."""
         assert self._shared is not None
         return self._shared
 
@@ -149,7 +134,7 @@ class CurvatureCallback(Callback):
             step: The step.
 
         Returns:
-            What was found; None if there is nothing to log now.
+            The result; None if there is nothing to log at this step.
 
         """
         raise NotImplementedError
@@ -164,7 +149,7 @@ class CurvatureCallback(Callback):
             A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it.
 
         Raises:
-            MeasurementError: If nothing was measured yet that could be drawn.
+            MeasurementError: If nothing that could be drawn was measured yet.
             ValueError: If there is no such figure.
 
         """
@@ -184,45 +169,49 @@ class CurvatureCallback(Callback):
         return {}
 
     def figures(self) -> "Figures":
-        """What draws the figures of the results so far, by name, the most telling one first.
+        """The functions that draw the results so far, by name, the most informative figure first.
 
-        They are shown at the end of an epoch in which something was measured, as far as that takes little of the time,
-        and at the end of the training.
+        The figures are shown at the end of the training, and at the end of each epoch in which something was measured,
+        as long as drawing takes little of the time.
 
         """
         return {}
 
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
-        """Pass on to the present batch; returns whether to measure before it. Called once a batch."""
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Move on to the present batch, once for each batch; returns whether to measure before it."""
         return self.schedule_state.advance(trainer, batch_idx)
 
     @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
-        elif not self.results:  # after a training there is nothing to wonder about
+        elif not self.results:  # whoever tests after a training does not expect more of the callback
+            running = trainer.state.fn
+            assert running is not None  # within `setup`
             self._recorder.warn_once(
                 "not fit",
-                f"it measures while `trainer.fit` trains, and nothing during `trainer.{trainer.state.fn.value}`. The"
+                f"it measures while `trainer.fit` trains, and nothing during `trainer.{running.value}`. The"
                 " curvature of a module as it is, or of a checkpoint, is measured by"
                 " `lyapunov_lightning.measure(module, data)`.",
             )
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         owner = type(self).__name__
         put_away(pl_module)
-        check_objective(owner, trainer, pl_module, self.config)  # again: Lightning may have converted layers since
+        # A second time after `setup`: since then the strategy has set the module up, and `sync_batchnorm=True` has put
+        # layers into it that cannot be differentiated twice.
+        check_objective(owner, trainer, pl_module, self.config)
         check_parameters(owner, pl_module, self.config)
-        self._space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks_of(trainer))
-        if self._is_restored and isinstance(self._space, ShardedSpace):
-            self._convert(
-                partial(converted_vectors, length=self._space.size, convert=partial(cut_vectors, self._space))
-            )
+        self._space = fitting_space(pl_module, ranks_of(trainer), None, ())
+        if self._is_restored:
+            cut_states(self._stateful().values(), self._space)
         self._is_restored = False
         if self.request is not None:
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
-        peers = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]
+        # The first callback of the trainer makes what all share; the others find it there, since hooks run in their
+        # order.
+        peers = [callback for callback in callbacks_of(trainer) if isinstance(callback, CurvatureCallback)]
         self._shared = SharedMeasurements(peers) if peers[0] is self else peers[0].shared
         note = self.shared.start(trainer, self, owner)
         if note is not None:
@@ -235,46 +224,51 @@ class CurvatureCallback(Callback):
             show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # At every batch, due or not: schedules count batches, and the fixed data may be those that pass.
         step = self.shared.step(trainer, pl_module, batch, batch_idx)
         if self not in step.due:
             return
         # A failure ends the measurement, on all ranks, and not the run.
-        with self._recorder.measurement(trainer) as record, failing_together(trainer):
-            self._fit_vectors(trainer, pl_module)
-            hessian = self.shared.hessian(step, self.config)
-            self._say(self.shared.take_note())
+        with self._recorder.measurement(trainer, step.index) as record, failing_together(trainer):
+            # Before anything else: the vectors that searches start from may be of other parameters.
+            self._space = fitting_space(pl_module, ranks_of(trainer), self._space, self._stateful().values())
+            hessian = self.shared.hessian(step, self.config, self._recorder.say)
             if hessian is None:
                 self.on_missing_data(step)
             else:
                 record.result = self.measure(hessian, step)
-        self.shared.release(self)
+        self.shared.release(self)  # after a failure too, or its graphs would stay through the step
         self._keep(trainer, record)
 
     @override
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._is_to_be_drawn and self._recorder.may_draw(trainer):
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_new_results and self._recorder.may_draw(trainer):
             self._draw(trainer)
 
     @override
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.conclude(trainer)
 
     @override
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._shared is not None:  # a run was under way, and what it has measured is all the more of interest
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._shared is not None:  # the training broke off, and its last measurements may show why
             self.conclude(trainer)
         self._shared = None
 
     @override
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._shared = None  # it holds the fixed data and the other callbacks
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._shared = None  # frees the fixed data
 
-    def conclude(self, trainer: Any) -> None:
-        """Show what was measured, at the end of a run or where it breaks off; without the other ranks."""
-        if self._is_to_be_drawn:
+    def conclude(self, trainer: Trainer) -> None:
+        """Show what was measured, at the end of a run or where it breaks off.
+
+        Each rank is by itself here: where a run breaks off, the others may not be there any more.
+
+        """
+        if self._has_new_results:
             self._draw(trainer)
-        self._recorder.tell_where()
+        self._recorder.say_where()
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
@@ -292,10 +286,7 @@ class CurvatureCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self._stateful().items()}
-        if isinstance(self._space, ShardedSpace):
-            state = converted_vectors(state, self._space.length, partial(gathered_vectors, self._space))
-        return state
+        return gathered_state({name: part.state_dict() for name, part in self._stateful().items()}, self._space)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -303,53 +294,32 @@ class CurvatureCallback(Callback):
             part.load_state_dict(state_dict[name])
         self._is_restored = True
 
-    def _convert(self, converted: Callable[[Any], Any]) -> None:
-        """Let the parts go on with other vectors."""
-        for part in self._stateful().values():
-            state = part.state_dict()
-            own = converted(state)
-            if own is not state:
-                part.load_state_dict(own)
-
-    def _fit_vectors(self, trainer: Any, pl_module: Any) -> None:
-        """Give up all vectors of a sharded model whose parameters are others than before: all ranks together."""
-        if isinstance(self._space, ShardedSpace):
-            put_away(pl_module)
-            space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks_of(trainer))
-            if not space.is_like(self._space):
-                self._convert(without_vectors)
-            self._space = space
-
     def on_missing_data(self, step: Step) -> None:
-        """A measurement was due, and the fixed data are not complete yet."""
+        """Called in place of `measure` while the fixed data are not complete yet."""
 
     def _stateful(self) -> dict[str, Stateful]:
-        """The parts that go on where they were in a resumed run."""
+        """The parts that continue where they were in a resumed run, by their names in the checkpoint."""
         return {"schedule": self.schedule_state, "results": self._results, "data": self.data_position}
 
-    def _keep(self, trainer: Any, record: Record) -> None:
-        """Keep what became of a measurement, and count what it cost; on all ranks together."""
+    def _keep(self, trainer: Trainer, record: Record) -> None:
+        """Keep the result of a measurement, and count its time; on all ranks together."""
         if record.result is not None:
             self._results.add(record.result)
-            self._is_to_be_drawn = True
+            self._has_new_results = True
         self._spend(record.seconds)
 
     def _spend(self, seconds: float) -> None:
-        """Take note of what a measurement took."""
-        self._say(self.schedule_state.record(seconds))
+        """Count the time of a measurement."""
+        self.schedule_state.record(seconds)
 
-    def _say(self, note: str | None) -> None:
-        if note is not None:
-            self._recorder.say(note)
-
-    def _draw(self, trainer: Any) -> None:
+    def _draw(self, trainer: Trainer) -> None:
         """Show the figures of the results so far."""
-        self._is_to_be_drawn = False
+        self._has_new_results = False
         self._recorder.draw(trainer, self.figures)
 
-    def _follow_the_logging(self, trainer: Any) -> None:
-        """Measure when Lightning logs, where the user did not say when."""
-        every = trainer.log_every_n_steps
+    def _follow_the_logging(self, trainer: Trainer) -> None:
+        """Measure when Lightning logs, if the user did not say when to measure."""
+        every = log_interval(trainer)
         if every:
             self.schedule_state.follow(Schedule(every_n_steps=every))
         else:
@@ -359,14 +329,14 @@ class CurvatureCallback(Callback):
                 " to measure all the same.",
             )
 
-    def _check_alone(self, trainer: Any, reason: str) -> None:
-        """Refuse a second callback of the same class, for the hook ``setup`` of one that acts.
+    def _check_alone(self, trainer: Trainer, reason: str) -> None:
+        """Refuse a second callback of the same class, for the hook ``setup`` of a callback that acts.
 
         Raises:
             MisconfigurationException: With the reason.
 
         """
-        count = sum(isinstance(callback, type(self)) for callback in trainer.callbacks)
+        count = sum(isinstance(callback, type(self)) for callback in callbacks_of(trainer))
         if count > 1:
             raise MisconfigurationException(
                 f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
@@ -374,7 +344,7 @@ class CurvatureCallback(Callback):
 
 
 def non_default(function: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that are not the function's defaults.
+    """The arguments of a call that differ from the function's defaults.
 
     Args:
         function: The function.

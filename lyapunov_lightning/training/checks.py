@@ -1,4 +1,4 @@
-"""What cannot be measured is refused before anything runs."""
+"""Refusals: what cannot be measured is refused before training starts."""
 
 import inspect
 import types
@@ -9,21 +9,20 @@ import torch
 from torch import nn
 
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.fsdp import cause_against
-from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
-from lyapunov_lightning.training.replica.copier import Copier
-from lyapunov_lightning.training.replica.handlers import Exhausted
+from lyapunov_lightning.training.fsdp import reason_against
+from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer, either
+from lyapunov_lightning.training.replica.copier import Copier, Exhausted
 from lyapunov_lightning.training.replica.namespaces import names_in
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 
 
-def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianConfig) -> None:
+def check_objective(owner: str, trainer: Trainer, pl_module: LightningModule, config: HessianConfig) -> None:
     """Refuse a strategy or a module whose loss cannot be evaluated again.
 
     Args:
         owner: The class that the error names.
         trainer: The trainer.
-        pl_module: The module that it is to fit.
+        pl_module: The module that is to be trained.
         config: Which Hessian is to be measured.
 
     Raises:
@@ -31,6 +30,8 @@ def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianCon
 
     """
     _check_strategy(owner, trainer.strategy)
+    # The backward pass of SyncBatchNorm sums over the ranks outside autograd. On one rank, or with the running
+    # statistics, it is a BatchNorm like any other.
     synchronises = trainer.world_size > 1 and config.mode != "eval"
     if synchronises and any(isinstance(module, nn.SyncBatchNorm) for module in pl_module.modules()):
         raise MisconfigurationException(
@@ -41,15 +42,15 @@ def check_objective(owner: str, trainer: Any, pl_module: Any, config: HessianCon
 
 
 def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) -> None:
-    """Refuse parameters for which there is no Hessian, or not the one that is asked for.
+    """Refuse parameters whose Hessian does not exist, or cannot be measured in the way that is asked for.
 
     Raises:
         MisconfigurationException: With the cause and the remedy.
 
     """
-    against = cause_against(pl_module)
-    if against is not None:
-        raise MisconfigurationException(f"`{owner}` cannot measure {type(pl_module).__name__}: {against}.")
+    reason = reason_against(pl_module)
+    if reason is not None:
+        raise MisconfigurationException(f"`{owner}` cannot measure {type(pl_module).__name__}: {reason}.")
     parameters = trainable_parameters(pl_module)
     if not parameters:
         raise MisconfigurationException(
@@ -63,6 +64,8 @@ def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) ->
             f" {type(pl_module).__name__} are {parameters[not_real[0]].dtype}. Keep real and imaginary parts as two"
             " parameters, with `torch.view_as_complex` in `forward`."
         )
+    # A float16 parameter near 1 can change by 5e-4 at least, a bfloat16 one by 4e-3. A step that crosses few kinks of
+    # the loss changes single parameters by far less.
     narrow = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
     if narrow and config.method == "finite_difference":
         raise MisconfigurationException(
@@ -73,7 +76,7 @@ def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) ->
 
 
 def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:
-    """Refuse to look for more eigenvalues than there are.
+    """Refuse to look for more eigenvalues than the Hessian has.
 
     Raises:
         MisconfigurationException: With both numbers.
@@ -88,7 +91,7 @@ def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:
 
 
 def _check_strategy(owner: str, strategy: Any) -> None:
-    """Refuse a strategy that keeps the parameters where a replay cannot have them."""
+    """Refuse a strategy under which a replay has no access to the whole parameters."""
     name = type(strategy).__name__
     if isinstance(strategy, either("strategies.FSDPStrategy")):
         raise MisconfigurationException(
@@ -100,15 +103,16 @@ def _check_strategy(owner: str, strategy: Any) -> None:
         *either("strategies.DDPStrategy"),
         *either("strategies.ModelParallelStrategy"),
     )
+    # DeepSpeed's strategy derives from that of DDP, and shards what DDP keeps whole.
     if not isinstance(strategy, known) or isinstance(strategy, either("strategies.DeepSpeedStrategy")):
         raise MisconfigurationException(
-            f"`{owner}` cannot have the whole of the parameters from {name}, which keeps and gathers them in its own"
-            " way. Train on a single device, with `strategy='ddp'`, or sharded with `ModelParallelStrategy` and"
+            f"`{owner}` cannot get the whole parameters from {name}, which keeps and gathers them in its own way."
+            " Train on a single device, with `strategy='ddp'`, or sharded with `ModelParallelStrategy` and"
             " `fully_shard` (FSDP2)."
         )
 
 
-def _check_step(owner: str, pl_module: Any) -> None:
+def _check_step(owner: str, pl_module: LightningModule) -> None:
     """Refuse a training step that cannot be run again."""
     remedy = (
         "Define `curvature_loss(self, batch)` on the module, or pass `HessianConfig(loss_fn=...)`, to say which loss is"
@@ -125,6 +129,7 @@ def _check_step(owner: str, pl_module: Any) -> None:
             " from the training. Let `training_step` take `batch`."
         )
     for name in _names_in_step(type(pl_module)):
+        # Instance attributes only: `getattr` would run properties, and parameters are not iterators.
         value = vars(pl_module).get(name)
         if isinstance(value, (types.GeneratorType, Iterator)) and isinstance(Copier()(value), Exhausted):
             raise MisconfigurationException(
@@ -134,13 +139,13 @@ def _check_step(owner: str, pl_module: Any) -> None:
 
 
 def _names_in_step(cls: type) -> set[str]:
-    """The names of attributes in the code of ``training_step`` and of the methods that it names."""
+    """The names of attributes in the code of ``training_step``, and of all methods that it names in turn."""
     found: set[str] = set()
     pending = {"training_step"}
     while pending:
         name = pending.pop()
         found.add(name)
-        method = inspect.getattr_static(cls, name, None)  # a descriptor of the user's may have effects
+        method = inspect.getattr_static(cls, name, None)  # `getattr` would run the user's descriptors
         if isinstance(method, types.FunctionType):
             pending |= names_in(inspect.unwrap(method).__code__) - found
     return found

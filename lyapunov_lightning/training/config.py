@@ -23,8 +23,8 @@ class HessianConfig:
 
     Args:
         data: ``"batch"`` for the step's own batch (with gradient accumulation the first of it), ``"fixed"`` for the
-            first batches of an epoch as the training dataloader gives them, the same throughout. None is the
-            callback's own: ``"batch"`` for `CurvatureProbe` and `QuasiNewtonLRController`, ``"fixed"`` for the others.
+            first batches of an epoch as the training dataloader gives them, the same throughout. None is the callback's
+            default: ``"batch"`` for `CurvatureProbe` and `QuasiNewtonLRController`, ``"fixed"`` for the others.
         num_batches: Size of the fixed data in batches, for each rank.
         fraction: Size of the fixed data as a share of an epoch's batches, if `num_batches` is not given. None is 0.05
             for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.
@@ -38,12 +38,12 @@ class HessianConfig:
         batch_size_fn: Maps a batch to the number of its samples, by which batches and ranks are weighted. By default
             the ``batch_size`` that the step passes to ``self.log``, else the batch as Lightning reads it.
         seed: Seed of everything random in the measurement.
-        max_gather_bytes: Of a model that is sharded over the ranks (FSDP2), how much memory each rank may spend on
-            parameters and vectors that are gathered for a product: eight times the parameters for products on gathered
-            parameters, five times for those through one layer after the other; with less there are finite differences
-            of sharded gradients. By default half of what is free when the first measurement is made.
-        offload: Whether Krylov bases and eigenvectors are kept in the CPU's memory, for models beside which the device
-            has no room for them. Every product then moves a vector there and back.
+        max_gather_bytes: For a model that is sharded over the ranks (FSDP2), how much memory each rank may spend on
+            gathered parameters and vectors. Products on gathered parameters take eight times the memory of the
+            parameters, products through one layer after the other five times; with less, products are finite
+            differences of sharded gradients. By default half of the memory that is free at the first measurement.
+        offload: Whether Krylov bases and eigenvectors are kept in the CPU's memory, for models that leave the device no
+            room for them. Every product then moves a vector there and back.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -91,13 +91,13 @@ class HessianConfig:
             raise ValueError(f"`offload` should be a bool, got {self.offload!r}.")
 
     def filled(self, *, data: Data, fraction: float, mode: Mode, method: Method | None = None) -> "HessianConfig":
-        """The same with the user's own choices for what is left open.
+        """The same configuration with values for what the user left open.
 
         Args:
-            data: Where it does not say on which data.
-            fraction: Where it does not say on how much of them.
-            mode: Where it does not say in which mode.
-            method: In place of its own, if given.
+            data: On which data, if that is open.
+            fraction: On how much of the data, if that is open.
+            mode: In which mode, if that is open.
+            method: How products are computed, whatever the user chose; no change if None.
 
         """
         return replace(

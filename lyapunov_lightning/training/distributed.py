@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,18 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
+if TYPE_CHECKING:
+    from lyapunov_lightning.training.lightning_names import Trainer
 
-def sum_over_ranks(trainer: Any) -> Callable[[Tensor], None] | None:
-    """A function that sums a flat buffer over all ranks in place, or None where there is a single one."""
+T = TypeVar("T")
+
+
+def sum_over_ranks(trainer: "Trainer") -> Callable[[Tensor], None] | None:
+    """A function that sums a flat buffer over all ranks in place, or None where there is a single rank."""
     return _all_reduce if trainer.world_size > 1 else None
 
 
-def mean_over_ranks(trainer: Any, values: Tensor) -> Tensor:
+def mean_over_ranks(trainer: "Trainer", values: Tensor) -> Tensor:
     """The means of some numbers over all ranks, which have to ask together."""
     reduce = sum_over_ranks(trainer)
     if reduce is None:
@@ -26,32 +31,33 @@ def mean_over_ranks(trainer: Any, values: Tensor) -> Tensor:
     return means
 
 
-def of_first_rank(trainer: Any, value: Any) -> Any:
-    """A value as the first rank has it; all of them have to ask together."""
+def of_first_rank(trainer: "Trainer", value: T) -> T:
+    """A value as the first rank has it; all ranks have to ask together."""
     return trainer.strategy.broadcast(value) if trainer.world_size > 1 else value
 
 
-def any_rank(trainer: Any, flag: bool) -> bool:
-    """Whether a condition holds on one of the ranks at least; all of them have to ask together."""
+def any_rank(trainer: "Trainer", flag: bool) -> bool:
+    """Whether a condition holds on at least one rank; all ranks have to ask together."""
     return bool(ranks_of(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)
 
 
-def failing_together(trainer: Any) -> AbstractContextManager[None]:
-    """Let what fails on one rank in a block fail on all of them: with different outcomes their ways would part.
+def failing_together(trainer: "Trainer") -> AbstractContextManager[None]:
+    """Let a block that fails on one rank fail on all of them.
 
-    Solvers, products and further such blocks may be within it: the first failure of a rank ends them all.
+    Otherwise the rank that failed would leave the block, and the others wait in the next collective for a rank that
+    never comes. Solvers, products and further such blocks may stand in the block: the first failure of a rank ends all.
 
     Args:
         trainer: The trainer; all of its ranks have to enter together.
 
     Raises:
-        PeerFailureError: If the block failed on another rank; what failed on this one is raised as it is.
+        PeerFailureError: If the block failed on another rank; an error of this rank is raised as it is.
 
     """
     return ranks_of(trainer).together()
 
 
-def ranks_of(trainer: Any) -> Ranks:
+def ranks_of(trainer: "Trainer") -> Ranks:
     """The ranks of a trainer."""
     reduce = sum_over_ranks(trainer)
     return Ranks() if reduce is None else Ranks(reduce, trainer.strategy.root_device)

@@ -1,9 +1,9 @@
-"""Models that ``fully_shard`` (FSDP2) has spread over the ranks: all that the package knows of them.
+"""Models that ``fully_shard`` (FSDP2) has sharded over the ranks: all that the package knows of FSDP is here.
 
-A sharded module is an ordinary one of which three things were changed: its parameters are DTensors, its class is a
-subclass made for it, and hooks gather the parameters before its forward and drop them afterwards. On a replica all
-three are taken back, with whole parameters of its own, so that it is measured like any other module and FSDP itself is
-never asked for anything but to put away what it has gathered.
+``fully_shard`` changes three things about a module: its parameters become DTensors, its class becomes a subclass made
+for it, and hooks gather the parameters before its forward pass and drop them afterwards. On a replica all three are
+undone, with whole parameters of its own, so that it is measured like any other module. All that is asked of FSDP on the
+module in training is to drop the parameters that it has gathered.
 """
 
 import sys
@@ -19,6 +19,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
+# ``register_forward_hook`` keeps a hook, by its id, in one of the first of these, and its options in the others.
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
@@ -29,17 +30,17 @@ _HOOKS = (
 
 
 def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether some of the tensors are spread over ranks."""
+    """Whether any of the tensors is sharded over ranks."""
     return any(local_of(tensor) is not tensor for tensor in tensors)
 
 
 def num_parts(parameters: Sequence[Tensor]) -> int:
-    """Into how many parts the parameters are cut; 1 where each rank has all of them."""
-    return next((int(p.device_mesh.size(-1)) for p in map(_any, parameters) if local_of(p) is not p), 1)
+    """The number of parts into which the parameters are cut; 1 if each rank has all of them."""
+    return next((int(p.device_mesh.size(-1)) for p in map(_untyped, parameters) if local_of(p) is not p), 1)
 
 
-def cause_against(pl_module: nn.Module) -> str | None:
-    """What is against measuring a sharded module, if anything."""
+def reason_against(pl_module: nn.Module) -> str | None:
+    """Why a sharded module cannot be measured, with the remedy; None if it can, or is not sharded."""
     parameters = dict(pl_module.named_parameters())
     if not is_sharded(list(parameters.values())):
         return None
@@ -62,7 +63,8 @@ def cause_against(pl_module: nn.Module) -> str | None:
             f"{', '.join(whole[:3])} {'is' if len(whole) == 1 else 'are'} not sharded, and so not averaged over the"
             " ranks. Call `fully_shard` on the whole module too, after its parts"
         )
-    offloaded = [p for p in in_parts if local_of(p).device.type != _any(p).device_mesh.device_type]
+    # The ranks of the mesh gather what is on their own devices only.
+    offloaded = [p for p in in_parts if local_of(p).device.type != _untyped(p).device_mesh.device_type]
     if offloaded:
         return (
             "its shards are kept in the CPU's memory (`CPUOffloadPolicy`), where the ranks cannot gather them. Train"
@@ -72,18 +74,18 @@ def cause_against(pl_module: nn.Module) -> str | None:
 
 
 def put_away(pl_module: nn.Module) -> None:
-    """Let each sharded module have its shards as parameters, and not what it gathered for a forward pass.
+    """Drop the parameters that FSDP has gathered for a forward pass, so that each module's parameters are its shards.
 
-    After one without a backward pass, as in validation, the outermost one still has it.
+    After a forward pass without a backward pass, as in validation, the outermost module still has them gathered.
     """
     for module in _sharded_modules(pl_module):
         module.reshard()
 
 
 def whole_parameters(pl_module: nn.Module, ranks: Ranks) -> dict[Tensor, Tensor]:
-    """The whole of every parameter that is sharded, gathered by all ranks together.
+    """The whole of every sharded parameter, gathered by all ranks together.
 
-    Those that are trained come in one collective, the frozen ones in a second one.
+    There is one collective for the trained parameters and one for the frozen ones, whose dtype may be another one.
     """
     found: dict[Tensor, Tensor] = {}
     sharded = [p for p in pl_module.parameters() if local_of(p) is not p]
@@ -106,36 +108,41 @@ def space_of_parameters(parameters: Sequence[Tensor], ranks: Ranks) -> VectorSpa
 
 
 def unsharded(twin: nn.Module, original: nn.Module) -> None:
-    """Take back on a copy of a module what ``fully_shard`` did to the original, its parameters apart."""
+    """Undo on a copy of a module what ``fully_shard`` did to the original, except for its parameters."""
     kind = _fsdp_module()
     if kind is None or not isinstance(original, kind):
         return
-    state = _any(original)._get_fsdp_state()
+    state = _untyped(original)._get_fsdp_state()
     own = {
         single.id
         for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle)
         for single in getattr(handle, "handles", (handle,))
     }
     attributes = vars(twin)
+    # FSDP's hooks would look for a state of the copy, and gather the parameters of the module in training. The user's
+    # own hooks stay.
     for name in _HOOKS:
         hooks = attributes[name]
         attributes[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key not in own)
-    for name, value in list(attributes.items()):  # by `register_fsdp_forward_method`
+    # `register_fsdp_forward_method` shadows a method on the instance with one that gathers around it.
+    for name, value in list(attributes.items()):
         function = getattr(value, "__func__", None)
         if getattr(function, "__globals__", {}).get("__name__") == kind.__module__:
             del attributes[name]
     for name, done in attributes.items():
         if name.startswith("__composable_api"):  # where PyTorch notes what was done to a module, and with which state
+            # With its entry there, `shard_again` would be refused: PyTorch applies `fully_shard` to a module once.
             for key in [key for key, entry in done.items() if entry is state or key == "fully_shard"]:
                 del done[key]
     twin.__class__ = type(original).__mro__[_mro_index(kind)]
 
 
 def layers_of(pl_module: nn.Module) -> list[list[Tensor]]:
-    """The parameters that ``fully_shard`` gathers together, the trained and the frozen ones apart."""
+    """The groups of parameters that ``fully_shard`` gathers together, trained and frozen ones separate."""
     layers: list[list[Tensor]] = []
     taken: set[Tensor] = set()
-    for module in reversed(list(_sharded_modules(pl_module))):  # the inner ones first
+    # Inner modules first: ``fully_shard`` leaves to an outer one only the parameters that no inner one has.
+    for module in reversed(list(_sharded_modules(pl_module))):
         own = [p for p in module.parameters() if local_of(p) is not p and p not in taken]
         taken.update(own)
         layers += [
@@ -144,33 +151,34 @@ def layers_of(pl_module: nn.Module) -> list[list[Tensor]]:
     return layers
 
 
-def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: Collectives) -> dict[Tensor, Tensor]:
+def shard_again(original: nn.Module, twin: nn.Module, memo: Any, collectives: Collectives) -> dict[Tensor, Tensor]:
     """Shard a whole copy of a module as ``fully_shard`` has sharded the original, in full precision.
 
     Args:
         original: The module.
         twin: The copy, whose parameters have no memory (they are on the device ``"meta"``).
-        copier: Has made it.
-        collectives: Is told of every gather and scatter of the copy.
+        memo: Knows what of the copy stands for what of the module.
+        collectives: Gets every gather and scatter of the copy, before it is entered.
 
     Returns:
-        For each sharded parameter the copy's, whose shards are still to be filled in.
+        The copy's parameter for each sharded parameter of the original. Its shards are still to be filled in.
 
     """
     from torch.distributed.fsdp import fully_shard
 
     names = {name: p for name, p in original.named_parameters() if local_of(p) is not p}
-    dims = {id(copier.copy_of(p)): _any(p).placements[-1] for p in names.values()}
+    dims = {id(memo.copy_of(p)): _untyped(p).placements[-1] for p in names.values()}
     groups: dict[int, tuple[Any, list[nn.Module]]] = {}
     for module in _sharded_modules(original):
         state = module._get_fsdp_state()
-        groups.setdefault(id(state), (state, []))[1].append(copier.copy_of(module))
-    for state, modules in reversed(groups.values()):  # the inner ones first
+        groups.setdefault(id(state), (state, []))[1].append(memo.copy_of(module))
+    # Inner modules first, as ``fully_shard`` requires.
+    for state, modules in reversed(groups.values()):
         group = next(iter(_param_groups(state)), None)
         if group is not None:
             mesh = group.fsdp_params[0].sharded_param.device_mesh
             fully_shard(modules, mesh=mesh, shard_placement_fn=lambda parameter: dims[id(parameter)])
-            for own in _param_groups(_any(modules[0])._get_fsdp_state()):
+            for own in _param_groups(_untyped(modules[0])._get_fsdp_state()):
                 own._all_gather_comm = _Noted(own._all_gather_comm, collectives)
                 own._reduce_scatter_comm = _Noted(own._reduce_scatter_comm, collectives)
     device = next(iter(map(local_of, names.values()))).device
@@ -180,7 +188,7 @@ def shard_again(original: nn.Module, twin: nn.Module, copier: Any, collectives: 
 
 
 class _Noted:
-    """A gather or a scatter of FSDP's that is noted before it is entered."""
+    """A gather or a scatter of FSDP, which `Collectives` gets to know before it is entered."""
 
     def __init__(self, collective: Any, collectives: Collectives) -> None:
         self._collective = collective
@@ -202,7 +210,11 @@ class _Noted:
 
 
 def discard(twin: nn.Module) -> None:
-    """Free the memory of a copy that was sharded again, whose parts hold each other in cycles."""
+    """Free the memory of a copy that was sharded again.
+
+    Its states, groups and parameters refer to each other in cycles, and would otherwise stay until Python collects
+    garbage: one copy of the model for each evaluation.
+    """
     for state in {id(state): state for state in (m._get_fsdp_state() for m in _sharded_modules(twin))}.values():
         for group in _param_groups(state):
             for parameter in group.fsdp_params:
@@ -212,7 +224,8 @@ def discard(twin: nn.Module) -> None:
 
 
 def _param_groups(state: Any) -> Sequence[Any]:
-    """The groups of parameters that a sharded module gathers together, as versions of PyTorch have them."""
+    """The groups of parameters that a sharded module gathers together."""
+    # PyTorch has a list of groups in newer versions, and one group or none in older ones.
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
@@ -224,14 +237,15 @@ def _sharded_modules(pl_module: nn.Module) -> Iterator[Any]:
 
 
 def _mro_index(kind: Any) -> int:
-    """Where the class that the user has written stands behind the one that was made of it."""
+    """Where the class that the user wrote stands in the method resolution order of the class made of it."""
     return int(getattr(kind, "_orig_cls_mro_index", 2))
 
 
 def _fsdp_module() -> Any:
-    """The class of sharded modules, of which there are none as long as nobody has imported it."""
+    """The class of sharded modules; None as long as nobody has imported FSDP, since there are none then."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
-def _any(value: Any) -> Any:
+def _untyped(value: Any) -> Any:
+    """The same object for a type checker that does not know the attributes of DTensors and FSDP modules."""
     return value

@@ -1,6 +1,7 @@
 """The Hessian of a training loss as an operator, of whole and of sharded models."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from lyapunov_lightning.curvature.compat.errors import lacks_derivative
@@ -27,10 +28,9 @@ from lyapunov_lightning.training.sharded.ways import (
 
 
 class Operators:
-    """Makes the operators of one trainer, in the way that was found out to be right the first time.
+    """Makes the operators of one trainer.
 
-    Attributes:
-        note: What the user is to know of the way that was taken, until it was taken note of.
+    Which way to a product is right is found out by the first operator of a configuration, and kept for all later ones.
 
     """
 
@@ -38,21 +38,27 @@ class Operators:
         self._fell_back: set[HessianConfig] = set()
         self._ways: dict[HessianConfig, Way] = {}
         self._collectives: dict[Any, Collectives] = {}
-        self.note: str | None = None
 
-    def make(self, problem: Problem) -> LossHessian:
-        """The Hessian of the mean over the batches of all ranks; all of them have to ask together.
+    def make(self, problem: Problem, say: Callable[[str], None] | None = None) -> LossHessian:
+        """The Hessian of the mean loss over the batches of all ranks; all of them have to ask together.
+
+        Args:
+            problem: The loss, and on which batches.
+            say: Gets a sentence for the user when a way to the products of a sharded model was found.
 
         Raises:
-            MeasurementError: If the parameters are sharded and no way to a product is right, or has room.
-            NonFiniteCurvatureError: If products are not finite where a way is to be found.
+            MeasurementError: If the parameters are sharded and no way to a product is right, or no memory suffices.
+            NonFiniteCurvatureError: If products are not finite while a way is looked for.
 
         """
-        hessian = self._sharded(problem) if is_sharded(list(problem.pl_module.parameters())) else self._whole(problem)
+        if is_sharded(list(problem.pl_module.parameters())):
+            hessian = self._sharded(problem, say or _say_nothing)
+        else:
+            hessian = self._whole(problem)
         return OffloadedHessian(hessian) if problem.config.offload else hessian
 
     def _method(self, config: HessianConfig) -> Method:
-        """What fails at one step fails at the next."""
+        """How products are computed; what could not be differentiated twice at one step cannot be at the next."""
         return "finite_difference" if config in self._fell_back else config.method
 
     def _whole(self, problem: Problem) -> LossHessian:
@@ -66,13 +72,13 @@ class Operators:
             on_fallback=lambda: self._fell_back.add(problem.config),
         )
 
-    def _sharded(self, problem: Problem) -> LossHessian:
+    def _sharded(self, problem: Problem, say: Callable[[str], None]) -> LossHessian:
         config = problem.config
         if config in self._ways:
             return self._in_way(problem, self._ways[config])
         ways, room = ways_of(problem)
         if config.method != "auto":
-            self._take(problem, ways[0], room, "")
+            self._take(problem, ways[0], room, "", say)
             return self._in_way(problem, ways[0])
         reasons: list[str] = []
         for way in ways:
@@ -80,22 +86,26 @@ class Operators:
                 hessian = self._in_way(problem, way)
                 check = hessian.check(seed=config.seed)
             except NonFiniteCurvatureError:
-                raise
+                raise  # the loss itself is not finite here, whichever way is taken
             except RuntimeError as error:  # on all ranks, as `check` lets them fail together
+                # Out of memory is a RuntimeError too, and the next way would hide that `max_gather_bytes` is too high.
                 if not (isinstance(error, MeasurementError) or lacks_derivative(error)):
                     raise
                 reasons.append(f"{way}: {error}")
                 continue
             if not math.isfinite(check.asymmetry):
-                raise NonFiniteCurvatureError("A Hessian-vector product is not finite.")
-            differs = "finite_difference" in hessian.method  # which is symmetric up to the kinks of the loss
+                raise NonFiniteCurvatureError
+            # A finite difference across the kinks of a ReLU network is not symmetric, and is no less right for it.
+            differs = "finite_difference" in hessian.method
             if check.is_deterministic and (check.is_symmetric or differs):
-                self._take(problem, way, room, f", symmetric to {check.asymmetry:.0e} on a pair of random vectors")
+                how_good = f", symmetric to {check.asymmetry:.0e} on a pair of random vectors"
+                self._take(problem, way, room, how_good, say)
                 return hessian
             reasons.append(f"{way}: products differ by {max(check.asymmetry, check.nondeterminism):.1e}")
         raise MeasurementError(f"No way to a product of this sharded model is right ({'; '.join(reasons)}).")
 
-    def _take(self, problem: Problem, way: Way, room: str, how_good: str) -> None:
+    def _take(self, problem: Problem, way: Way, room: str, how_good: str, say: Callable[[str], None]) -> None:
+        """Keep a way for all measurements to come, and say so unless another configuration has said the same."""
         is_known = way in self._ways.values()
         self._ways[problem.config] = way
         if is_known:
@@ -105,12 +115,13 @@ class Operators:
             "layerwise": "through layers that are gathered one after the other",
             "shards": "by finite differences of sharded gradients",
         }[way]
-        self.note = f"the model is sharded, and products are computed {kind} ({room}){how_good}."
+        say(f"the model is sharded, and products are computed {kind} ({room}){how_good}.")
 
     def _in_way(self, problem: Problem, way: Way) -> LossHessian:
         if way == "gathered":
             return self._gathered(problem)
-        # What the ranks do together in an evaluation is the same at every measurement.
+        # Kept from measurement to measurement: a rank that fails in the first evaluation of a measurement can only take
+        # part in the collectives that remain if an earlier measurement has shown which these are.
         names = None if problem.names is None else tuple(problem.names)
         collectives = self._collectives.setdefault((problem.config, names, way), Collectives())
         return (
@@ -125,7 +136,9 @@ class Operators:
             if not problem.batches:
                 return None
             own = [objective.whole[parameter].detach().requires_grad_() for parameter in objective.parameters]
-            with preserved_randomness(random):  # every time the numbers of the first one
+            # It is made anew when a parameter changes, and has to be the same function of the parameters then: with the
+            # same dropout masks.
+            with preserved_randomness(random):
                 return HessianOperator(
                     objective,
                     own,
@@ -136,3 +149,7 @@ class Operators:
                 )
 
         return GatheredHessian(make, *parts_of(problem, objective.parameters, ranks))
+
+
+def _say_nothing(_: str) -> None:
+    """A `say` for a caller that does not report how products are computed."""

@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-_MOST = 10_000
-"""Results that are kept; of a longer run every second one, and so on."""
+_MOST_KEPT = 10_000
+"""Results that are kept; beyond that every second one is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one measurement found.
+    """The result of one measurement.
 
-    Fields hold numbers, strings, tensors of numbers, and tuples of these, so that a checkpoint can keep them. No field
-    holds anything of the size of the model.
+    Fields hold numbers, strings, tensors of numbers, and tuples of these, so that a checkpoint can keep them and
+    ``torch.load(weights_only=True)`` loads it. No field holds anything of the size of the model.
 
     Attributes:
-        step: The optimizer step before which it was made.
-        epoch: The epoch, with the share of its batches that had passed.
+        step: The optimizer step before which the measurement was made.
+        epoch: The number of epochs before it, with the fraction of the present one that had passed.
 
     """
 
@@ -30,7 +30,7 @@ class Result:
         raise NotImplementedError
 
     def table(self) -> dict[str, float]:
-        """Further numbers, one for each of many directions, that only the table on disk gets."""
+        """Further numbers for the table on disk only, such as one for each of many directions."""
         return {}
 
 
@@ -50,17 +50,17 @@ class Results(Generic[R]):
         self.items: list[R] = []
 
     def add(self, result: R) -> None:
-        """Keep a result, and of very many every second one, so that the whole run stays in view."""
+        """Keep a result. Of very many every second one is dropped, so that those kept still span the whole run."""
         self.items.append(result)
-        if len(self.items) > _MOST:
-            del self.items[1:-1:2]
+        if len(self.items) > _MOST_KEPT:
+            del self.items[1:-1:2]  # neither the first nor the last one
 
     def state_dict(self) -> dict[str, Any]:
         """All fields of all results."""
         return {"items": [dict(vars(result)) for result in self.items]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.items[:] = [self._kind(**fields) for fields in state["items"]]
 
 

@@ -1,11 +1,14 @@
-"""When a callback measures: the rules that a user writes, and how they are kept in a run."""
+"""When a callback measures: the rules that a user writes, and where a run stands in them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lyapunov_lightning.curvature.arguments import check_int
 from lyapunov_lightning.training.spacing import Spacing
+
+if TYPE_CHECKING:
+    from lyapunov_lightning.training.lightning_names import Trainer
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,18 @@ def checked_steps(name: str, steps: Sequence[int]) -> tuple[int, ...]:
 
 
 class ScheduleState:
-    """A schedule as it is kept in one run.
+    """Where one run stands in a schedule.
 
-    The answers are the same on every rank: where time decides, it is that of the first rank.
+    The answers are the same on every rank: times are those of the first rank.
 
     Args:
         schedule: The rules; None never measures.
+        say: Gets a sentence for the user on what `Schedule.max_overhead` comes out at, once in a run.
 
     """
 
-    def __init__(self, schedule: Schedule | None) -> None:
+    def __init__(self, schedule: Schedule | None, say: Callable[[str], None] = lambda _: None) -> None:
+        self._say = say
         self._restored: tuple[int | None, int | None] = (None, None)
         self.follow(schedule)
         self.start()
@@ -96,10 +101,10 @@ class ScheduleState:
         """Take over the rules, where there were none."""
         share = None if schedule is None else schedule.max_overhead
         self._schedule = schedule
-        self._spacing = None if share is None else Spacing(share)
+        self._spacing = None if share is None else Spacing(share, self._say)
 
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
-        """Pass on to the present batch; returns whether to measure before it.
+    def advance(self, trainer: "Trainer", batch_idx: int) -> bool:
+        """Move on to the present batch; returns whether to measure before it.
 
         To be called once before every batch. A step that accumulates gradients is measured before its first batch, and
         no step is measured twice.
@@ -107,9 +112,13 @@ class ScheduleState:
         """
         step, passed = trainer.global_step, self._passed
         self._passed = step
+        # The first batch of an epoch is an opportunity in any case, since `every_n_epochs` asks for nothing else.
         if step == self._measured or (step == passed and batch_idx > 0) or self._schedule is None:
             return False
-        earlier = step - 1 if passed is None or passed > step else passed  # in between there was no opportunity
+        # With several optimizers in manual optimization the step moves on by more than one a batch. There was no
+        # opportunity in between, so a rule that asks for a step there is due now. A step lower than the last one is of
+        # another run.
+        earlier = step - 1 if passed is None or passed > step else passed
         is_due = self._fits(self._schedule, trainer, batch_idx, earlier)
         if is_due:
             self._measured = step
@@ -117,22 +126,20 @@ class ScheduleState:
                 self._spacing.begin(step)
         return is_due
 
-    def record(self, seconds: float) -> str | None:
-        """Take note of what a measurement took; returns what there is to tell the user of it."""
-        if self._spacing is None:
-            return None
-        self._spacing.record(seconds)
-        return self._spacing.take_note()
+    def record(self, seconds: float) -> None:
+        """Count the time of a measurement."""
+        if self._spacing is not None:
+            self._spacing.record(seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps that were passed and measured last; the clock starts anew in a resumed run."""
+        """The last step that was passed and the last that was measured; the clock starts anew in a resumed run."""
         return {"passed": self._passed, "measured": self._measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._passed, self._measured = self._restored = (state["passed"], state["measured"])
 
-    def _fits(self, rules: Schedule, trainer: Any, batch_idx: int, earlier: int) -> bool:
+    def _fits(self, rules: Schedule, trainer: "Trainer", batch_idx: int, earlier: int) -> bool:
         """Whether one of the rules asks for the present step, the step at the last opportunity being `earlier`."""
         step = trainer.global_step
         if any(earlier < fixed <= step for fixed in rules.at_steps):

@@ -1,11 +1,12 @@
 """One measurement for all callbacks that ask for the same.
 
-The callbacks of a trainer share one `SharedMeasurements`. At each batch it asks all of them whether they are due; those
-that are due with equal configurations get one operator, and the eigenpairs that they want of it are computed once, for
-the largest request. An operator is dropped when the last of them is done, before the step itself begins.
+The callbacks of a trainer share one `SharedMeasurements`. At each batch it asks all of them whether they are due. Those
+that are due and have equal configurations get one operator, and its eigenpairs are computed once, for the largest
+request. An operator is dropped when the last of them is done, before the step itself begins: its kept graphs would
+otherwise take their memory from the training.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,12 +21,14 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.batches import ProbeData, StartPosition
 from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.replica.objective import Problem
 from lyapunov_lightning.training.reporting.progress import watched
 
 _OFFLOADED_BASIS_BYTES = 2**34
-"""Bound on a Krylov basis of the default size in the CPU's memory: that of 33 vectors of 130 million numbers."""
+"""Bound on a Krylov basis of the default size in the CPU's memory: 33 float32 vectors of a model of 130 million
+parameters."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class EigenRequest:
         smallest: How many of the lower end.
         tol: Relative tolerance of the residuals, or of the errors of the eigenvalues.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
-        acts: Whether the training depends on them. They are then computed apart from those of other requests, so that a
-            callback that reads beside one that acts does not change the training by the last digits.
+        acts: Whether the training depends on them. They are then computed on their own and not together with other
+            requests: a larger request changes the last digits of all eigenpairs, so that a second callback that only
+            reads would change the training.
         values_only: Whether the tolerance is that of the eigenvalues, for which `lanczos` takes fewer products.
 
     """
@@ -67,7 +71,7 @@ class SearchStart:
         return {"vector": None if self.vector is None else self.vector.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.vector = state["vector"]
 
 
@@ -82,8 +86,8 @@ class Participant(Protocol):
     def search_start(self) -> Tensor | None:
         """Where the search for the eigenpairs starts."""
 
-    def advance(self, trainer: Any, batch_idx: int) -> bool:
-        """Pass on to the present batch; returns whether to measure before it. Called once a batch."""
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Move on to the present batch, once for each batch; returns whether to measure before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,29 +100,29 @@ class Step:
         batch: The batch, on the device.
         batch_idx: Its index in the epoch.
         due: The callbacks that measure before it.
+        index: The number of optimizer steps before it. At the end of the batch `trainer.global_step` is one higher.
 
     """
 
-    trainer: Any
-    pl_module: Any
+    trainer: Trainer
+    pl_module: LightningModule
     batch: Any
     batch_idx: int
     due: Sequence[Participant] = ()
+    index: int = field(init=False)
 
-    @property
-    def index(self) -> int:
-        """The number of optimizer steps so far."""
-        return int(self.trainer.global_step)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", int(self.trainer.global_step))
 
     @property
     def epoch(self) -> float:
-        """The epoch, with the share of its batches that have passed."""
+        """The number of epochs so far, with the fraction of the present one that has passed."""
         return float(self.trainer.current_epoch + self.batch_idx / self.trainer.num_training_batches)
 
 
 @dataclass(eq=False)
 class _Shared:
-    """The operator of one configuration at one step, and its eigenpairs once somebody asks for them."""
+    """The operator of one configuration at one step, and its eigenpairs once a callback has asked for them."""
 
     operator: LossHessian
     waiting: list[Participant]
@@ -143,14 +147,14 @@ class SharedMeasurements:
         self._step: Step | None = None
         self._key: Any = None
 
-    def start(self, trainer: Any, callback: Participant, owner: str) -> str | None:
+    def start(self, trainer: Trainer, callback: Participant, owner: str) -> str | None:
         """Prepare the data of a callback, for the hook ``on_train_start``.
 
         Returns:
-            What the user is to know of the data.
+            A sentence for the user on which data are measured, if these are not what was asked for.
 
         Raises:
-            MisconfigurationException: If the data cannot be had.
+            MisconfigurationException: If there is no way to the data.
 
         """
         if callback.config in self._data:
@@ -160,8 +164,9 @@ class SharedMeasurements:
         self._data[callback.config] = data
         return note
 
-    def step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> Step:
+    def step(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> Step:
         """The step that begins; the same object for all callbacks."""
+        # The identity of the batch alone would not do: one that was freed gives its address to a later one.
         key = (id(batch), trainer.current_epoch, batch_idx, trainer.global_step)
         if self._step is None or key != self._key:
             self._shared.clear()
@@ -171,11 +176,20 @@ class SharedMeasurements:
             self._step, self._key = Step(trainer, pl_module, batch, batch_idx, due), key
         return self._step
 
-    def hessian(self, step: Step, config: HessianConfig) -> LossHessian | None:
-        """The Hessian at the present parameters; None while the fixed data are not complete."""
+    def hessian(
+        self, step: Step, config: HessianConfig, say: Callable[[str], None] | None = None
+    ) -> LossHessian | None:
+        """The Hessian at the present parameters; None while the fixed data are not complete.
+
+        Args:
+            step: The present step.
+            config: Which Hessian.
+            say: Gets a sentence for the user on how products are computed, the first time that there is one.
+
+        """
         shared = self._shared.get(config)
         if shared is None:
-            operator = self.block(step, config)
+            operator = self.block(step, config, say=say)
             if operator is None:
                 return None
             sharing = [callback for callback in step.due if callback.config == config]
@@ -183,13 +197,20 @@ class SharedMeasurements:
             shared = self._shared[config] = _Shared(operator, sharing, wanted)
         return shared.operator
 
-    def block(self, step: Step, config: HessianConfig, names: Collection[str] | None = None) -> LossHessian | None:
+    def block(
+        self,
+        step: Step,
+        config: HessianConfig,
+        names: Collection[str] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> LossHessian | None:
         """A diagonal block of the Hessian; None while the fixed data are not complete.
 
         Args:
             step: The present step.
             config: Which Hessian.
-            names: The parameters whose block is meant; all trainable ones if None.
+            names: The parameters of the block; all trainable ones if None.
+            say: As for `hessian`.
 
         Raises:
             PeerFailureError: If another rank cannot build its part.
@@ -201,18 +222,13 @@ class SharedMeasurements:
             if batches is None:
                 return None
             with data.randomness(trainer.global_rank):
-                return self._operators.make(Problem(trainer, step.pl_module, config, batches, names))
-
-    def take_note(self) -> str | None:
-        """What the user is to know of how products are computed, said once."""
-        note, self._operators.note = self._operators.note, None
-        return note
+                return self._operators.make(Problem(trainer, step.pl_module, config, batches, names), say)
 
     def eigenpairs(self, step: Step, callback: Participant) -> Eigenpairs:
-        """The eigenpairs that a callback requests, computed with those of all others that share its operator.
+        """The eigenpairs that a callback requests, computed together with those of all that share its operator.
 
         Raises:
-            MeasurementError: If the computation failed at an earlier call.
+            MeasurementError: If the computation has failed for another callback at this step.
 
         """
         shared, request = self._shared[callback.config], callback.request
@@ -232,10 +248,12 @@ class SharedMeasurements:
                 arguments["max_basis_bytes"] = _OFFLOADED_BASIS_BYTES
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
-                    # Another seed each time: what one search overlooked, the next one is to see.
+                    # A start without a component along an eigenvector never finds it, however long it searches. With
+                    # another seed at each step, what one search overlooks the next one sees.
                     pairs = lanczos(operator, **arguments, seed=callback.config.seed + step.index)
             except Exception as error:
                 if not request.acts:
+                    # Or each of the other callbacks would spend the same time on failing in the same way.
                     shared.failure = str(error)
                 raise
             if not request.acts:
@@ -243,7 +261,7 @@ class SharedMeasurements:
         return _restricted(pairs, request)
 
     def release(self, callback: Participant) -> None:
-        """Let a callback be done with the present step; what nobody waits for any more is dropped."""
+        """End a callback's use of the operator at the present step, and drop it after the last one."""
         shared = self._shared.get(callback.config)
         if shared is not None:
             shared.waiting = [waiting for waiting in shared.waiting if waiting is not callback]
@@ -255,11 +273,12 @@ def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], space: VectorS
     """The arguments for `lanczos` that serve all requests."""
     size = space.size
     fitting = [(request, vectors) for request, vectors in wanted if request.largest + request.smallest <= size]
+    # Of several starts only one can be used. That of the largest request holds the most eigenvectors.
     _, start = max(fitting, key=lambda item: item[0].largest + item[0].smallest)
     largest = max(request.largest for request, _ in fitting)
     smallest = max(request.smallest for request, _ in fitting)
     if largest + smallest > size:
-        largest, smallest = size, 0  # all of them, which serves everyone
+        largest, smallest = size, 0  # all eigenpairs, of which each request takes its own
     bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
     if start is not None and len(start) != space.length:
         start = None  # parameters were frozen or unfrozen since
@@ -277,15 +296,16 @@ def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:
     """The part of the eigenpairs that a request asked for."""
     if (len(pairs.largest), len(pairs.smallest)) == (request.largest, request.smallest):
         chosen = torch.arange(len(pairs.values))
-        vectors = pairs.vectors  # not copied, since they may be most of the memory
+        vectors = pairs.vectors  # indexing would copy what may take most of the memory
     else:
         if len(pairs.smallest) >= request.smallest:
             bottom = torch.arange(pairs.num_largest, pairs.num_largest + request.smallest)
-        else:  # all eigenpairs are there, as the largest ones
+        else:  # `_joined` asked for all eigenpairs as the largest ones, so the smallest one is the last
             bottom = torch.arange(len(pairs.values) - 1, len(pairs.values) - 1 - request.smallest, -1)
         chosen = torch.cat([torch.arange(request.largest), bottom])
         vectors = pairs.vectors[chosen.to(pairs.vectors.device)]
     values, residuals, errors = (each[chosen] for each in (pairs.values, pairs.residuals, pairs.value_errors))
+    # The joint search had the strictest tolerance. A pair that missed it may still meet that of this request.
     accuracy = errors if request.values_only else residuals
     return Eigenpairs(
         values=values,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, NegativeCurvatureTracker, Schedule
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.training_runs import train
 
 EVERY_STEP = Schedule(every_n_steps=1)
 WHOLE = HessianConfig(fraction=1.0)
@@ -49,20 +50,15 @@ def fit(
 ) -> pl.Trainer:
     """Train what `module` makes, from a fixed seed, for 12 steps."""
     pl.seed_everything(0, verbose=False)
-    settings = {"max_epochs": 4, "logger": MemoryLogger(), "enable_checkpointing": False, "log_every_n_steps": 1}
-    settings |= options
-    ckpt_path = settings.pop("ckpt_path", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(module(), regression_loader(batch_size=16) if loader is None else loader, ckpt_path=ckpt_path)
-    return trainer
+    settings = {
+        "max_epochs": 4,
+        "logger": MemoryLogger(),
+        "log_every_n_steps": 1,
+        "default_root_dir": tmp_path,
+        **options,
+    }
+    loader = regression_loader(batch_size=16) if loader is None else loader
+    return train(module(), *callbacks, loader=loader, **settings)
 
 
 def tracker(hessian: HessianConfig = WHOLE, **options: Any) -> NegativeCurvatureTracker:

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, NudgedSGDHook
-from tests.modules import MemoryLogger, SmallRegressor, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor
+from tests.training_runs import train
 
 VARIANTS = {"nudge": (0.1, 1.0), "top_only": (1.0, 0.0), "no_top": (0.0, 1.0)}
 """The factors of the gradient inside and outside of the top subspace, with `gamma` 0.1."""
@@ -31,23 +32,12 @@ def fit(tmp_path: Path, module: Any = None, *callbacks: Callback, **options: Any
     settings = {
         "max_epochs": -1 if "max_steps" in options else 2,
         "logger": MemoryLogger(),
-        "enable_checkpointing": False,
         "log_every_n_steps": 1,
+        "default_root_dir": tmp_path,
         **options,
     }
-    ckpt_path, loader = settings.pop("ckpt_path", None), settings.pop("loader", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
     module = module if isinstance(module, pl.LightningModule) else (module or SmallRegressor)()
-    trainer.fit(module, regression_loader() if loader is None else loader, ckpt_path=ckpt_path)
-    return trainer
+    return train(module, *callbacks, **settings)
 
 
 def weights(trainer: pl.Trainer) -> Tensor:

@@ -10,24 +10,20 @@ from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, LossAlongEigvecScanner, Schedule
 from tests.modules import MemoryLogger, SmallRegressor, regression_loader
+from tests.training_runs import train
 
 
 def fit(tmp_path: Path, *callbacks: Callback, module: Any = None, **options: Any) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
-    settings = {"max_epochs": 2, "logger": MemoryLogger(), "enable_checkpointing": False, "log_every_n_steps": 1}
-    settings |= options
-    ckpt_path, loader = settings.pop("ckpt_path", None), settings.pop("loader", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(module or SmallRegressor(), loader or regression_loader(batch_size=16), ckpt_path=ckpt_path)
-    return trainer
+    settings = {
+        "max_epochs": 2,
+        "logger": MemoryLogger(),
+        "log_every_n_steps": 1,
+        "default_root_dir": tmp_path,
+        **options,
+    }
+    loader = settings.pop("loader", None) or regression_loader(batch_size=16)
+    return train(module or SmallRegressor(), *callbacks, loader=loader, **settings)
 
 
 def every_step(loss_fn: Any = None, **options: Any) -> LossAlongEigvecScanner:

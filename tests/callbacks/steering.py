@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from tests.callbacks.identity import Outcome, assert_identical
-from tests.modules import MemoryLogger, SmallRegressor, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor
+from tests.training_runs import train
 
 RULES = ("along_update", "inverse_sharpness")
 
@@ -35,21 +36,9 @@ def fit(
 ) -> tuple[pl.Trainer, MemoryLogger]:
     """Train a small module; the trainer, and all that was logged."""
     logger = MemoryLogger()
-    trainer = pl.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "max_epochs": -1,
-            "logger": logger,
-            "callbacks": callbacks,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **options,
-        }
-    )
-    module = SmallRegressor() if module is None else module
-    trainer.fit(module, regression_loader() if loader is None else loader, ckpt_path=None)
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks
+    settings = {"max_steps": steps, "max_epochs": -1, "logger": logger, **options}
+    trainer = train(SmallRegressor() if module is None else module, *callbacks, loader=loader, **settings)
     return trainer, logger
 
 

@@ -29,25 +29,17 @@ from lyapunov_lightning import (
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
 from lyapunov_lightning.training.reporting import recording
 from tests.modules import SmallRegressor, regression_data, regression_loader
+from tests.training_runs import train
 
 
 def trained(*callbacks: Any, lr: float = 0.1, optimizer: Any = None, full_batch: bool = False, **options: Any) -> Any:
     """A run of 24 steps, and its trainer."""
-    settings = {"max_steps": 24, "max_epochs": -1, "logger": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        **{**settings, **options},
-    )
     torch.manual_seed(0)
     module = SmallRegressor(optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=lr)))
     data = DataLoader(regression_data(), 48) if full_batch else regression_loader()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no logger.*")
-        trainer.fit(module, data)
-    return trainer
+        return train(module, *callbacks, loader=data, **{"max_steps": 24, "max_epochs": -1, **options})
 
 
 # The summary.

@@ -20,6 +20,7 @@ from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.checks import check_objective
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.training_runs import train
 
 # Arguments.
 
@@ -71,21 +72,8 @@ Fit = Callable[..., pl.Trainer]
 @pytest.fixture
 def fit(tmp_path: Path) -> Fit:
     def run(module: pl.LightningModule, *callbacks: Callback, **options: Any) -> pl.Trainer:
-        defaults = {
-            "max_steps": 12,
-            "max_epochs": -1,
-            "logger": MemoryLogger(),
-            "log_every_n_steps": 1,
-            "accelerator": "cpu",
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-        }
-        loader = options.pop("loader", None)
-        trainer = pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
-        trainer.fit(module, regression_loader() if loader is None else loader)
-        return trainer
+        defaults = {"max_steps": 12, "logger": MemoryLogger(), "log_every_n_steps": 1, "default_root_dir": tmp_path}
+        return train(module, *callbacks, **{**defaults, "max_epochs": -1, **options})
 
     pl.seed_everything(5, verbose=False)
     return run

@@ -150,7 +150,14 @@ ACTING = (
     "all",
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+PATIENCE = 3600
+"""Seconds for all of them, which take 20 on an idle machine."""
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks"),
+    # Other processes do the work, and may take longer on a busy machine than a test may.
+    pytest.mark.timeout(func_only=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +167,7 @@ def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(folder / "script.py"), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
 

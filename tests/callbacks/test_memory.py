@@ -1,5 +1,7 @@
-"""Memory stays where it is over thousands of probes: measured in fresh processes, whose heaps nothing else touches."""
+"""Memory stays where it is over hundreds of probes: measured in fresh processes, whose heaps nothing else touches."""
 
+import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -10,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc, which is Linux's"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+        reason="asks malloc what is allocated, which glibc tells since 2.33",
+    ),
+    # Another process does the work, and may take longer on a busy machine than a test may.
+    pytest.mark.timeout(func_only=True),
+]
 
 SCRIPT = """
+import ctypes
 import gc
 import json
 import logging
@@ -52,17 +60,29 @@ class Small(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
 
 
+class MallInfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = MallInfo
+
+
 class Meter(pl.Callback):
-    # The resident memory and the number of live tensors after some steps; the garbage collector runs as it likes.
-    def __init__(self, *steps):
-        self.steps = steps
-        self.seen = {}
+    # What is allocated after each stretch of steps: bytes by malloc, among them the numbers of tensors and the graphs
+    # that no Python object shows; objects by Python; and tensors. The resident size is no measure: how much of what was
+    # freed goes back to the system depends on what lies beside it.
+    def __init__(self, stretch):
+        self.stretch = stretch
+        self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step in self.steps:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
+        if trainer.global_step % self.stretch == 0:
+            gc.collect()
+            found = mallinfo()
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-            self.seen[trainer.global_step] = {"bytes": pages * os.sysconf("SC_PAGE_SIZE"), "tensors": tensors}
+            self.seen.append((found.uordblks + found.hblkhd, sys.getallocatedblocks(), tensors))
 
 
 class KeepsGraphs(pl.Callback):
@@ -86,7 +106,7 @@ class Counter(pl.loggers.logger.DummyLogger):
         self.probes += any(name.endswith(_MEASURED) for name in metrics)
 
 
-def train(kind, first, last):
+def train(kind, num_steps, stretch):
     hessian = HessianConfig("fixed", num_batches=1)
     callbacks = {
         "probes": lambda: [CurvatureProbe(1, tol=0.1), CurvatureProbe(1, "lyapunov", log_prefix="other")],
@@ -100,10 +120,10 @@ def train(kind, first, last):
     }[kind]()
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(8, generator=generator), index % 4) for index in range(1024)]
-    logger, meter = Counter(), Meter(first, last)
+    logger, meter = Counter(), Meter(stretch)
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=last,
+        max_steps=num_steps,
         max_epochs=-1,
         logger=logger,
         callbacks=[*callbacks, meter],
@@ -112,16 +132,16 @@ def train(kind, first, last):
         enable_model_summary=False,
     )
     trainer.fit(Small(), DataLoader(data, 64))
-    return {"probes": logger.probes, "before": meter.seen[first], "after": meter.seen[last]}
+    return {"probes": logger.probes, "seen": meter.seen}
 
 
-folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
-for kind, (first, last) in runs.items():
+folder, runs, stretch = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+for kind, num_steps in runs.items():
     # Forked for each run, so that not each of them has to import everything. Nothing else was done before.
     process = os.fork()
     if process == 0:
         try:
-            result = train(kind, first, last)
+            result = train(kind, num_steps, stretch)
         except BaseException:
             result = {"failure": traceback.format_exc()}
         (folder / f"{kind}.json").write_text(json.dumps(result))
@@ -130,15 +150,26 @@ for kind, (first, last) in runs.items():
 """
 
 
-RUNS = {"probes": (50, 550), "spectra": (50, 450), "moves": (50, 1050), "leak": (50, 450)}
-"""Between which steps the growth of each is taken: the leak over no more steps than any other."""
+RUNS = {"probes": 300, "spectra": 250, "moves": 500, "leak": 150}
+"""How many steps each of them takes."""
+
+STRETCH = 50
+"""Steps between two looks. The first ones, and some later one, may leave what is made when it is first needed, such as
+what a figure takes; a leak is in all of them."""
+
+PATIENCE = 3600
+"""Seconds for all of them, which take 30 on an idle machine."""
+
+BYTES, OBJECTS = 1_000, 50
+"""What a step may leave behind: its results and losses, which take less than half of that."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """From one step of a run to another: of the resident memory as a share, and of the number of live tensors."""
+    """Bytes and objects that a step leaves in the best stretch of a run, and the live tensors that came in all."""
 
-    memory: float
+    bytes: float
+    objects: float
     tensors: int
     probes: int
 
@@ -149,48 +180,38 @@ def growth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Growt
     folder = tmp_path_factory.mktemp("memory")
     (folder / "script.py").write_text(SCRIPT)
     run = subprocess.run(
-        [sys.executable, str(folder / "script.py"), str(folder), json.dumps(RUNS)],
+        [sys.executable, str(folder / "script.py"), str(folder), json.dumps(RUNS), str(STRETCH)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
 
     def growth(kind: str) -> Growth:
         result = json.loads((folder / f"{kind}.json").read_text())
         assert "failure" not in result, result["failure"]
-        before, after = result["before"], result["after"]
-        return Growth(after["bytes"] / before["bytes"] - 1, after["tensors"] - before["tensors"], result["probes"])
+        looks = list(itertools.pairwise(result["seen"]))
+        num_bytes, objects = (min(after[i] - before[i] for before, after in looks) / STRETCH for i in (0, 1))
+        return Growth(num_bytes, objects, result["seen"][-1][2] - result["seen"][0][2], result["probes"])
 
     return growth
 
 
-def test_a_thousand_probes_leave_the_memory_where_it_was(growth_of: Callable[[str], Growth]) -> None:
-    growth = growth_of("probes")
-    assert growth.probes == 1100
-    assert growth.memory < 0.05
-    assert growth.tensors <= 5
-
-
-def test_four_hundred_spectra_leave_the_memory_where_it_was(growth_of: Callable[[str], Growth]) -> None:
-    growth = growth_of("spectra")
-    assert growth.probes == 450
-    assert growth.memory < 0.05
+@pytest.mark.parametrize(("kind", "probes"), [("probes", 600), ("spectra", 250), ("moves", 500)])
+def test_hundreds_of_measurements_leave_the_memory_where_it_was(
+    growth_of: Callable[[str], Growth], kind: str, probes: int
+) -> None:
+    growth = growth_of(kind)
+    assert growth.probes == probes
+    assert growth.bytes < BYTES
+    assert growth.objects < OBJECTS
     assert growth.tensors <= 4
 
 
-def test_a_thousand_running_estimates_with_moves_leave_the_memory_where_it_was(
-    growth_of: Callable[[str], Growth],
-) -> None:
-    growth = growth_of("moves")
-    assert growth.probes == 1050
-    assert growth.memory < 0.05
-    assert growth.tensors <= 5
-
-
-def test_a_leak_would_be_seen(growth_of: Callable[[str], Growth]) -> None:
+def test_a_leak_in_one_of_twenty_probes_would_be_seen(growth_of: Callable[[str], Growth]) -> None:
     growth = growth_of("leak")
-    assert growth.memory > 0.05
-    assert growth.tensors > 400
+    assert growth.bytes > 20 * BYTES
+    assert growth.tensors > 20 * 4

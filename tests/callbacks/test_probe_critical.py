@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, QuasiNewtonLRController
+from lyapunov_lightning.callbacks.estimators import ESTIMATORS, CriticalLearningRate, MeasuredStep
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.schedule import ScheduleState
@@ -187,17 +188,20 @@ def test_a_step_of_several_batches_is_seen_from_its_first_one(fit: Fit) -> None:
     assert len(found) >= 3
 
 
-def test_values_are_of_the_parameters_before_the_step_with_its_random_numbers(fit: Fit) -> None:
+def test_values_are_of_the_parameters_before_the_step_with_its_random_numbers(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, float]] = []
 
-    class Watching(CurvatureProbe):
-        def _along_step(self, hessian: Any, step: Any, lr: float) -> ProbeResult:
-            after = hessian.layout.flatten(hessian.parameters)
-            values = hessian.values_along(self._before - after, [1.0])
-            seen.append((step.index, float(values[0])))
-            return super()._along_step(hessian, step, lr)
+    class Watching(CriticalLearningRate):
+        def measure(self, at: MeasuredStep) -> ProbeResult:
+            after = at.hessian.layout.flatten(at.hessian.parameters)
+            values = at.hessian.values_along(self._before - after, [1.0])
+            seen.append((at.step.index, float(values[0])))
+            return super().measure(at)
 
-    trainer = fit(SmallRegressor(dropout=0.3), Watching(1, "critical"))
+    monkeypatch.setitem(ESTIMATORS, "critical", Watching)
+    trainer = fit(SmallRegressor(dropout=0.3), probe())
     assert dict(seen) == pytest.approx(trainer.logger.curve("train_loss"), rel=1e-9)
 
 

@@ -24,7 +24,8 @@ from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.callbacks.identity import Outcome, assert_identical, train
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import BusyModule, MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.training_runs import train as run
 
 EVERYTHING = HessianConfig(fraction=1.0)
 """The fixed data are the whole training set, of which a reference is easily computed."""
@@ -43,21 +44,9 @@ class Dense(Callback):
 
 def fit(tmp_path: Path, *callbacks: Callback, module: Any = None, **options: Any) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
-    settings: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 1, "enable_checkpointing": False, **options}
-    logger = settings.pop("logger", None) or MemoryLogger()
-    ckpt_path, loader = settings.pop("ckpt_path", None), settings.pop("loader", None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=logger,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(module or SmallRegressor(), loader or regression_loader(), ckpt_path=ckpt_path)
-    return trainer
+    settings = {"max_epochs": 2, "log_every_n_steps": 1, "default_root_dir": tmp_path, **options}
+    settings["logger"] = settings.get("logger") or MemoryLogger()
+    return run(module or SmallRegressor(), *callbacks, **settings)
 
 
 def every_step(**options: Any) -> SpectrumTracker:
@@ -237,6 +226,10 @@ def test_a_resumed_benettin_goes_on_bit_identically(tmp_path: Path) -> None:
         assert rest.curve(f"spectrum/lambda{rank}") == later
 
 
+WITHOUT_METRICS = {"module": functools.partial(BusyModule, use_metrics=False)}
+"""They take most of a run's time, and are put back in one place for all callbacks: one run with them is enough here."""
+
+
 @functools.cache
 def run_without(**options: Any) -> Outcome:
     """Into the second epoch, of 25 batches."""
@@ -247,10 +240,13 @@ def run_without(**options: Any) -> Outcome:
     ("tracker", "options"),
     [
         ({"largest": 3, "smallest": 2}, {}),
-        ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, {}),
-        ({"largest": 2, "estimator": "benettin"}, {}),
-        ({"largest": 2, "hessian": HessianConfig("batch", mode="eval")}, {"precision": "bf16-mixed"}),
-        ({"largest": 2, "smallest": 1}, {"accumulate": 4}),
+        ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, WITHOUT_METRICS),
+        ({"largest": 2, "estimator": "benettin"}, WITHOUT_METRICS),
+        (
+            {"largest": 2, "hessian": HessianConfig("batch", mode="eval")},
+            {"precision": "bf16-mixed", **WITHOUT_METRICS},
+        ),
+        ({"largest": 2, "smallest": 1}, {"accumulate": 4, **WITHOUT_METRICS}),
     ],
     ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
 )

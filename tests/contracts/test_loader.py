@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from tests.contracts.live import needed_by
 
-LOADERS = needed_by("training/loaders")
+LOADERS = needed_by("training/data/loaders")
 
 
 def numbers() -> torch.Tensor:

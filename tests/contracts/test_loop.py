@@ -47,7 +47,7 @@ def test_hooks_of_a_step_come_in_this_order(fit):
         "on_before_optimizer_step",
         "on_train_batch_end",
     ], (
-        needed_by("training/callback", "training/replay", "training/updates")
+        needed_by("training/callback", "training/replica/replica", "training/updates")
         + "a measurement in `on_train_batch_start` must come before the step draws random numbers, with the batch"
         " already transferred and the module's own hook still to come, which a replay calls; and one in"
         " `on_after_backward` before the gradient is clipped and the step taken"

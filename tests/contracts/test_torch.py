@@ -24,8 +24,8 @@ from tests.contracts.live import needed_by
 
 COMPAT = needed_by("curvature/torch_compat")
 MEAN_LOSS = needed_by("curvature/mean_loss")
-REPLAY = needed_by("training/replay")
-COPYING = needed_by("training/copying")
+REPLAY = needed_by("training/replica/replica")
+COPYING = needed_by("training/replica/rules")
 STABILITY = needed_by("curvature/stability")
 
 
@@ -216,7 +216,7 @@ def test_hooks_of_custom_functions_see_both_sides_of_their_backward_pass():
 
 
 def test_writes_that_are_not_counted():
-    message = needed_by("curvature/fingerprints") + "contents are read, since versions do not tell of all writes"
+    message = needed_by("curvature/loss/freshness") + "contents are read, since versions do not tell of all writes"
     x, statistics = torch.ones(2), torch.zeros(2)
     x.data.mul_(2)
     x.numpy()[0] = 5
@@ -338,7 +338,8 @@ def test_generators_copy_themselves_with_their_state():
 def test_an_optimizer_is_its_attributes():
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))])
     assert {"param_groups", "state", "defaults"} <= vars(shallow(optimizer)).keys(), (
-        needed_by("training/copying", "training/trainer_view") + "optimizers are copied by their attributes"
+        needed_by("training/replica/rules", "training/replica/trainer_view")
+        + "optimizers are copied by their attributes"
     )
 
 

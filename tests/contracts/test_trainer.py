@@ -31,8 +31,8 @@ from torchmetrics import MeanMetric
 
 from tests.contracts.live import Curves, Hooks, Module, needed_by
 
-VIEW = needed_by("training/trainer_view")
-REPLAY = needed_by("training/replay")
+VIEW = needed_by("training/replica/trainer_view")
+REPLAY = needed_by("training/replica/replica")
 
 
 def shallow(value: Any) -> Any:
@@ -119,7 +119,7 @@ def test_optimizers_and_schedulers_are_those_of_the_strategy(fit):
         assert copied.step() is None, VIEW + "its step can be made to do nothing"
         [config] = strategy.lr_scheduler_configs
         assert trainer.lr_scheduler_configs == [config], (
-            needed_by("training/trainer_view", "training/optimizers") + "schedulers are copied, or refused"
+            needed_by("training/replica/trainer_view", "training/optimizers") + "schedulers are copied, or refused"
         )
         assert module.lr_schedulers() is config.scheduler, VIEW + "the module gets the scheduler itself"
 
@@ -253,7 +253,7 @@ def test_train_dataloader_is_what_the_user_passed(fit):
     hooks = Hooks(on_train_batch_start=lambda trainer, *args: found.append(trainer.train_dataloader))
     for data in (single, several):
         fit(AnyBatch(), hooks, data=data, limit_train_batches=1)
-    message = needed_by("training/batches")
+    message = needed_by("training/data/batches")
     assert found[0] is single, message + "the fixed data are drawn from a copy of it"
     assert not isinstance(found[1], DataLoader), message + "several loaders are told from a single one by this type"
 
@@ -261,7 +261,7 @@ def test_train_dataloader_is_what_the_user_passed(fit):
 def test_a_strategy_reduces_and_broadcasts_also_where_it_is_alone(fit):
     def look(trainer: pl.Trainer, *args: Any) -> None:
         strategy, value = trainer.strategy, torch.tensor(2.0)
-        message = needed_by("callbacks/quasi_newton_lr_controller", "training/config", "training/batches")
+        message = needed_by("callbacks/quasi_newton_lr_controller", "training/config", "training/data/batches")
         assert strategy.reduce(value, reduce_op="mean") == 2, message + "the loss of a step is that of all ranks"
         assert strategy.broadcast([1, 2]) == [1, 2], message + "the first rank decides"
 
@@ -279,7 +279,7 @@ def test_strategies_that_shard_are_not_kinds_of_those_that_do_not():
 
 
 def test_states_of_a_metric_are_attributes_and_not_buffers():
-    metric, message = MeanMetric(), needed_by("training/copying")
+    metric, message = MeanMetric(), needed_by("training/replica/rules")
     assert not dict(metric.named_buffers()), message + "metrics are copied by their attributes"
     names = {"mean_value", "weight", "_update_count", "_computed"}
     assert names <= vars(metric).keys(), message + "metrics are copied by their attributes"

@@ -210,3 +210,15 @@ class Twin:
 
     def operator(self, **options: Any) -> HessianOperator:
         return HessianOperator(self, self._problem.parameters, self._problem.batches, **options)
+
+
+class Counted:
+    """A function of one distance, as the scans want it, that keeps where it was evaluated."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.seen: list[float] = []
+
+    def __call__(self, distances: Sequence[float]) -> Tensor:
+        self.seen += distances
+        return self.function(torch.tensor(distances, dtype=torch.float64))

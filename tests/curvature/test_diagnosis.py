@@ -2,15 +2,26 @@
 
 import math
 import random
+from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapunov_lightning.curvature.diagnosis import EdgeWatch, diagnose, diverged_at, loss_spikes
+from lyapunov_lightning.curvature.diagnosis import (
+    TITLES,
+    EdgeWatch,
+    Kind,
+    classify,
+    diagnose,
+    diverged_at,
+    loss_spikes,
+)
+from lyapunov_lightning.curvature.diagnosis.facts import Reading, RunFacts
+from lyapunov_lightning.curvature.diagnosis.sentences import SENTENCES
 from lyapunov_lightning.curvature.stability import stability_of
 
 
@@ -159,6 +170,49 @@ def test_near_is_wider_where_measurements_are_far_apart():
     assert found.window == 100
 
 
+# The parts: facts, kinds, sentences.
+
+
+def seen(*ratios: float, **others: Any) -> RunFacts:
+    """The facts of a run with these ratios at every tenth step, all converged, and nothing else to see."""
+    readings = tuple(Reading(10 * place, ratio) for place, ratio in enumerate(ratios))
+    facts = RunFacts(
+        readings=readings,
+        converged=readings,
+        spikes=(),
+        lost_at=None,
+        window=20,
+        share_near=0.0,
+        learning_rate=0.1,
+    )
+    return replace(facts, **others)
+
+
+CASES: list[tuple[Kind, RunFacts]] = [
+    ("unknown", seen(lost_at=5)),
+    ("diverged", seen(0.5, 1.2, 0.3, 0.2, lost_at=35)),
+    ("diverged_below", seen(1.2, 0.3, 0.3, 0.3, lost_at=35)),
+    ("not_converged", seen(2.0, 2.0, 2.0, 2.0, 2.0, converged=(Reading(0, 2.0), Reading(10, 2.0)))),
+    ("few", seen(2.0, 2.0)),
+    ("below", seen(0.5, 0.6, 0.94)),
+    ("left", seen(2.0, 0.5, 0.5)),
+    ("limited", seen(0.5, 1.0, 1.0, spikes=(12, 18, 90))),
+    ("at_edge", seen(0.5, 1.0, 1.0, spikes=(12, 18, 90), share_near=0.7)),
+    ("above", seen(0.5, 1.6, 1.6)),
+    ("at_edge", seen(0.5, 1.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "facts"), CASES)
+def test_the_kind_follows_from_the_facts_and_has_two_sentences(kind: Kind, facts: RunFacts) -> None:
+    assert classify(facts) == kind
+    assert all(sentence.endswith(".") for sentence in SENTENCES[kind](facts))
+
+
+def test_each_kind_has_a_title_sentences_and_a_case_above() -> None:
+    assert {*TITLES} == {*SENTENCES} == {kind for kind, _ in CASES} == {*get_args(Kind)}
+
+
 # Gradient descent on problems of which the answer is known.
 
 
@@ -258,6 +312,11 @@ def test_warns_where_the_ratio_stays_above_one_and_the_loss_rises():
 )
 def test_does_not_warn_without_both(ratios, losses):
     assert warned_at(ratios, losses) == []
+
+
+def test_does_not_warn_where_no_loss_has_been_seen_since() -> None:
+    watch = EdgeWatch()
+    assert [watch.see(step, 1.5, (range(30), [1.0] * 30)) for step in range(0, 200, 10)] == [None] * 20
 
 
 def test_the_warning_tells_the_figures():

@@ -214,8 +214,9 @@ class Looking(pl.Callback):
         operators = Operators()
         config = self.hessian.filled(data="batch", fraction=1.0, mode="train")
         problem = Problem(trainer, pl_module, config, [ProbeBatch(batch, batch_idx, True)])
-        operators.make(problem)
-        self.batch, self.note = batch, operators.note
+        said: list[str] = []
+        operators.make(problem, said.append)
+        self.batch, self.note = batch, " ".join(said)
         self.found = self.look(operators.make(problem))  # in the way that was found
         self.parameters = whole_parameters(pl_module)
 

@@ -83,8 +83,8 @@ class UnlikeSpace(VectorSpace):
     noise = 0.0
     draws = 0
 
-    def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
-        return self._unlike(super().inner(rows, vector))
+    def inner(self, rows: Tensor, vector: Tensor, **options: Any) -> Tensor:
+        return self._unlike(super().inner(rows, vector, **options))
 
     def norm(self, vector: Tensor) -> Tensor:
         return self._unlike(super().norm(vector))

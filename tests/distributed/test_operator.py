@@ -66,7 +66,7 @@ def test_a_line_is_evaluated_on_the_union_with_one_collective(outcomes, kind):
 def test_a_product_is_one_flat_collective(outcomes):
     size = sum(parameter.numel() for parameter in runs.small_network().parameters())
     for found in outcomes("collectives"):
-        assert [length == size + 2 for _, length in found["lanczos"]].count(True) == found["products"] > 0
+        assert [length == size + 3 for _, length in found["lanczos"]].count(True) == found["products"] > 0
         for what, calls in found["of one operation"].items():
             if what == "first finite_difference":  # before which the step is found
                 assert len(calls) > 10

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -5,18 +7,13 @@ from hypothesis import strategies as st
 from matplotlib.scale import SymmetricalLogTransform
 
 from lyapunov_lightning.figures.style import house_style, new_picture
-from lyapunov_lightning.figures.ticks import (
-    fitting_axis,
-    is_wide,
-    linear_axis,
-    log_axis,
-    number_labels,
-    symlog_axis,
-)
+from lyapunov_lightning.figures.ticks import fitting_axis, is_wide, linear_axis, log_axis, number_label, symlog_axis
 from tests.figures.looking import check_axis, draw, written
 
-SIZES = st.sampled_from([(2.2, 1.2), (3.0, 1.4), (7.0, 4.0)])
-FEW = settings(max_examples=10, deadline=None)
+SIZES = st.sampled_from([(4.2, 1.5), (4.2, 3.0), (7.0, 1.2), (7.0, 4.0)])
+"""In inches, as small as the panels of our figures and larger."""
+
+FEW = settings(max_examples=15, deadline=None)
 
 
 def panel_with(values, size, dress):
@@ -29,18 +26,19 @@ def panel_with(values, size, dress):
     return panel, draw(panel.get_figure())
 
 
-def check(panel, renderer, least=1):
+def check_is_readable(panel, renderer):
+    """Two labels at least within the view of each axis, different ones, none of which overlap."""
     for axis in (panel.xaxis, panel.yaxis):
         check_axis(axis, renderer)
-        assert len(written(axis)) >= least
+        low, high = axis.get_view_interval()
+        ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
+        assert sum(low <= place <= high and label.get_text() != "" for place, label in ticks) >= 2, written(axis)
 
 
-@given(start=st.floats(-12, 6), decades=st.floats(0.5, 12), size=SIZES)
+@given(start=st.floats(-12, 6), decades=st.one_of(st.floats(0.01, 1), st.floats(1, 18)), size=SIZES)
 @FEW
-def test_labels_of_a_logarithmic_axis_do_not_overlap(start, decades, size):
-    panel, renderer = panel_with([10**start, 10 ** (start + decades)], size, log_axis)
-    check(panel, renderer)
-    assert len(written(panel.yaxis)) >= 2
+def test_a_logarithmic_axis_is_readable(start, decades, size):
+    check_is_readable(*panel_with([10**start, 10 ** (start + decades)], size, log_axis))
 
 
 @given(
@@ -50,24 +48,32 @@ def test_labels_of_a_logarithmic_axis_do_not_overlap(start, decades, size):
     size=SIZES,
 )
 @FEW
-def test_labels_of_an_axis_of_both_signs_do_not_overlap(threshold, upper, lower, size):
+def test_an_axis_of_both_signs_is_readable(threshold, upper, lower, size):
     ends = [0.0 if end is None else 10 ** (threshold + end) for end in (lower, upper)]
-    panel, renderer = panel_with([-ends[0], ends[1]], size, lambda *axis: symlog_axis(*axis, 10**threshold))
-    check(panel, renderer)
-    assert "0" in written(panel.yaxis) or len(written(panel.yaxis)) >= 2
+    assume(max(ends) > 30 * 10**threshold)  # with less a linear axis is chosen
+    check_is_readable(*panel_with([-ends[0], ends[1]], size, lambda *axis: symlog_axis(*axis, 10**threshold)))
 
 
-@given(
-    size=SIZES,
-    magnitude=st.floats(-12, 9),
-    spread=st.floats(-6, 1),
-    sign=st.sampled_from([-1, 1]),
-)
+@given(size=SIZES, magnitude=st.floats(-12, 9), spread=st.floats(-4, 1), sign=st.sampled_from([-1, 1]))
 @FEW
-def test_labels_of_a_linear_axis_do_not_overlap_and_hide_no_offset(size, magnitude, spread, sign):
+def test_a_linear_axis_is_readable_and_hides_no_offset(size, magnitude, spread, sign):
+    """The horizontal one where two digits tell the labels apart: what we draw there are steps and eigenvalues."""
     base = sign * 10**magnitude
-    panel, renderer = panel_with([base, base + 10 ** (magnitude + spread)], size, linear_axis)
-    check(panel, renderer)
+    with house_style():
+        panel = new_picture(*size).subplots()
+        panel.plot([base, base + 10 ** (magnitude + max(spread, -1))], [base, base + 10 ** (magnitude + spread)])
+        for which in ("x", "y"):
+            linear_axis(panel, which)
+    check_is_readable(panel, draw(panel.get_figure()))
+
+
+@pytest.mark.parametrize("end", [1e-3, 1e3])
+def test_an_axis_of_both_signs_is_labelled_over_all_of_its_length(end):
+    panel, _ = panel_with([-end, end], (4, 3), lambda *axis: symlog_axis(*axis, 1e-6 * end))
+    ticks = panel.xaxis.get_majorticklocs()
+    assert max(ticks) > end / 100
+    assert min(ticks) < -end / 100
+    assert 0 in ticks
 
 
 def test_the_threshold_is_a_power_of_ten():
@@ -75,12 +81,12 @@ def test_the_threshold_is_a_power_of_ten():
     transform = panel.xaxis.get_transform()
     assert isinstance(transform, SymmetricalLogTransform)
     assert transform.linthresh == pytest.approx(0.1)
-    assert written(panel.xaxis) == ["−10", "−1", "−0.1", "0", "0.1", "1", "10"]
 
 
 def test_steps_are_marked_at_whole_numbers():
-    panel, _ = panel_with([0, 1], (7, 3), lambda panel, which: linear_axis(panel, which, whole=True))
-    assert written(panel.xaxis) == ["0", "1"]
+    for values in ([0, 1], [0, 3], [0, 1234]):
+        panel, _ = panel_with(values, (7, 3), lambda panel, which: linear_axis(panel, which, whole=True))
+        assert all(float(tick).is_integer() for tick in panel.xaxis.get_majorticklocs())
 
 
 @pytest.mark.parametrize(
@@ -107,29 +113,37 @@ def test_an_axis_of_both_signs_leaves_out_what_is_zero_to_the_eye():
 
 
 @pytest.mark.parametrize(
-    ("values", "labels"),
+    ("value", "label"),
     [
-        ([0, 200, 400], ["0", "200", "400"]),
-        ([0, 20000, 40000], ["0", "20\u202f000", "40\u202f000"]),
-        ([-0.5, 0, 0.5], ["−0.5", "0.0", "0.5"]),
-        ([2.278, 2.27801], ["2.27800", "2.27801"]),
-        ([1e-5, 2e-5, 3e-5], ["10⁻⁵", "2×10⁻⁵", "3×10⁻⁵"]),
-        ([0.1, 1, 10, 100], ["0.1", "1", "10", "100"]),
-        ([-1e5, -1, 0, 1, 1e5], ["−10⁵", "−1", "0", "1", "10⁵"]),
-        ([1e-12], ["10⁻¹²"]),
-        ([0], ["0"]),
-        ([], []),
+        (0, "0"),
+        (200, "200"),
+        (20_000, "20000"),
+        (-0.5, "−0.5"),
+        (0.1 + 0.2, "0.3"),
+        (2.27801, "2.27801"),
+        (1e-5, "10⁻⁵"),
+        (2e-5, "2×10⁻⁵"),
+        (1e5, "10⁵"),
+        (-1e6, "−10⁶"),
+        (-2.5e9, "−2.5×10⁹"),
+        (1e-12, "10⁻¹²"),
+        (1.2345678901e-10, "1.23456789×10⁻¹⁰"),
     ],
 )
-def test_how_numbers_are_written(values, labels):
-    assert number_labels(values) == labels
+def test_how_numbers_are_written(value, label):
+    assert number_label(value) == label
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-9, 3), st.integers(2, 8))
-def test_evenly_spaced_ticks_are_told_apart(start, spacing, count):
-    assume(10**spacing > 1e-12 * abs(start))  # else they are hardly told apart in float64
+def test_evenly_spaced_ticks_have_different_labels(start, spacing, count):
+    assume(10**spacing > 1e-9 * abs(start))  # the labels have ten digits
     ticks = start + 10**spacing * np.arange(count)
-    assert len(set(number_labels(ticks))) == count
+    assert len({number_label(tick) for tick in ticks}) == count
+
+
+def test_a_picture_can_be_pickled():
+    panel, _ = panel_with([1.0, 100.0], (3, 2), log_axis)
+    assert pickle.loads(pickle.dumps(panel.get_figure())).axes[0].get_xscale() == "log"
 
 
 def test_wide_is_positive_and_far():

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.training.live import InsideTheStep, RememberingLogger
+from tests.training_runs import train
 
 
 @pytest.fixture
@@ -30,19 +31,7 @@ def fit(tmp_path):
         **settings: Any,
     ) -> tuple[pl.Trainer, list[Any]]:
         inside = InsideTheStep(check)
-        settings = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "default_root_dir": tmp_path,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "logger": False,
-            "max_epochs": -1 if "max_steps" in settings else 1,
-            **settings,
-        }
-        trainer = pl.Trainer(callbacks=[*callbacks, inside], **settings)
-        trainer.fit(module, data)
+        trainer = train(module, *callbacks, inside, loader=data, **{"default_root_dir": tmp_path, **settings})
         return trainer, inside.results
 
     return run

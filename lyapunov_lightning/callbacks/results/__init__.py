@@ -1,6 +1,6 @@
-"""What the callbacks find: one frozen value for each callback, with the tags of its numbers.
+"""The results of the callbacks: one frozen dataclass for each callback, with the tags of its numbers.
 
-A result holds numbers and knows its tags. It knows neither the callback that made it nor the run. What a callback
+A result holds numbers and knows their tags. It knows neither the callback that made it nor the run. What a callback
 decides, keeps or draws is not here.
 """
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lyapunov_lightning.training.results import Result
+from lyapunov_lightning.training.results import Result, known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,4 +63,4 @@ class LearningRateResult(Result):
             "quasi_newton_details/refuted": self.refuted,
             "quasi_newton_details/converged": self.converged,
         }
-        return {tag: float(value) for tag, value in found.items() if value is not None}
+        return known(found)

@@ -1,29 +1,29 @@
-"""What `NegativeCurvatureTracker` found."""
+"""The result of a measurement of `NegativeCurvatureTracker`."""
 
 from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lyapunov_lightning.training.results import Result, ranked
+from lyapunov_lightning.training.results import Result, known, ranked
 
 
 @dataclass(frozen=True, kw_only=True)
 class NegativeResult(Result):
-    """What `NegativeCurvatureTracker` found; None or empty where it did not look.
+    """The result of a measurement of `NegativeCurvatureTracker`; None or empty where nothing was measured.
 
     Attributes:
         lambda_min: The smallest eigenvalues, the most negative first, in the unit of the loss's second derivative.
-        lambda_max: The largest one.
-        negative_mass: Share of the negative ones in the sum of the moduli of these eigenvalues.
+        lambda_max: The largest eigenvalue.
+        negative_mass: Share of the negative eigenvalues in the sum of the moduli of all measured ones.
         gradient_components: Modulus of the component of the gradient on the measured data along each of the smallest
             eigenvectors.
-        gradient_norm: The norm of that gradient, to compare them with.
+        gradient_norm: The norm of that gradient, to compare the components with.
         residual: The largest ``‖Hv − λv‖`` of all pairs.
         converged: The share of the pairs whose residual met the tolerance.
         frozen: For each step at which directions were frozen, the curvature along its top and its bottom eigenvector.
         online_lambda_min: The running estimate of the smallest eigenvalue.
         online_residual: Its residual.
-        online_age: How many steps ago these two were measured.
+        online_age: How many steps ago the estimate and its residual were measured.
         descent_step: The length of the move that is to follow the optimizer's step, with the sign along the vector.
         matvecs: Hessian-vector products spent.
 
@@ -45,14 +45,14 @@ class NegativeResult(Result):
 
     @property
     def lambda_ratio(self) -> float | None:
-        """``|lambda_min[0]| / lambda_max``, where the latter is positive."""
+        """``|lambda_min[0]| / lambda_max`` if `lambda_max` is positive, else None."""
         return (
             abs(self.lambda_min[0]) / self.lambda_max if self.lambda_max is not None and self.lambda_max > 0 else None
         )
 
     @property
     def online_error(self) -> float | None:
-        """The relative error of the running estimate, where the eigenvalue itself is measured too."""
+        """The relative error of the running estimate, if the eigenvalue itself was measured too."""
         if self.online_lambda_min is None or not self.lambda_min or not self.lambda_min[0]:
             return None
         return abs(self.online_lambda_min - self.lambda_min[0]) / abs(self.lambda_min[0])
@@ -78,4 +78,4 @@ class NegativeResult(Result):
             "negative_details/descent_step": self.descent_step,
             "negative_details/matvecs": self.matvecs,
         }
-        return {tag: float(value) for tag, value in found.items() if value is not None}
+        return known(found)

@@ -1,23 +1,23 @@
-"""What `NudgedSGDHook` did."""
+"""The result of a measurement of `NudgedSGDHook`."""
 
 from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lyapunov_lightning.training.results import Result, ranked
+from lyapunov_lightning.training.results import Result, known, ranked
 
 
 @dataclass(frozen=True, kw_only=True)
 class NudgeResult(Result):
-    """What one measurement of `NudgedSGDHook` found.
+    """The result of a measurement of `NudgedSGDHook`.
 
     Attributes:
-        eigenvalues: The largest ones, in descending order.
+        eigenvalues: The largest eigenvalues, in descending order.
         residual: The largest residual ``‖Hv − λv‖`` among them.
         num_converged: How many of them met the tolerance, and are acted upon.
         matvecs: Hessian-vector products spent.
-        subspace_overlap: ``‖V_old V_newᵀ‖²_F / k`` with the eigenvectors acted upon before; None if there were none, or
-            those of other parameters, or if there are no new ones.
+        subspace_overlap: ``‖V_old V_newᵀ‖²_F / k`` with the eigenvectors that were acted upon before; None if there
+            were none, if they belong to other parameters, or if no new ones converged.
 
     """
 
@@ -35,6 +35,4 @@ class NudgeResult(Result):
             "nudge_details/converged": self.num_converged / len(self.eigenvalues),
             "nudge_details/matvecs": float(self.matvecs),
         }
-        if self.subspace_overlap is not None:
-            found["nudge_details/subspace_overlap"] = self.subspace_overlap
-        return found
+        return known({**found, "nudge_details/subspace_overlap": self.subspace_overlap})

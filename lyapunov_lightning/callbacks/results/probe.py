@@ -6,6 +6,9 @@ from typing_extensions import override
 
 from lyapunov_lightning.training.results import Result, known
 
+_DECISIVE = ("critical_sharpness", "preconditioned_lambda_max", "lambda_max")
+"""The fields that `ProbeResult.stability_limit` may be a limit on: the first one that was measured is the one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
@@ -64,9 +67,9 @@ class ProbeResult(Result):
         With the critical sharpness it is the learning rate over the critical one: above 1 the step raised the loss.
 
         """
-        counts = self.lambda_max if self.preconditioned_lambda_max is None else self.preconditioned_lambda_max
-        counts = counts if self.critical_sharpness is None else self.critical_sharpness
-        return None if counts is None or self.stability_limit is None else counts / self.stability_limit
+        measured: list[float | None] = [getattr(self, name) for name in _DECISIVE]
+        decisive = next((value for value in measured if value is not None), None)
+        return None if decisive is None or self.stability_limit is None else decisive / self.stability_limit
 
     @override
     def scalars(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `LossAlongEigvecScanner` found."""
+"""The result of a measurement of `LossAlongEigvecScanner`."""
 
 from dataclasses import dataclass
 
@@ -10,31 +10,34 @@ from lyapunov_lightning.training.results import Result, Row, finite, known
 
 @dataclass(frozen=True, kw_only=True)
 class ScanResult(Result):
-    """What `LossAlongEigvecScanner` found; None or empty where it did not look, or found nothing finite.
+    """The result of a measurement of `LossAlongEigvecScanner`.
+
+    Values are None or empty where nothing was measured, or nothing finite.
 
     Attributes:
         directions: The names of the directions: ``1`` ... for the eigenvectors of the upper end, ``min_1`` ... for
-            those of the lower end, ``random_1`` ... for random ones. What is one for each direction is in their order.
-        curvatures: The curvature along each direction, that of an eigenvector being its eigenvalue.
+            those of the lower end, ``random_1`` ... for random ones. All values of directions are in this order.
+        curvatures: The curvature along each direction, which for an eigenvector is its eigenvalue.
         gradient_components: The modulus ``|gᵀv|`` of the gradient's component along each.
-        unit_steps: The distance to the first minimum that was seen along the direction of descent; None where none was.
-        best_improvements: How far the loss falls on the way there.
+        unit_steps: The distance to the first minimum in the direction of descent; None if none was found.
+        best_improvements: How far the loss falls up to there.
         scales: Half widths of the windows over which loss and model are compared.
         curvature_fits: For each direction and each scale the second derivative of a quadratic fitted to the loss, in
             the unit of the eigenvalue.
-        curvature_fit_errors: The standard errors of these due to rounding: where the gradient's component is tiny the
-            window is so, too, and in float32 the fit then says nothing.
+        curvature_fit_errors: Their standard errors due to rounding. Where the gradient's component is tiny, so is the
+            window, and in float32 the fit then has no meaning.
         model_gaps: The largest distances between the loss and its quadratic model.
         sgd_steps: Multiples of an SGD step along the first direction.
-        expected_changes: The mean change of the loss at each of these.
+        expected_changes: The mean change of the loss at each of these multiples.
         sgd_step: The mean length of an SGD step along the first direction.
         surface: The loss at -5 ... 5 of these steps.
         loss: The loss at the parameters before the step.
-        noise: The standard deviation of its rounding errors; the search takes losses within four of these for equal.
+        noise: The standard deviation of its rounding errors. The search treats losses as equal that differ by less than
+            four of these.
         residual: The largest ``‖Hv − λv‖`` of the eigenpairs.
         converged: The share of the eigenpairs whose residual met the tolerance. An eigenvalue is the second derivative
             along its vector whether or not that has converged.
-        forward_passes: Evaluations of the loss on the measured data, each a forward pass for every batch of them. A
+        forward_passes: Evaluations of the loss on the measured data, each with a forward pass for every batch. A
             direction takes ``points`` for each scale, and 5 to 30 for the line search, at most 100; each of
             ``sgd_steps`` takes up to 10, and the surface 11.
         matvecs: Hessian-vector products spent.

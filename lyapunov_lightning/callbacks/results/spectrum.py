@@ -1,4 +1,4 @@
-"""What `SpectrumTracker` found."""
+"""The result of a measurement of `SpectrumTracker`."""
 
 import math
 from collections.abc import Mapping
@@ -6,35 +6,35 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from lyapunov_lightning.training.results import Result, ranked
+from lyapunov_lightning.training.results import Result, known, ranked
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedSpectrum(Result):
-    """What `SpectrumTracker` found; None or empty where it did not look.
+    """The result of a measurement of `SpectrumTracker`; None or empty where nothing was measured.
 
     Attributes:
         largest, smallest: The eigenvalues of both ends, the outermost first, in the unit of the loss's second
             derivative.
         residual: The largest residual ``‖Hv − λv‖`` among them; an eigenvalue of the Hessian lies within it.
-        converged: The share of them that met the tolerance.
+        converged: The share of the eigenvalues that met the tolerance.
         matvecs: Hessian-vector products spent on the Hessian as a whole, or differences of gradients.
-        negative_mass: Share of the negative ones in the sum of the moduli of the tracked eigenvalues, or of all
-            eigenvalues where the density is measured.
+        negative_mass: Share of the negative eigenvalues in the sum of the moduli of the tracked eigenvalues, or of all
+            eigenvalues if the density is measured.
         cosines_largest, cosines_smallest: Absolute cosine of the mini-batch gradients with each eigenvector, averaged
             over ten mini-batches of the data.
         gradient_in_top_subspace: Share of these gradients' squared norm in the span of the upper end's eigenvectors.
-        gradient_in_random_subspace: What a random vector has there.
-        subspace_overlap, subspace_overlap_first: Of that span with the one of the last and of the first measurement,
-            ``‖V_old V_newᵀ‖²_F / k``; 1 for the same.
+        gradient_in_random_subspace: The same share for a random vector, to compare with.
+        subspace_overlap, subspace_overlap_first: The overlap of that span with the one of the last and of the first
+            measurement, ``‖V_old V_newᵀ‖²_F / k``; 1 for equal spans.
         trace, frobenius_norm: Stochastic estimates for the whole Hessian.
         trace_error, frobenius_norm_error: Their standard errors.
         lambda_max_of: The largest eigenvalue of each diagonal block, by name.
         block_matvecs: Products spent on the blocks.
         exponents_largest, exponents_smallest: The Lyapunov exponents of gradient ascent and of the training map.
         paper_largest, paper_smallest: The eigenvalues in the paper's convention.
-        from_other_end: How many eigenvalues grow faster under these maps than what is left of their end, although they
-            are from the other one.
+        from_other_end: How many of the eigenvalues belong to the other end of the spectrum, and are among these because
+            they grow faster under the map than those left of their own end.
 
     """
 
@@ -91,4 +91,4 @@ class TrackedSpectrum(Result):
             **ranked("spectrum_details/paper_lambda_min", self.paper_smallest),
             **{f"spectrum_details/{name}": getattr(self, name) for name in (*further, *quality)},
         }
-        return {tag: float(value) for tag, value in found.items() if value is not None}
+        return known(found)

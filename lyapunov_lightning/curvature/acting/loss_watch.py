@@ -48,6 +48,10 @@ class LossWatch:
     What is far is told by the noise of the latest losses and by how far the loss has fallen since the beginning, and
     not by a factor: losses may be negative, and may end near zero.
 
+    `diagnosis.loss_spikes` counts spikes by other rules, for a report on a run that is over. Here the controller acts
+    on the verdict: it has to come while the parameters can still be saved, if need be at the first loss, and a false
+    one costs the steps since the parameters that are restored.
+
     Args:
         window: Losses whose mean and noise are held against each other.
 

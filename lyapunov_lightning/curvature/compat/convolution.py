@@ -17,7 +17,7 @@ Ints = int | Sequence[int]
 
 
 class _Geometry(NamedTuple):
-    """What describes a convolution beside its tensors, as the functions below pass it on."""
+    """All that describes a convolution except its tensors, as the functions below pass it on."""
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -78,7 +78,8 @@ class _InputGradient(_Bilinear):
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
-        inputs = grad.new_empty(1).expand(geometry.input_shape)  # of which the shape alone is looked at
+        # The gradient with respect to the inputs does not depend on them: PyTorch looks at their shape alone.
+        inputs = grad.new_empty(1).expand(geometry.input_shape)
         return geometry.gradient(0, grad, inputs, weight)
 
     @staticmethod
@@ -94,7 +95,7 @@ class _WeightGradient(_Bilinear):
 
     @staticmethod
     def forward(inputs: Tensor, grad: Tensor, geometry: _Geometry) -> Tensor:
-        weight = grad.new_empty(1).expand(geometry.weight_shape)
+        weight = grad.new_empty(1).expand(geometry.weight_shape)  # likewise
         return geometry.gradient(1, grad, inputs, weight)
 
     @staticmethod
@@ -129,6 +130,7 @@ def convolution(
     dimensions = weight.ndim - 2
     if input.ndim == dimensions + 1:
         return convolution(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    # Autocast knows PyTorch's own convolutions and not this one, so it does here what autocast would have done.
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -136,6 +138,8 @@ def convolution(
         bias = None if bias is None else bias.to(dtype)
     strides, dilations = _for_each(stride, dimensions), _for_each(dilation, dimensions)
     if padding == "same":
+        # An even kernel needs one row more on one side, which PyTorch puts at the end. The kernels below pad both sides
+        # alike, so that row is added to the image.
         total = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
         input = functional.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
         paddings: Sequence[int] = [t // 2 for t in total]

@@ -1,8 +1,8 @@
-"""What an error of PyTorch says of a derivative: that there is none, or that a device failed for the moment.
+"""What an error of PyTorch means for a derivative: that there is none, or that a device failed for the moment.
 
-PyTorch raises the same `RuntimeError` for all of it, so its words are read. What is raised while a gradient is
-differentiated, again when it is tried once more, but not while the gradient itself is taken, is a lack of a second
-derivative too, whatever the words.
+PyTorch raises the same `RuntimeError` for both, so its words are read. An error whose words say neither means that
+there is no second derivative if it comes while a gradient is differentiated, comes again at a second attempt, and does
+not come while the gradient itself is taken.
 """
 
 import re
@@ -51,16 +51,17 @@ def of_a_second_derivative() -> Iterator[None]:
 
 
 def may_pass(error: RuntimeError) -> bool:
-    """Whether it may go well the next time: a library of a device or of the network failed, or one cannot tell."""
+    """Whether a second attempt may succeed: a library of a device or of the network failed, or nobody knows what."""
     return _is_of_a_library(error) or (_is_of_interest(error) and hasattr(error, _MARK) and not _says_so(error))
 
 
 def lacks_derivative(error: RuntimeError) -> bool:
-    """Whether there is no second derivative, if the error is the same every time and there is a first one."""
+    """Whether there is no second derivative, given that the error comes every time and there is a first one."""
     return _is_of_interest(error) and (_says_so(error) or hasattr(error, _MARK)) and not _is_of_a_library(error)
 
 
 def _is_of_interest(error: RuntimeError) -> bool:
+    # Finite differences do not help against a lack of memory. They would hide it, and give another number.
     is_own = isinstance(error, (MeasurementError, torch.OutOfMemoryError))
     return not is_own and _MEMORY.search(str(error)) is None
 

@@ -25,6 +25,7 @@ from lyapunov_lightning.curvature.compat.convolution import convolution
 @contextmanager
 def eager() -> Iterator[None]:
     """Run what was compiled as it was written: compiled code has one derivative, and is compiled anew for a copy."""
+    # `set_stance` imports the compiler, which takes seconds; where nobody has imported it, nothing is compiled.
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -34,7 +35,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable_kernels(plain_rnn: bool = False) -> Iterator[None]:
-    """Choose kernels that have a second derivative, of attention and of recurrent layers.
+    """Choose kernels of attention and of recurrent layers that have a second derivative.
 
     Args:
         plain_rnn: Whether recurrent layers are computed from their parts, slowly; the fused ones have one derivative.
@@ -52,7 +53,11 @@ def twice_differentiable_kernels(plain_rnn: bool = False) -> Iterator[None]:
 
 @contextmanager
 def without_graph() -> Iterator[None]:
-    """Record no graph, and compute otherwise as if one was recorded: attention has a fast path of its own else."""
+    """Record no graph, and compute otherwise as if one was recorded.
+
+    Without a graph `nn.MultiheadAttention` takes a fused path in evaluation mode. Its rounding differs, so the loss
+    along a line would not fit the derivatives at its origin.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -80,6 +85,7 @@ class TwiceDifferentiableOperations(TorchFunctionMode):
     ) -> Any:
         function: Callable[..., Any] = _UNFUSED.get(func, func)
         kwargs = kwargs or {}
+        # An exception are parameters that are copied into a replica's under `no_grad`: their tangents are the point.
         if self._duals and not torch.is_grad_enabled():
             is_copy = func is Tensor.copy_ and len(args) > 1 and id(args[1]) in self._duals
             with forward_ad._set_fwd_grad_enabled(is_copy):
@@ -111,6 +117,7 @@ def _triangular_solve(
     transpose: bool = False,
     unitriangular: bool = False,
 ) -> Any:
+    # The transpose of an upper triangular matrix is a lower one, so `upper` turns round with `transpose`.
     matrix = A.mT if transpose else A
     solution = torch.linalg.solve_triangular(matrix, b, upper=upper != transpose, unitriangular=unitriangular)
     return torch.return_types.triangular_solve((solution, A.clone()))
@@ -240,6 +247,7 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep hooks on the parameters' gradients, the user's own, from seeing and changing those of a measurement."""
     with torch._C.DisableTorchFunction():  # a mode would see each look at a parameter
         registered = [parameter._backward_hooks for parameter in parameters if parameter.is_leaf]
+    # Emptied and filled again, and not replaced: a user's handle removes its hook from this very dictionary.
     kept = [(hooks, dict(hooks)) for hooks in registered if hooks]
     try:
         for hooks, _ in kept:
@@ -253,9 +261,9 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
 def check_twice_differentiable(loss: Tensor) -> bool:
     """Refuse a loss with functions in its graph whose backward pass autograd cannot see.
 
-    PyTorch itself raises for those that are marked as differentiable once, and only where the way from the gradient to
-    the parameters leads through such a function. What others hide, by computing in NumPy or in a kernel of their own,
-    it takes for a constant; that is noticed while the gradient is taken.
+    PyTorch itself raises for functions that are marked with ``@once_differentiable``, and only where the way from the
+    gradient to the parameters leads through such a function. What other functions hide, by computing in NumPy or in a
+    kernel of their own, it takes for a constant; that is noticed while the gradient is taken.
 
     Returns:
         Whether there are functions that were not PyTorch's own. The derivative of the loss with respect to itself, a
@@ -269,6 +277,7 @@ def check_twice_differentiable(loss: Tensor) -> bool:
     for node in nodes([loss]):
         function = getattr(node, "_forward_cls", None)
         if function is not None:
+            # The decorator leaves no mark but the code of the function that it wraps around.
             if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
                 raise RuntimeError(
                     f"{node.name()} is marked with @once_differentiable: it cannot be differentiated twice."
@@ -282,6 +291,7 @@ def _check_visible(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs
     """Refuse a backward pass, in which a graph is recorded, that has cut the graph."""
     if torch.is_grad_enabled() and any(entry is not None and entry.requires_grad for entry in grad_outputs):
         for entry in grad_inputs:
+            # A gradient that is zero everywhere, as that of an index, hides nothing.
             if entry is not None and not entry.requires_grad and bool(entry.any()):
                 raise RuntimeError(f"{name} hides its backward pass from autograd: it cannot be differentiated twice.")
 
@@ -295,16 +305,17 @@ def dtypes_behind(tensor: Tensor) -> set[torch.dtype]:
     return {dtype for dtype in found if dtype.is_floating_point} | {tensor.dtype}
 
 
-def nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+def nodes(tensors: Sequence[Tensor]) -> list[Any]:
     """The nodes of the graph behind some tensors, each once."""
+    # With a list of what is still to be visited: graphs of recurrent layers are deeper than Python may recurse.
     pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    seen: set[Any] = set()
+    seen: dict[Any, None] = {}
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(following for following, _ in node.next_functions)
+            seen[node] = None
+            pending += [following for following, _ in node.next_functions]
+    return list(seen)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-r"""How a gradient lies in the sharpest directions, and how far these turn.
+r"""How far the gradient lies along the sharpest directions, and how far these turn.
 
 - *Gradient alignment*: the cosines of the mini-batch gradients with single eigenvectors, and the share of their squared
-  norm inside the span of the upper end's eigenvectors. A random vector has ``k/n`` of it there.
+  norm inside the span of the upper end's eigenvectors. Of a random vector that share is ``k/n``.
 - *Subspace overlap*: the mean squared cosine of the principal angles between two spans, ``‖V_old V_newᵀ‖²_F`` over the
   smaller dimension. It is 1 where one span holds the other, and about ``k/n`` for random ones (G. Gur-Ari, D. Roberts
   and E. Dyer, "Gradient descent happens in a tiny subspace", 2018).
@@ -19,14 +19,14 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace, space_like
 
 @dataclass(frozen=True)
 class GradientAlignment:
-    """Where the mini-batch gradients lie, in the mean over the mini-batches.
+    """How far the mini-batch gradients lie along eigenvectors: means over the mini-batches.
 
     Attributes:
         largest: The absolute cosine with each eigenvector of the upper end.
         smallest: The same for the lower end.
         in_top_subspace: The share of the squared norm inside the span of the upper end's eigenvectors; None if there
             are none.
-        in_random_subspace: What a random vector has there, or any vector in a random subspace of that dimension.
+        in_random_subspace: The same share for a random subspace of that dimension, to compare with.
 
     """
 
@@ -51,6 +51,8 @@ def gradient_alignment(operator: LossHessian, pairs: Eigenpairs, max_batches: in
     vectors, count = pairs.vectors, pairs.num_largest
 
     def statistic(components: Tensor, norm: Tensor) -> Tensor:
+        # Moduli and squares, since gradients that point both ways along an eigenvector in turn would cancel, although
+        # all of them lie along it.
         cosines = components / norm if norm > 0 else torch.zeros_like(components)
         return torch.cat([cosines.abs(), cosines[:count].square().sum().reshape(1)])
 
@@ -90,7 +92,7 @@ def subspace_overlap(old: Tensor, new: Tensor, space: VectorSpace | None = None)
             "`old` and `new` should each hold at least one vector, all of one length, got the shapes"
             f" {tuple(old.shape)} and {tuple(new.shape)}."
         )
-    # Row by row, to need no second copy in full.
+    # Row by row: of old vectors in bfloat16 a whole converted copy would take as much memory as the new ones.
     space = space_like(new[0]) if space is None else space
     cosines = [space.inner(new, row.to(new)) for row in old]
     return float(torch.stack(cosines).square().sum()) / min(len(old), len(new))

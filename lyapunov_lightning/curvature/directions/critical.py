@@ -20,23 +20,23 @@ from lyapunov_lightning.curvature.directions.line_search import LossAlong
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 
 _FARTHEST = 2.0**20
-"""How far from where it begins a search goes, to both sides."""
+"""The largest factor, up and down, between where a search begins and where it looks."""
 
 _LEAP, _LEAP_IN_NOISE = 4.0, 16.0
-"""The factor between two points where the loss tells nothing of the distance, and where it is lost in its rounding."""
+"""The factor to the next point where the losses do not show how far the crossing is, and where all are rounding."""
 
 _DISTINCT = 4.0
-"""How many units in the last place a loss is above another to be higher: a sum of batches has several roundings."""
+"""How many units in the last place make a loss higher than another: a mean over batches is rounded several times."""
 
 _LINEAR, _NEARBY = 0.03, 0.1
 """By which share two rises may differ from being proportional to the distance, and what share of the loss the nearer
 one may be, for the loss to rise from the very beginning. Far out, losses rise in proportion too."""
 
-_FAR = 1.1
-"""The factor to the crossing from which on a point tells the slope there, and not the noise."""
+_SLOPE_FROM = 1.1
+"""How far from the crossing, as a factor, a point has to be to show the slope there and not the noise."""
 
 _MOST_EVALUATIONS = 40
-"""At the end of which a search gives up."""
+"""A search gives up after this many."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class CriticalSharpness:
         return {"eta": self._eta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self._eta = state["eta"]
 
 
@@ -155,6 +155,8 @@ class _Search:
                 eta = self._further_down(high)
             elif high[0] / low[0] > wide:
                 width = math.log(high[0] / low[0])
+                # Interpolation may cut off a sliver of the bracket at every point, where the loss is no parabola
+                # (ReLU, a spike): then bisect once, so that the width halves with every two points at least.
                 is_slow = before is not None and width > before / 2
                 eta = math.sqrt(low[0] * high[0]) if is_slow else self._between(low, high)
                 before = None if is_slow else width
@@ -222,6 +224,8 @@ class _Search:
 
     def _expected(self, first: _Point, second: _Point) -> float | None:
         """The crossing beyond two points; None where they are so near each other that they failed to reach one."""
+        # Points on a search's way out are a factor of 2 or more apart, unless a step to an expected crossing fell short
+        # of it: extrapolated from two such neighbours, the next one could fall short again and again.
         return _crossing(first, second) if second[0] > 1.9 * first[0] else None
 
     def _between(self, low: _Point, high: _Point) -> float:
@@ -230,6 +234,8 @@ class _Search:
         crossing = self._interpolated(low, high)
         if crossing is None:
             return middle
+        # Not at the crossing itself, where rounding would decide which end of the bracket the point replaces: beyond it
+        # by the tolerance it replaces the far one, and one more evaluation closes the bracket.
         return crossing * (1 + self._tol) if crossing < middle else crossing / (1 + self._tol)
 
     def _interpolated(self, low: _Point, high: _Point) -> float | None:
@@ -253,6 +259,8 @@ class _Search:
         """The middle of the bracket, once a point there has halved it and shown what noise there is."""
         middle = self._see(math.sqrt(low[0] * high[0]))
         noise = self._noise
+        # Over a bracket of a few per cent the rise is a straight line, so what the middle is off it by is noise: more
+        # than a few last places where kernels sum in another order at each call.
         if math.isfinite(high[1]):
             share = (middle[0] - low[0]) / (high[0] - low[0])
             noise = max(noise, abs(middle[1] - low[1] - share * (high[1] - low[1])))
@@ -266,7 +274,9 @@ class _Search:
         far = [
             point
             for point in self._points
-            if math.isfinite(point[1]) and not eta / _FAR < point[0] < eta * _FAR and abs(point[1]) > self._noise
+            if math.isfinite(point[1])
+            and not eta / _SLOPE_FROM < point[0] < eta * _SLOPE_FROM
+            and abs(point[1]) > self._noise
         ]
         if far:
             other, rise = min(far, key=lambda point: abs(math.log(point[0] / eta)))

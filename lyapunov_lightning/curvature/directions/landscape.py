@@ -1,4 +1,4 @@
-r"""The loss along a line, beside the quadratic that its derivatives promise.
+r"""The loss along a line, compared with the quadratic that its derivatives predict.
 
 Along a unit vector :math:`u` that points downhill, the loss :math:`t \mapsto L(\theta + tu)` begins with the slope
 :math:`-|g^\top u|` and the curvature :math:`u^\top Hu`. How long that lasts is seen in two ways: the curvature of a
@@ -7,8 +7,8 @@ at slope over curvature and, where the curvature is negative, nowhere ("Negative
 neural networks", secs. 2.3 and 2.4).
 
 Losses carry rounding errors, in float32 one of about 1e-7 of the loss, and the differences that matter here are often
-smaller. So the fit comes with its standard error, and the search for a minimum takes two losses for equal that are
-nearer to each other than the noise.
+smaller. So the fit comes with its standard error, and the search for a minimum treats two losses as equal that differ
+by less than the noise.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,11 @@ from torch import Tensor
 from lyapunov_lightning.curvature.directions.line_search import LineSearch, LossAlong, first_minimum
 
 _DISTINCT = 4.0
-"""How many standard deviations of the noise apart two losses are taken to differ: a search makes many comparisons."""
+"""The number of standard deviations of the noise by which two losses have to differ to count as different. A search
+makes many comparisons, and a single wrong one ends it at a minimum that is none."""
 
 _NOISE_POINTS = 9
-"""Evaluations that it takes to measure the noise: five fourth differences."""
+"""Evaluations to measure the noise: they give five fourth differences."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class NoisyLoss:
     Attributes:
         value: The loss.
         noise: The standard deviation of its rounding errors.
-        num_evaluations: Evaluations of the loss that it took.
+        num_evaluations: Evaluations of the loss that this took.
 
     """
 
@@ -48,7 +49,7 @@ class QuadraticFit:
 
     Attributes:
         curvature: Its second derivative, in the unit of the eigenvalues.
-        error: The standard error of the curvature that the noise of the losses causes.
+        error: The standard error of the curvature, as far as it comes from the noise of the losses.
 
     """
 
@@ -83,11 +84,11 @@ class Window:
 
 @dataclass(frozen=True)
 class LineScan:
-    """All that is looked at along one line.
+    """What was measured along one line.
 
     Attributes:
         windows: The loss over each of the windows.
-        search: The first minimum that was seen.
+        search: The first minimum.
 
     """
 
@@ -111,7 +112,7 @@ def scan_line(
     points: int = 11,
     max_bracket: float = 1000.0,
 ) -> LineScan:
-    """Look at the loss along a line that goes downhill.
+    """Evaluate the loss along a line that begins downhill.
 
     Args:
         loss_along: The loss at distances along the line.
@@ -121,8 +122,8 @@ def scan_line(
         scales: Half widths of the windows, in multiples of `unit`.
         unit: A distance; windows of no width are left out.
         points: Evaluations in each window, from one end to the other.
-        max_bracket: How far to search for a minimum, in multiples of slope over modulus of the curvature: where a
-            quadratic of positive curvature has its minimum.
+        max_bracket: How far to search for a minimum, in multiples of the slope over the modulus of the curvature,
+            which is where a quadratic of positive curvature has its minimum.
 
     Example::
 
@@ -164,7 +165,7 @@ def scan_line(
 
 
 def quadratic_fit(distances: Tensor, losses: Tensor, *, noise: float = 0.0) -> QuadraticFit:
-    """The curvature of the quadratic that is nearest to the losses in least squares.
+    """The curvature of the quadratic that fits the losses best in least squares.
 
     Args:
         distances: Shape ``(m,)``, with at least 3 different ones.
@@ -180,10 +181,12 @@ def quadratic_fit(distances: Tensor, losses: Tensor, *, noise: float = 0.0) -> Q
         6.0
 
     """
-    unit = float(distances.abs().max())
+    unit = float(distances.abs().max())  # or the columns differ by orders of magnitude, and their rounding counts
     powers = torch.stack([torch.ones_like(distances), distances / unit, (distances / unit).square()], dim=1)
+    # The fit is linear in the losses, so that independent errors of them add up to `noise` times the norm of this row.
     row = torch.linalg.pinv(powers)[2] * (2 / unit**2)
-    middle = losses[distances.abs().argmin()]  # the row is orthogonal to constants, but for rounding
+    # The row is orthogonal to constants up to rounding, which a large loss would multiply.
+    middle = losses[distances.abs().argmin()]
     return QuadraticFit(float(row @ (losses - middle)), noise * float(row.norm()))
 
 
@@ -192,12 +195,12 @@ def noisy_loss(loss_along: LossAlong, spacing: float, *, precision: float) -> No
 
     Over short distances the fourth differences of the loss itself all but vanish, and those of its errors stay (J. Moré
     and S. Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33, 2011). Errors that happen to be the same at
-    all points do not show, so the noise is at least one unit in the last place of the loss.
+    all points do not show, so the noise is taken to be at least one unit in the last place of the loss.
 
     Args:
         loss_along: The loss at distances along a line.
-        spacing: The distance between two points, small beside those over which the loss bends.
-        precision: The last place in relation to the loss, such as ``torch.finfo(torch.float32).eps``.
+        spacing: The distance between two points, small compared with distances over which the loss bends.
+        precision: The relative size of one unit in the last place, such as ``torch.finfo(torch.float32).eps``.
 
     Example::
 
@@ -209,6 +212,7 @@ def noisy_loss(loss_along: LossAlong, spacing: float, *, precision: float) -> No
 
     """
     losses = loss_along([spacing * index for index in range(_NOISE_POINTS)])
-    fourth = losses.diff(n=4).square().mean() / 70  # the sum of the squares of 1, -4, 6, -4, 1
+    # Independent errors of variance s² have fourth differences of variance 70 s²: 1 + 16 + 36 + 16 + 1.
+    fourth = losses.diff(n=4).square().mean() / 70
     value = float(losses[0])
     return NoisyLoss(value, max(float(fourth.sqrt()), precision * abs(value)), len(losses))

@@ -1,10 +1,10 @@
 r"""The loss along directions in parameter space, in two units: the gradient's component, and steps of SGD.
 
 Along an eigenvector :math:`v` a step of length :math:`\alpha|g^\top v|` against the gradient's component is a step of
-gradient descent with learning rate :math:`\alpha`, so that the minimum of a quadratic loss is at
+gradient descent with learning rate :math:`\alpha`, so that a quadratic loss has its minimum at
 :math:`\alpha = 1/\lambda` in every direction ("Negative eigenvalues of the Hessian in deep neural networks", secs. 2.3
-and 2.4). What SGD itself does along it is seen with the gradients of its mini-batches and its own learning rate ("On
-the relation between the sharpest directions of DNN loss and the SGD step length", sec. 3.2).
+and 2.4). What SGD itself does along :math:`v` is measured with the gradients of its mini-batches and its own learning
+rate ("On the relation between the sharpest directions of DNN loss and the SGD step length", sec. 3.2).
 """
 
 import math
@@ -23,10 +23,11 @@ from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 Units = Literal["gradient", "norm"]
 
 SURFACE = range(-5, 6)
-"""The steps of SGD at which the loss is looked at, to both sides."""
+"""The multiples of an SGD step at which the loss is evaluated, to both sides."""
 
-_NEARBY = 1e-5
-"""The distance, in relation to the norm of the parameters, between the points at which the rounding is measured."""
+_NOISE_SPACING = 1e-5
+"""The distance between the points at which the rounding is measured, in relation to the norm of the parameters. It has
+to be long enough for each evaluation to round differently, and short enough for the loss itself to stay smooth."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class DirectionScan:
     """The loss along a direction.
 
     Attributes:
-        curvature: That along the direction.
+        curvature: The curvature along the direction.
         slope: The modulus of the gradient's component along it.
-        line: What was found on the side on which the loss falls.
+        line: The loss on the line through the parameters, with positive distances where the loss falls.
 
     """
 
@@ -64,9 +65,9 @@ class StepScan:
     """The loss along a direction, in steps of SGD.
 
     Attributes:
-        mean_length: The mean length of a step's part along the direction.
+        mean_length: The mean length of the steps' components along the direction.
         changes: For each multiple of a step, the mean change of the loss.
-        surface: The loss at the distances `SURFACE`, in mean lengths.
+        surface: The loss at the multiples `SURFACE` of the mean length.
         num_evaluations: Evaluations of the loss.
 
     """
@@ -81,8 +82,8 @@ def random_directions(operator: LinearOperator, count: int, seed: int = 0) -> It
     """Random directions, the same for the same seed; one at a time, to spare memory.
 
     Args:
-        operator: The Hessian, of which each of them takes one product.
-        count: How many.
+        operator: The Hessian; each direction takes one product.
+        count: The number of directions.
         seed: Seed of the vectors.
 
     Raises:
@@ -106,7 +107,7 @@ def parameter_norm(operator: LossHessian) -> float:
 
 
 def noisy_start(operator: LossHessian, gradient: Tensor) -> NoisyLoss:
-    """The loss at the present parameters and its rounding, along a line on which the parameters hardly change.
+    """The loss at the present parameters and the size of its rounding errors.
 
     Raises:
         NonFiniteCurvatureError: If the loss or the gradient is not finite.
@@ -116,7 +117,7 @@ def noisy_start(operator: LossHessian, gradient: Tensor) -> NoisyLoss:
     size = parameter_norm(operator)
     start = noisy_loss(
         lambda distances: operator.values_along(gradient, distances),
-        _NEARBY * size / norm if norm else 0.0,
+        _NOISE_SPACING * size / norm if norm else 0.0,
         precision=torch.finfo(operator.dtype).eps,
     )
     if not math.isfinite(start.value + norm):
@@ -135,7 +136,7 @@ def scan_direction(
     points: int = 11,
     max_bracket: float = 1000.0,
 ) -> DirectionScan:
-    """Look at the loss along a direction, on the side on which it falls.
+    """Evaluate the loss along a direction, and look for the first minimum on the side on which it falls.
 
     Args:
         operator: The Hessian at the present parameters.
@@ -163,6 +164,7 @@ def scan_direction(
 
     """
     component = float(operator.space.inner(gradient, direction.vector))
+    # An eigenvector's sign is arbitrary: the solver may give either.
     slope, downhill = abs(component), -1.0 if component > 0 else 1.0
 
     def loss_along(distances: Sequence[float]) -> Tensor:
@@ -190,7 +192,7 @@ def scan_steps(
     lr: float,
     multiples: Sequence[float],
 ) -> StepScan:
-    """Look at the loss along a direction in steps of SGD.
+    """Evaluate the loss along a direction at multiples of the steps that SGD would take.
 
     Args:
         operator: The Hessian at the present parameters.
@@ -198,9 +200,10 @@ def scan_steps(
         start_loss: The loss at the present parameters.
         components: The components of mini-batch gradients along the direction.
         lr: The learning rate.
-        multiples: Of each step, at which the change of the loss is averaged over the mini-batches.
+        multiples: The multiples of each step at which the change of the loss is averaged over the mini-batches.
 
     """
+    # All distances in one call: the operator goes through the data once for all of them.
     steps = [-lr * component for component in components]
     mean_length = sum(map(abs, steps)) / len(steps)
     distances = [multiple * step for multiple in multiples for step in steps]
@@ -213,16 +216,18 @@ def scan_steps(
 def batch_components(
     operator: LossHessian, vector: Tensor, max_batches: int, *, rank: int = 0, world_size: int = 1
 ) -> list[float]:
-    """The mini-batch gradients' components along a vector, those of all ranks in turn, up to so many.
+    """The components of mini-batch gradients along a vector, with those of the ranks in turn.
 
     Args:
-        operator: The Hessian, of whose batches the gradients are.
+        operator: The Hessian, whose batches are used.
         vector: The vector, of shape ``(size,)``.
-        max_batches: How many batches to use.
+        max_batches: The largest number of components.
         rank: The rank of a distributed measurement.
         world_size: How many ranks there are; all of them have to call this together.
 
     """
+    # `mean_over_batches` gives one mean to all ranks. For single values each batch of each rank has a slot to itself,
+    # in which all others have zeros.
     slots = max_batches * world_size
     number = 0
 
@@ -236,6 +241,6 @@ def batch_components(
 
     means = operator.mean_over_batches(vector[None], in_own_slot, 2 * slots, max_batches)
     means = means.view(2, slots).cpu().double()
-    taken = means[1] > 0  # the mean of a slot is its entry over the number of all batches
+    taken = means[1] > 0  # a slot's mean is its entry divided by the number of all batches, and so is its 1
     components: list[float] = (means[0, taken] / means[1, taken]).tolist()
     return components[:max_batches]

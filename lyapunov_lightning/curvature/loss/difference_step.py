@@ -2,12 +2,12 @@
 
 The central difference of gradients over ``h`` errs by ``h²`` times a fourth derivative of the loss, and by the rounding
 of the gradients over ``h``. Neither is known beforehand: on a sharp transformer in float32 the best step is a hundredth
-of that on a small network. But a quarter of the step changes the difference by nearly all that was wrong with it, so
-that the changes from step to step say where the error is least.
+of the best one on a small network. But with a quarter of the step 15/16 of the first error are gone, so that the
+difference changes by nearly all that was wrong with it: the changes from step to step say where the error is least.
 
-Kinks, those of ReLU, have no best step. The fewer of them lie within the step the more each of them counts, until
-suddenly none is left in this direction while some remain in others: the changes do not become smaller, or all at once,
-and no smaller after that. There the first, long step is kept.
+With kinks, such as those of ReLU, there is no best step. The fewer of them lie within the step, the more each of them
+counts, until suddenly none is left in this direction while some remain in others: the changes do not become smaller, or
+they do all at once, and no smaller after that. There the first, long step is kept.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,20 +26,20 @@ _RATIO = 4
 _MAX_CHANGES = 5
 """How many times it is made shorter at most."""
 
-_WELL = 1e-2
-"""A change of the product, relative to it, by which the shorter step is known to be short enough: a sixteenth of it is
-left over, and several times as much in the directions where the loss is least like a parabola."""
+_SMALL_CHANGE = 1e-2
+"""A change of the product, relative to it, at which the shorter step is short enough: a sixteenth of the change is left
+as an error, and several times as much in the directions where the loss is least like a parabola."""
 
-_FAIRLY = 5e-2
+_TOLERABLE_CHANGE = 5e-2
 """A change that is good enough where rounding does not allow for a smaller one."""
 
-_SUDDEN = 64
-"""A change that is so many times smaller than the one before it is no error that goes with ``h²``, which would be 16
-times smaller, or some 30 times where ``h⁴`` counts as well."""
+_SUDDEN_DROP = 64
+"""A change that is so many times smaller than the one before is no error that falls with ``h²``, which would make it 16
+times smaller, or some 30 times where ``h⁴`` counts as well: the last kink has left the step."""
 
 
 def first_step(parameters: Iterable[Tensor], space: VectorSpace) -> float:
-    """The longest step to be tried: a length, but no more than the parameters and no less than their rounding allows.
+    """The longest step to be tried: longer for many or large parameters, and never longer than they are themselves.
 
     Args:
         parameters: What the loss is a function of. Those that are not trained do not count.
@@ -47,6 +47,7 @@ def first_step(parameters: Iterable[Tensor], space: VectorSpace) -> float:
 
     """
     trained = [parameter.detach() for parameter in parameters if parameter.requires_grad]
+    # A step has to be far above the rounding of each parameter, so the coarsest dtype decides.
     narrow = any(parameter.dtype != torch.float64 for parameter in trained)
     longest = FIRST_STEPS[torch.float32 if narrow else torch.float64]
     if not trained:
@@ -73,7 +74,7 @@ def fitting_step(
     """
     if not float(space.agreed(space.norm(gradient)[None])):
         gradient = space.random(torch.Generator().manual_seed(0))
-    # A product turns towards the directions of large curvature, which are those that bend most and are asked for.
+    # A product turns towards the directions of large curvature: there the loss bends most, and there solvers look.
     direction = difference(gradient, longest)
     steps, changes = [longest], []
     coarse = difference(direction, longest)
@@ -83,7 +84,7 @@ def fitting_step(
         length, change = space.agreed(torch.stack([space.norm(fine), space.norm(coarse.sub_(fine))])).tolist()
         coarse = fine
         changes.append(change / length if length else change)
-        if not changes[-1] < float("inf") or _is_settled(changes):
+        if not changes[-1] < float("inf") or _is_settled(changes):  # NaN compares false, and ends it as well
             break
     return steps[_best(changes)]
 
@@ -91,9 +92,9 @@ def fitting_step(
 def _is_settled(changes: list[float]) -> bool:
     """Whether it is known what the best step is."""
     *before, change = changes
-    if before and before[-1] <= _FAIRLY and change > before[-1]:  # nothing but rounding is left
+    if before and before[-1] <= _TOLERABLE_CHANGE and change > before[-1]:  # nothing but rounding is left
         return True
-    return change <= _WELL and not _is_sudden(changes, len(before))
+    return change <= _SMALL_CHANGE and not _is_sudden(changes, len(before))
 
 
 def _best(changes: list[float]) -> int:
@@ -101,7 +102,7 @@ def _best(changes: list[float]) -> int:
     if not all(change < float("inf") for change in changes):
         return 0
     lowest = min(range(len(changes)), key=changes.__getitem__)
-    if changes[lowest] > _FAIRLY or _is_sudden(changes, lowest):
+    if changes[lowest] > _TOLERABLE_CHANGE or _is_sudden(changes, lowest):
         return 0
     if lowest + 1 == len(changes):
         return lowest + 1
@@ -112,4 +113,4 @@ def _best(changes: list[float]) -> int:
 
 
 def _is_sudden(changes: list[float], place: int) -> bool:
-    return place > 0 and changes[place - 1] > _SUDDEN * changes[place]
+    return place > 0 and changes[place - 1] > _SUDDEN_DROP * changes[place]

@@ -30,7 +30,8 @@ class Evaluation:
     Attributes:
         loss: The loss of one batch, a scalar.
         leaves: What it is to be differentiated with respect to, in the order of the parameters.
-        num_samples: Tells the number of samples that the loss is the mean of.
+        num_samples: Returns the number of samples that the loss is the mean of. A function, since a step may log its
+            batch size, and Lightning warns where it has to guess: nobody is asked who need not be.
         owner: What has to live as long as the graph of the loss.
         is_recomputed: Whether layers are evaluated again when the loss is differentiated, which can happen only where
             the loss was evaluated.
@@ -48,25 +49,32 @@ class Evaluation:
 class Objective(Protocol):
     """A mean loss of a batch that can be evaluated at other values of its parameters.
 
-    One that evaluates a copy of the model may say so in an attribute ``is_copied = True``: it saves the search for what
-    could be changed from outside.
+    An objective that evaluates a copy of the model may say so in an attribute ``is_copied = True``. Nothing of a copy
+    can be changed from outside, so it is not watched.
     """
 
     def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> AbstractContextManager[Evaluation]:
-        """Evaluate the loss of a batch, with `values`, if any, in place of the parameters also while it lasts."""
+        """Evaluate the loss of a batch, with `values`, if any, in place of the parameters while the block lasts."""
 
 
 class Total:
-    """A weighted sum over this rank's batches.
+    """A weighted sum over this rank's batches, and over those of all ranks once they have met.
 
     Args:
-        buffer: What it is summed up in.
+        buffer: The memory of the sum.
+
+    Attributes:
+        sum: The sum, and the mean in its place once the ranks have met.
+        weight: The sum of the weights.
+        is_flagged: A message to the other ranks, that this one needs something done before there can be a mean: set by
+            any of them, seen by all once they have met. There is no mean then.
 
     """
 
     def __init__(self, buffer: Tensor) -> None:
         self.sum = buffer
         self.weight = 0.0
+        self.is_flagged = False
 
     def add(self, part: Tensor, weight: float) -> None:
         """Add one batch's part."""
@@ -86,12 +94,12 @@ class FixedBatches:
         objective: The loss.
         batches: This rank's batches.
         space: The space of the vectors in which sums are taken.
-        weights: Number of samples of each batch; as their evaluation tells if None.
+        weights: Number of samples of each batch; if None, each batch's evaluation says it.
         ranks: The ranks of which each has its batches; a single one if None.
 
     Attributes:
         kernels: The context in which the loss is evaluated, to choose PyTorch's kernels. Dropout in attention draws its
-            mask in the kernel, so that values and derivatives with different kernels are not those of one function.
+            mask in the kernel, so that the value by one kernel and the derivative by another belong to two functions.
 
     """
 
@@ -128,7 +136,7 @@ class FixedBatches:
 
     @property
     def is_copied(self) -> bool:
-        """Whether the loss says that it is evaluated on a copy of the model, of which nothing is left to be changed."""
+        """Whether the loss says that it is evaluated on a copy of the model, which nobody can change afterwards."""
         return bool(getattr(self._objective, "is_copied", False))
 
     @property
@@ -141,7 +149,7 @@ class FixedBatches:
         return [tensor for member in _members(self._batches[index]) if (tensor := _as_tensor(member)) is not None]
 
     def forget_weights(self) -> None:
-        """Let the next evaluation of each batch tell its number of samples again, unless that was given."""
+        """Ask the next evaluation of each batch for its number of samples again, unless that was given."""
         self._weights = list(self._given_weights)
 
     @contextmanager
@@ -167,7 +175,9 @@ class FixedBatches:
             watched_checkpointing() as hooks,
             self._objective.evaluated(self._batches[index], values) as evaluation,
         ):
-            if index + 1 == len(self._random_states) < len(self):  # where the next batch begins
+            # Each batch begins where the one before it ended, as in a training step over all of them; with one state
+            # for all, every batch would have the same dropout mask, and their mean a larger variance.
+            if index + 1 == len(self._random_states) < len(self):
                 self._random_states.append(RandomState.capture())
             if self._weights[index] is None:
                 self._weights[index] = float(evaluation.num_samples())
@@ -175,30 +185,36 @@ class FixedBatches:
 
     @contextmanager
     def mean(self, size: int, dtype: torch.dtype | None = None) -> Iterator[Total]:
-        """Turn a sum over this rank's samples into the mean over those of all ranks: one collective.
+        """Turn a sum over this rank's samples into the mean over the samples of all ranks: one collective.
 
         Args:
             size: The length of what is summed.
             dtype: Its dtype; that of the vectors if None.
 
         Yields:
-            The sum to add to; its ``sum`` is the mean once the block is left.
+            The sum to add to; its ``sum`` is the mean once the block is left, unless a rank raised the flag.
 
         Raises:
             PeerFailureError: If another rank failed.
             MeasurementError: If no rank has a batch.
 
         """
-        buffer = torch.zeros(size + 2, dtype=dtype or self._space.dtype, device=self._space.device)
-        total = Total(buffer[:-2])
+        # One message a product: the sum, its weight, the flag, and the number of ranks that failed.
+        buffer = torch.zeros(size + 3, dtype=dtype or self._space.dtype, device=self._space.device)
+        total = Total(buffer[:size])
         with self._ranks.summing(buffer):
             yield total
-            buffer[-2] = total.weight
-        count = total.weight if self._ranks.is_single else float(buffer[-2])
-        if count == 0:
+            buffer[size] = total.weight
+            buffer[size + 1] = total.is_flagged
+        if not self._ranks.is_single:
+            total.weight, num_flagged = buffer[size : size + 2].tolist()
+            total.is_flagged = num_flagged > 0
+        if total.is_flagged:
+            return
+        if total.weight == 0:
             raise MeasurementError("No rank has a batch to measure the curvature on.")
-        if count != 1:
-            total.sum.div_(count)
+        if total.weight != 1:
+            total.sum.div_(total.weight)
 
 
 def _checked_scalar(loss: object) -> Tensor:
@@ -239,7 +255,7 @@ def num_samples(batch: Any) -> int:
 
 
 def _members(batch: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """The tensors and the arrays of a nested structure, in order; objects that hold each other are looked into once."""
+    """The tensors and the arrays of a nested structure, in order; objects that hold each other are visited once."""
     seen = set() if seen is None else seen
     if isinstance(batch, type) or id(batch) in seen:
         return

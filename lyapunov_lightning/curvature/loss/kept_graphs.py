@@ -1,17 +1,18 @@
 """Gradient graphs that are kept from product to product: as many as fit, and only as long as they are up to date."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.compat.operations import nodes
-from lyapunov_lightning.curvature.loss.fingerprints import Fingerprint, joined
-from lyapunov_lightning.curvature.loss.sources import Modes, Sources, are_switched
+from lyapunov_lightning.curvature.loss.freshness import Freshness, LossInputs
 
 
-class GradientGraph(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class GradientGraph:
     """The gradient of a batch with its graph, and what that graph needs alive; not the loss, which may hold more.
 
     Attributes:
@@ -21,19 +22,28 @@ class GradientGraph(NamedTuple):
 
     """
 
-    gradient: list[Tensor | None]
+    gradient: Sequence[Tensor | None]
     leaves: Sequence[Tensor]
     owner: object
 
+    @property
+    def tensors(self) -> Sequence[Tensor | None]:
+        """The tensors whose graphs are kept."""
+        return self.gradient
 
-class KeptGraphs:
+
+Graph = TypeVar("Graph", bound=GradientGraph)
+"""What is kept of a batch."""
+
+
+class KeptGraphs(Generic[Graph]):
     """The gradient graphs of some batches.
 
-    A graph is out of date once a tensor that it was computed from holds something else, a layer was switched between
-    training and evaluation, or another precision is in force. Then all are dropped.
+    Once anything has changed that one of them was computed from, see `freshness`, all are dropped: what changes in a
+    training are the parameters, which all of them share.
 
     Args:
-        parameters: What the gradients are those of.
+        parameters: What the gradients are taken with respect to.
         max_bytes: The most memory that they may hold.
 
     Attributes:
@@ -44,14 +54,12 @@ class KeptGraphs:
     def __init__(self, parameters: Sequence[Tensor], max_bytes: int) -> None:
         self._parameters = parameters
         self._max_bytes = max_bytes
+        self._freshness = Freshness(parameters)
         self.bytes = 0
-        self._graphs: dict[int, GradientGraph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._too_large: set[int] = set()
-        self._fingerprints: list[Fingerprint] = []
-        self._modes: Modes = {}
-        self._precision: list[tuple[bool, torch.dtype]] = []
 
-    def __getitem__(self, index: int) -> GradientGraph | None:
+    def __getitem__(self, index: int) -> Graph | None:
         """The graph of a batch, if it is kept."""
         return self._graphs.get(index)
 
@@ -59,74 +67,55 @@ class KeptGraphs:
         """Whether the graph of a batch may fit."""
         return self._max_bytes > 0 and index not in self._too_large
 
-    def keep(self, index: int, graph: GradientGraph, batch: Sequence[Tensor], sources: Sources | None = None) -> bool:
+    def keep(self, index: int, graph: Graph, batch: Sequence[Tensor], found: LossInputs | None = None) -> bool:
         """Keep a graph for further products if there is room for it.
 
         Args:
             index: The batch.
             graph: Its graph.
             batch: The tensors in the batch.
-            sources: What else it was computed from, if that was watched.
+            found: What else it was computed from, if that was watched.
 
         """
         if not self.has_room(index):
             return False
-        precision = self._present_precision()
-        if self._graphs and precision != self._precision:
+        if not self._graphs:
+            self._freshness.forget()
+        elif not self._freshness.is_in_force():
             return False
-        self._precision = precision
-        fingerprints = [Fingerprint([*self._parameters, *batch]), *(sources.fingerprints if sources else [])]
-        there_before = [tensor for fingerprint in fingerprints for tensor in fingerprint.tensors]
-        num_bytes = graph_bytes([entry for entry in graph.gradient if entry is not None], besides=there_before)
+        inputs = found.tensors if found is not None else []
+        there_before = [*self._parameters, *batch, *inputs]
+        num_bytes = graph_bytes([tensor for tensor in graph.tensors if tensor is not None], besides=there_before)
         if self.bytes + num_bytes > self._max_bytes:
             self._too_large.add(index)
             return False
         self._graphs[index] = graph
         self.bytes += num_bytes
-        self._fingerprints += fingerprints
-        self._modes.update(sources.modes if sources else {})
+        self._freshness.remember(batch, inputs, found)
         return True
 
     def refresh(self) -> None:
         """Drop the graphs if they are out of date."""
-        if not self._graphs:
-            return
-        if self._is_outdated():
+        if self._graphs and self._freshness.is_stale():
             self.drop()
-            return
-        limits = {fingerprint.max_bytes for fingerprint in self._fingerprints}
-        if len(limits) < len(self._fingerprints):  # those of several batches
-            alike = [[f for f in self._fingerprints if f.max_bytes == limit] for limit in limits]
-            self._fingerprints = list(map(joined, alike))
 
     def drop(self) -> None:
         """Free the memory of the graphs."""
         self._graphs.clear()
         self._too_large.clear()
-        self._fingerprints.clear()
-        self._modes.clear()
+        self._freshness.forget()  # which keeps the tensors alive
         self.bytes = 0
-
-    def _is_outdated(self) -> bool:
-        if are_switched(self._modes) or self._precision != self._present_precision():
-            return True
-        return any(fingerprint.is_changed() for fingerprint in self._fingerprints)
-
-    def _present_precision(self) -> list[tuple[bool, torch.dtype]]:
-        """In which dtypes the operations of a loss are performed at present."""
-        kinds = dict.fromkeys(("cpu", *(parameter.device.type for parameter in self._parameters)))
-        return [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
 
 
 def graph_bytes(tensors: Sequence[Tensor], besides: Sequence[Tensor] = ()) -> int:
     """The memory that the graph behind some tensors holds, and the tensors themselves, each byte once.
 
-    Memory is freed as a whole: of what the graph has made itself a small view holds all that it is a view of. Hooks on
-    saved tensors would tell of them more easily, but with those no transform of ``torch.func`` works.
+    Memory is freed as a whole: a small view of what the graph has made holds all that it is a view of. Hooks on saved
+    tensors would find these tensors more easily, but under such hooks no transform of ``torch.func`` works.
 
     Args:
         tensors: The tensors.
-        besides: Tensors that were there before, whose memory and that of other views of it does not count.
+        besides: Tensors that were there before. Their memory does not count, nor do other views of it.
 
     """
     not_counted = {tensor.untyped_storage().data_ptr() for tensor in besides if _has_storage(tensor)}

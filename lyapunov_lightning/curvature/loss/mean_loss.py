@@ -22,11 +22,15 @@ class MeanLoss:
         parameters: What it is a function of.
         layout: How they form a vector.
 
+    Attributes:
+        batches: The loss with its batches.
+        parameters: What it is a function of.
+
     """
 
     def __init__(self, batches: FixedBatches, parameters: Sequence[Tensor], layout: FlatLayout) -> None:
         self.batches = batches
-        self._parameters = parameters
+        self.parameters = parameters
         self._layout = layout
         self.reset()
 
@@ -96,11 +100,15 @@ class MeanLoss:
         with torch._C.DisableTorchFunction():  # the modes of the loss would see each look at a parameter
             one = torch.ones_like(loss)
             if create_graph:
+                # PyTorch takes for a constant what a function computes without it from the incoming gradient. With a
+                # one that requires a gradient itself, what comes out of such a function shows that it lost its graph.
                 one.requires_grad_(check_twice_differentiable(loss))
             is_trained = [leaf.requires_grad for leaf in leaves]
             trainable = list(compress(leaves, is_trained))
             own = set(map(id, leaves))
-            present = [p for p in self._parameters if id(p) not in own and p.requires_grad]
+            # Where others stand in their place, the gradient with respect to the parameters themselves has to be zero.
+            # It is asked for in the same backward pass, which costs nothing.
+            present = [p for p in self.parameters if id(p) not in own and p.requires_grad]
         marked = of_a_second_derivative() if create_graph else nullcontext()
         with _unwritten_gradients(trainable + present), marked:
             gradient = differentiated(
@@ -124,14 +132,14 @@ class MeanLoss:
         """
         if displacement is None:
             return None
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters):
             raise MeasurementError(
                 "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
                 " float32 (mixed precision does), or use `method='double_backward'`."
             )
         pieces = self._layout.split(displacement.detach().to(dtype=self._layout.dtype, device=self._layout.device))
-        is_trained = [parameter.requires_grad for parameter in self._parameters]
-        values = [parameter.detach() for parameter in self._parameters]
+        is_trained = [parameter.requires_grad for parameter in self.parameters]
+        values = [parameter.detach() for parameter in self.parameters]
         if any(is_trained):  # one call for all, since models may have thousands
             moved = iter(torch._foreach_add(list(compress(values, is_trained)), list(compress(pieces, is_trained))))
             values = [
@@ -144,17 +152,17 @@ class MeanLoss:
         """Add the losses at several points, one point after the other to need the memory of one displaced copy."""
         for place, displacement in enumerate(displacements):
             values = self.displaced(displacement)
-            total.weight = 0.0
+            total.weight = 0.0  # that of one pass over the batches, whatever the number of points
             for index in range(len(self.batches)):
-                value = self._batch_value(index, values)  # which may tell its weight
+                value = self._batch_value(index, values)  # before the weight, which this may find out
                 total.sum[place] += self.batches.weight(index) * value.to(total.sum)
                 total.weight += self.batches.weight(index)
 
     def _batch_value(self, index: int, values: Sequence[Tensor] | None) -> Tensor:
         """The loss of one batch, evaluated without a graph where that is possible.
 
-        The graph tells whether the loss depends on the parameters in ways that cannot be substituted, which is looked
-        at once; and a loss that differentiates on its own account, such as a penalty on gradients, fails without one.
+        A graph is needed once, to see whether the loss depends on the parameters in ways that cannot be substituted.
+        And a loss that differentiates by itself, such as a penalty on gradients, fails without one.
         """
         is_checked = values is None or self._is_substituted
         if is_checked and not self._needs_graph:
@@ -176,7 +184,7 @@ class MeanLoss:
     def _check_substituted(self, evaluation: Evaluation) -> None:
         """Make sure that a loss at other values of the parameters does not depend on the present ones."""
         own = {id(leaf) for leaf in evaluation.leaves}
-        present = {id(parameter) for parameter in self._parameters} - own
+        present = {id(parameter) for parameter in self.parameters} - own
         if any(id(getattr(node, "variable", None)) in present for node in nodes([evaluation.loss])):
             raise MeasurementError(_NOT_SUBSTITUTED)
 
@@ -189,7 +197,7 @@ class MeanLoss:
 
 @contextmanager
 def _unwritten_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put aside what tensors hold in ``.grad``, and refuse a layer that writes there while others are differentiated.
+    """Put aside what tensors hold in ``.grad``, and refuse a layer that writes there while a gradient is taken.
 
     Raises:
         MeasurementError: If there is such a layer; what it wrote is gone.

@@ -11,9 +11,10 @@ In the order in which ``method="auto"`` prefers them:
   long ``ε`` should be is found out by `lyapunov_lightning.curvature.loss.difference_step`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,18 +24,24 @@ from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
 from lyapunov_lightning.curvature.compat.operations import TwiceDifferentiableOperations, differentiated, dtypes_behind
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
-from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph, KeptGraphs
+from lyapunov_lightning.curvature.loss.freshness import LossInputs
+from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph, Graph, KeptGraphs
 from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
-from lyapunov_lightning.curvature.loss.sources import Sources
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 
 Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
 
 
 class Product(Protocol):
-    """A way to the product of one batch's Hessian with a vector, and to its gradient."""
+    """A way to the product of one batch's curvature matrix with a vector, and to its gradient."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the way is called."""
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that kept gradient graphs hold."""
 
     def refresh(self) -> None:
         """Drop what is out of date; to be called before the gradients of all batches."""
@@ -48,14 +55,16 @@ class Product(Protocol):
     def gradient(self, index: int) -> Tensor:
         """The gradient for one batch at the present parameters, of shape ``(size,)``."""
 
+    def drop(self) -> None:
+        """Drop all that is kept."""
 
-class DoubleBackward:
-    """Differentiates the gradient along the vector, and keeps the graphs of gradients.
+
+class GraphProduct(ABC, Generic[Graph]):
+    """Multiplies by differentiating a graph of each batch, and keeps these graphs.
 
     Args:
         loss: The mean loss.
-        parameters: What it is a function of.
-        layout: How they form a vector.
+        layout: How the parameters form a vector.
         max_graph_bytes: The most memory that kept graphs may hold.
 
     Attributes:
@@ -63,23 +72,23 @@ class DoubleBackward:
 
     """
 
-    name = "double_backward"
+    name: ClassVar[str]
 
-    def __init__(self, loss: MeanLoss, parameters: Sequence[Tensor], layout: FlatLayout, max_graph_bytes: int) -> None:
+    def __init__(self, loss: MeanLoss, layout: FlatLayout, max_graph_bytes: int) -> None:
         self._loss = loss
-        self._parameters = parameters
         self._layout = layout
-        self.graphs = KeptGraphs(parameters, max_graph_bytes)
+        self.graphs: KeptGraphs[Graph] = KeptGraphs(loss.parameters, max_graph_bytes)
         self._trusted: object = None
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the kept graphs hold."""
+        return self.graphs.bytes
 
     def prepared(self, vector: Tensor) -> list[Tensor]:
         """The vector in pieces, one for each parameter; drops graphs that are out of date."""
         self.refresh()
         return self._layout.split(vector)
-
-    def product(self, index: int, direction: list[Tensor]) -> Tensor:
-        """The product for one batch."""
-        return self.products(index, [direction])[0]
 
     def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
         """The products for one batch, by one graph."""
@@ -89,26 +98,30 @@ class DoubleBackward:
         with ExitStack() as stack:
             stack.enter_context(TwiceDifferentiableOperations())
             batch = self._loss.batches.tensors(index)
-            sources = None
+            inputs = None
             if self.graphs.has_room(index) and not self._loss.batches.is_copied:
-                sources = stack.enter_context(Sources([*self._parameters, *batch]))
+                inputs = stack.enter_context(LossInputs([*self._loss.parameters, *batch]))
             evaluation = stack.enter_context(self._loss.batches.evaluated(index))
             graph = self._graph(evaluation)
+            # Checkpointed layers are evaluated again in each backward pass, which is possible only within this block:
+            # the graph cannot be kept.
             if evaluation.is_recomputed:
                 return self._all_multiplied(graph, directions, retain_graph=False)
-            if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._parameters)):
-                sources = None  # a copy that does not say so
+            if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._loss.parameters)):
+                inputs = None  # a copy that does not say so: what it was computed from is gone, or its own
             with torch._C.DisableTorchFunction():  # what follows is no part of the loss
-                is_kept = self.graphs.keep(index, graph, batch, sources)
+                is_kept = self.graphs.keep(index, graph, batch, inputs)
+            # The scalar loss and what only it needs may be freed now; a kept graph has what the products need.
             del evaluation
         return self._all_multiplied(graph, directions, retain_graph=is_kept)
 
+    @abstractmethod
     def gradient(self, index: int) -> Tensor:
-        """The gradient for one batch, which a kept graph has already."""
-        kept = self.graphs[index]
-        if kept is not None:
-            return self._layout.flatten(kept.gradient)
-        return self._loss.batch_gradient(index)
+        """The gradient for one batch, from its graph where that is kept."""
+
+    def drop(self) -> None:
+        """Drop all graphs."""
+        self.graphs.drop()
 
     def refresh(self) -> None:
         """Drop graphs that are out of date; looked at once in a solver, in which nobody can change anything."""
@@ -117,22 +130,41 @@ class DoubleBackward:
             self.graphs.refresh()
             self._trusted = solver
 
-    def _graph(self, evaluation: Evaluation) -> GradientGraph:
+    @abstractmethod
+    def _graph(self, evaluation: Evaluation) -> Graph:
         """What is kept of an evaluation."""
-        gradient = self._loss.gradient_of(evaluation, create_graph=True)
-        return GradientGraph(gradient, evaluation.leaves, evaluation.owner)
 
-    def _all_multiplied(
-        self, graph: GradientGraph, directions: Sequence[list[Tensor]], retain_graph: bool
-    ) -> list[Tensor]:
+    @abstractmethod
+    def _multiplied(self, graph: Graph, direction: list[Tensor], retain_graph: bool) -> Tensor:
+        """The product by a graph."""
+
+    def _all_multiplied(self, graph: Graph, directions: Sequence[list[Tensor]], retain_graph: bool) -> list[Tensor]:
         last = len(directions) - 1
         return [self._multiplied(graph, d, retain_graph or place < last) for place, d in enumerate(directions)]
 
+
+class DoubleBackward(GraphProduct[GradientGraph]):
+    """Differentiates the gradient along the vector, and keeps the graphs of gradients."""
+
+    name = "double_backward"
+
+    def gradient(self, index: int) -> Tensor:
+        """The gradient for one batch, which a kept graph has already."""
+        kept = self.graphs[index]
+        if kept is not None:
+            return self._layout.flatten(kept.gradient)
+        return self._loss.batch_gradient(index)
+
+    def _graph(self, evaluation: Evaluation) -> GradientGraph:
+        """The gradient with its graph."""
+        gradient = self._loss.gradient_of(evaluation, create_graph=True)
+        return GradientGraph(gradient, evaluation.leaves, evaluation.owner)
+
     def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
-        """The product that is to be had of a graph."""
+        """The derivative of ``gᵀv``."""
         pairs = zip(graph.gradient, direction, strict=True)
         active = [(entry, piece) for entry, piece in pairs if entry is not None and entry.requires_grad]
-        if not active:  # a loss that is linear in the parameters
+        if not active:  # the loss is linear in the parameters
             return self._layout.zeros()
         outputs, cotangents = zip(*active, strict=True)
         trainable = [leaf for leaf in graph.leaves if leaf.requires_grad]
@@ -146,16 +178,15 @@ class ForwardOverReverse:
 
     Args:
         loss: The mean loss.
-        parameters: What it is a function of.
-        layout: How they form a vector.
+        layout: How the parameters form a vector.
 
     """
 
     name = "forward_over_reverse"
+    graph_bytes = 0
 
-    def __init__(self, loss: MeanLoss, parameters: Sequence[Tensor], layout: FlatLayout) -> None:
+    def __init__(self, loss: MeanLoss, layout: FlatLayout) -> None:
         self._loss = loss
-        self._parameters = parameters
         self._layout = layout
 
     def prepared(self, vector: Tensor) -> list[Tensor]:
@@ -172,11 +203,11 @@ class ForwardOverReverse:
                 forward_ad.make_dual(parameter.detach(), piece).requires_grad_()
                 if parameter.requires_grad
                 else parameter.detach()
-                for parameter, piece in zip(self._parameters, direction, strict=True)
+                for parameter, piece in zip(self._loss.parameters, direction, strict=True)
             ]
             with TwiceDifferentiableOperations(duals), self._loss.batches.evaluated(index, duals) as evaluation:
-                # Formulas of derivatives take another way where they are differentiated again in reverse, and some of
-                # those that they take otherwise, such as that of a determinant, lose the tangents.
+                # Some of PyTorch's formulas, such as that of a determinant, lose the tangents where no graph is
+                # recorded; with `create_graph` it takes others.
                 gradient = self._loss.gradient_of(evaluation, create_graph=True)
             pairs = [None if entry is None else forward_ad.unpack_dual(entry) for entry in gradient]
             product = self._layout.flatten([None if pair is None else pair.tangent for pair in pairs])
@@ -191,6 +222,9 @@ class ForwardOverReverse:
     def refresh(self) -> None:
         """Nothing is kept."""
 
+    def drop(self) -> None:
+        """Nothing is kept."""
+
     def _check_slope(self, loss: Tensor, gradient: Tensor, direction: Tensor) -> None:
         """Make sure that the forward derivative of the loss is its gradient times the direction.
 
@@ -201,6 +235,9 @@ class ForwardOverReverse:
         value, tangent = forward_ad.unpack_dual(loss)
         slope = gradient.new_zeros(()) if tangent is None else tangent
         error = (slope - gradient @ direction).abs()
+        # The narrowest dtype in the graph limits both numbers. Wrong forward derivatives are off by the size of the
+        # slope, so a bound far above rounding, eps to the power of 0.4 (5e-7 in float64, 2e-3 in float32) of what a
+        # random direction gives, sees them and raises no false alarm.
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes_behind(loss))
         length = torch.linalg.vector_norm(direction)
         usual = torch.linalg.vector_norm(gradient) * length / len(gradient) ** 0.5
@@ -225,6 +262,7 @@ class FiniteDifference:
     """
 
     name = "finite_difference"
+    graph_bytes = 0
 
     def __init__(self, loss: MeanLoss, layout: FlatLayout, step: float | None) -> None:
         self._loss = loss
@@ -236,8 +274,9 @@ class FiniteDifference:
         """The displacement to one side, and what the difference is to be multiplied by; both stay on the device."""
         step = step or self.step
         assert step is not None
-        self._layout.split(vector)  # which refuses other shapes
+        self._layout.split(vector)  # it refuses vectors of another shape
         norm = self._space.norm(vector)
+        # Of a zero vector the product is zero, and 0/0 would make it NaN; a branch in Python would wait for the device.
         displacement = vector * (step / torch.where(norm > 0, norm, 1))
         return displacement, norm / (2 * step)
 
@@ -246,6 +285,7 @@ class FiniteDifference:
         return [self._product(index, *direction) for direction in directions]
 
     def _product(self, index: int, displacement: Tensor, factor: Tensor) -> Tensor:
+        # Central and not one-sided: the error of h²·g'''/6 in place of h·g''/2, for one gradient more.
         ahead = self._displaced_gradient(index, displacement)
         behind = self._displaced_gradient(index, -displacement)
         return ahead.sub_(behind).mul_(factor)
@@ -255,6 +295,9 @@ class FiniteDifference:
         return self._loss.batch_gradient(index)
 
     def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def drop(self) -> None:
         """Nothing is kept."""
 
     def check(self, index: int) -> None:

@@ -5,8 +5,8 @@ matrices; and a measurement must leave the generators as it found them, or it ch
 
 The global generators are Python's, NumPy's, and PyTorch's of the CPU and of every accelerator that the process uses:
 CUDA and ROCm, XPU, MPS, and whatever registers itself with PyTorch as a device. Generators that a loss holds itself,
-objects of `torch.Generator` or `numpy.random.Generator`, go on from one evaluation to the next; so do those of packages
-beside PyTorch, XLA among them. `HessianOperator.check` shows what comes of that.
+objects of `torch.Generator` or `numpy.random.Generator`, are not put back, and give other numbers at each evaluation;
+so do the generators of packages outside of PyTorch, such as XLA. `HessianOperator.check` shows how much that matters.
 """
 
 import functools
@@ -26,10 +26,10 @@ class RandomState:
     """The states of the global generators.
 
     Attributes:
-        python: That of `random`.
-        numpy: That of `numpy.random`.
-        cpu: That of `torch`.
-        accelerators: By kind of device those of its devices; of the kinds that are in use.
+        python: The state of `random`.
+        numpy: The state of `numpy.random`.
+        cpu: The state of `torch` on the CPU.
+        accelerators: The states of the devices, by kind of accelerator, for the kinds that are in use.
 
     """
 
@@ -71,7 +71,8 @@ def _accelerators() -> Iterator[tuple[str, Any]]:
 def _kinds(registered: str) -> tuple[str, ...]:
     """The kinds of accelerators that there may be, by the name of the one that a package registers itself.
 
-    To find out takes long, and stays true but for that one; which of them are in use does not, and is asked every time.
+    `torch.accelerator` takes long to answer, and its answer stays true. Whether an accelerator is in use may change, so
+    that is asked every time.
     """
     kinds = dict.fromkeys(("cuda", "xpu", "mps", registered))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -92,6 +93,7 @@ def preserved_randomness(start: RandomState | None = None) -> Iterator[None]:
         start: The state to run the block from; the present one if None.
 
     """
+    # Also where the block fails: a run that goes on with other random numbers is another run.
     before = RandomState.capture()
     if start is not None:
         start.restore()

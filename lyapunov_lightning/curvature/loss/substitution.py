@@ -18,9 +18,9 @@ from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, num_samp
 class SubstitutedLoss:
     """Evaluates a plain function ``loss(batch)`` at other values of its parameters.
 
-    Every PyTorch operation that is called while the loss is evaluated gets the substitutes for those of its arguments
-    that are parameters. What does not go through such an operation, a custom autograd function for example, still sees
-    the parameters themselves; `HessianOperator` notices that and refuses.
+    While the loss is evaluated, every PyTorch operation gets substitutes in place of the parameters among its
+    arguments. What does not go through such an operation, a custom autograd function for example, still sees the
+    parameters themselves; `HessianOperator` notices that and refuses.
 
     Args:
         loss: Maps a batch to its scalar mean loss.
@@ -38,6 +38,7 @@ class SubstitutedLoss:
         if values is None:
             yield Evaluation(self._loss(batch), self._parameters, lambda: num_samples(batch))
             return
+        # By identity: two parameters with equal numbers are two sets of coordinates.
         with _Substitution(dict(zip(map(id, self._parameters), values, strict=True))):
             yield Evaluation(self._loss(batch), values, lambda: num_samples(batch))
 
@@ -56,6 +57,6 @@ class _Substitution(TorchFunctionMode):
     def _substitute(self, argument: Any) -> Any:
         if isinstance(argument, Tensor):
             return self._substitutes.get(id(argument), argument)
-        if type(argument) in (list, tuple):
+        if type(argument) in (list, tuple):  # named tuples take their members one by one, and hold no parameters
             return type(argument)(map(self._substitute, argument))
         return argument

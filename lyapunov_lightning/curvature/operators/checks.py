@@ -13,8 +13,8 @@ from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 class OperatorCheck:
     """How far products are from those of one symmetric matrix ``A``.
 
-    Solvers for symmetric matrices find no residual below the asymmetry times the norm of ``A``; where that is more than
-    their tolerance they do not converge, or say that they did by the part of the products that they look at.
+    Solvers for symmetric matrices find no residual below the asymmetry times the norm of ``A``. Where that is more than
+    their tolerance they do not converge, or take the symmetric part that they see for the whole.
 
     What is to be expected of the Hessian of a loss that PyTorch differentiates rightly: an asymmetry of 1e-16 to 1e-14
     with float64 and of 1e-7 to 1e-5 with float32 parameters, of 1e-3 to 1e-2 under bfloat16 autocast; by finite
@@ -24,8 +24,8 @@ class OperatorCheck:
 
     Attributes:
         asymmetry: The largest of ``|uᵀAv − vᵀAu| / ‖Av‖`` for two independent standard normal vectors, an estimate of
-            ``‖A − Aᵀ‖ / ‖A‖`` in the Frobenius norm, and of ``|uᵀAw − wᵀw| / wᵀw`` with ``w = Au``, which tells of the
-            leading eigenvectors, where a solver looks.
+            ``‖A − Aᵀ‖ / ‖A‖`` in the Frobenius norm, and of ``|uᵀAw − wᵀw| / wᵀw`` with ``w = Au``, which measures it
+            among the leading eigenvectors, where a solver looks.
         nondeterminism: The relative difference of two products with one vector, everything evaluated anew in between. A
             loss with a random generator of its own shows here.
         inexactness: The relative difference of a product to a finite difference of gradients along ``w``; None if that
@@ -99,6 +99,7 @@ def check_operator(
     scale = max(norm_u, norm_v)
     asymmetries = [_ratio(abs(uv - vu), scale), _ratio(abs(uw - norm_u**2), norm_u**2)]
     return OperatorCheck(
+        # `max` of numbers with NaN depends on their order; a NaN has to win, or the operator would pass for symmetric.
         asymmetry=max(asymmetries, key=lambda value: (value != value, value)),
         nondeterminism=_ratio(change, norm_u),
         inexactness=inexactness,
@@ -106,4 +107,4 @@ def check_operator(
 
 
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else part
+    return part / whole if whole else part  # of a zero operator nothing is off, and the ratio is 0

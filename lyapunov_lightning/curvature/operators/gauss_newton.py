@@ -17,26 +17,22 @@ in the parameters. Whether all of them are is checked by ``⟨Jv, u⟩ = ⟨v, J
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lyapunov_lightning.curvature.compat.errors import lacks_derivative, may_pass, of_a_second_derivative
-from lyapunov_lightning.curvature.compat.operations import (
-    check_twice_differentiable,
-    differentiated,
-    nodes,
-    twice_differentiable_kernels,
-)
+from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
+from lyapunov_lightning.curvature.compat.operations import check_twice_differentiable, differentiated, nodes
 from lyapunov_lightning.curvature.errors import MeasurementError
-from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, Total, num_samples
+from lyapunov_lightning.curvature.loss.derivatives import Derivatives
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, num_samples
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph
 from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
-from lyapunov_lightning.curvature.loss.products import DoubleBackward
+from lyapunov_lightning.curvature.loss.products import GraphProduct
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
 from lyapunov_lightning.curvature.operators.mean_operator import MeanOperator
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
@@ -45,40 +41,59 @@ _Tensors = Sequence[Tensor | None]
 """One tensor for each parameter or output; None stands for zeros."""
 
 _ADJOINT_TOLERANCE = 0.05
-"""How far ``⟨Jv, u⟩`` may be from ``⟨v, Jᵀu⟩``, relative to it. What is beyond the rounding of half precision is a
-layer whose backward pass leaves out a part."""
+"""How far ``⟨Jv, u⟩`` may be from ``⟨v, Jᵀu⟩``, relative to it. More than the rounding of half precision means that a
+layer's backward pass leaves out a part."""
 
 
-class _Outputs(NamedTuple):
-    """What a model puts out for a batch: as a function of the parameters, and as variables of their own."""
+@dataclass(frozen=True, kw_only=True)
+class _SplitEvaluation(Evaluation):
+    """A loss that was evaluated in two parts: from the parameters to the outputs, and from the outputs to the loss.
 
-    of_parameters: list[Tensor]
-    variables: list[Tensor]
+    Attributes:
+        outputs: What the model puts out for the batch, as a function of the parameters.
+        variables: The same numbers as variables of their own, of which the loss is a function.
+
+    """
+
+    outputs: Sequence[Tensor]
+    variables: Sequence[Tensor]
 
 
-class _Tip(Protocol):
-    """What comes after the outputs. An `Objective` whose evaluations own `_Outputs`."""
+class _LossAfterOutputs(Protocol):
+    """The part of a loss that comes after the outputs; an `Objective`."""
 
     def weights(self, batches: Sequence[Any]) -> list[float] | None:
         """The number of samples of each batch, if it is known before the batches are evaluated."""
 
     @contextmanager
-    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[Evaluation]:
+    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[_SplitEvaluation]:
         """Evaluate the outputs, and the loss as a function of them alone."""
 
-    def differentiated(self, evaluation: Evaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
+    def differentiated(self, evaluation: _SplitEvaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
         """The loss's gradient in the outputs, and the product ``w -> Mw``."""
 
 
-class _Linearised(NamedTuple):
-    """The outputs of a batch, linearised at the parameters."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Linearised(GradientGraph):
+    """The outputs of a batch, linearised at the parameters. Its `gradient` is ``Jᵀu`` as a function of ``u``.
 
-    outputs: _Outputs
-    cotangents: Sequence[Tensor]  # u
-    pulled_back: _Tensors  # Jᵀu, as a function of u
-    slopes: _Tensors  # the loss's gradient in the outputs
-    inner: Callable[[_Tensors], _Tensors]  # w -> Mw
-    leaves: Sequence[Tensor]
+    Attributes:
+        outputs: The outputs as a function of the parameters.
+        cotangents: ``u``.
+        slopes: The loss's gradient in the outputs.
+        inner: The product ``w -> Mw``.
+
+    """
+
+    outputs: Sequence[Tensor]
+    cotangents: Sequence[Tensor]
+    slopes: _Tensors
+    inner: Callable[[_Tensors], _Tensors]
+
+    @property
+    def tensors(self) -> _Tensors:
+        """The tensors whose graphs are kept."""
+        return [*self.outputs, *self.cotangents, *self.gradient, *self.slopes]
 
 
 class _LossOfOutputs:
@@ -96,7 +111,7 @@ class _LossOfOutputs:
         return [float(num_samples(batch)) for batch in batches]
 
     @contextmanager
-    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[Evaluation]:
+    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[_SplitEvaluation]:
         """Evaluate the outputs, and the loss as a function of them alone.
 
         Raises:
@@ -104,32 +119,33 @@ class _LossOfOutputs:
 
         """
         members, structure = pytree.tree_flatten(self._outputs(batch))
-        parts = _Outputs([], [])
+        outputs: list[Tensor] = []
+        variables: list[Tensor] = []
         for place, member in enumerate(members):
             if isinstance(member, Tensor) and member.requires_grad:
                 if member.is_complex():
                     raise MeasurementError(
                         "The outputs should be real, got a complex tensor. Use `torch.view_as_real`."
                     )
-                parts.of_parameters.append(member)
-                parts.variables.append(member.detach().requires_grad_())
-                members[place] = parts.variables[-1]
+                outputs.append(member)
+                variables.append(member.detach().requires_grad_())
+                members[place] = variables[-1]
         loss = self._loss(pytree.tree_unflatten(members, structure), batch)
-        yield Evaluation(loss, self._parameters, lambda: num_samples(batch), owner=parts)
+        yield _SplitEvaluation(loss, self._parameters, lambda: num_samples(batch), outputs=outputs, variables=variables)
 
-    def differentiated(self, evaluation: Evaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
+    def differentiated(self, evaluation: _SplitEvaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
         """The loss's gradient in the outputs, and the product with its Hessian in the outputs.
 
         Raises:
-            MeasurementError: If the loss depends on the parameters beside the outputs.
+            MeasurementError: If the loss depends on the parameters in another way than through the outputs.
 
         """
-        parts = cast(_Outputs, evaluation.owner)
-        loss, variables = evaluation.loss, parts.variables
+        loss, variables = evaluation.loss, evaluation.variables
         parameters = {id(parameter) for parameter in self._parameters}
         if any(id(getattr(node, "variable", None)) in parameters for node in nodes([loss])):
             raise MeasurementError(
-                "The loss depends on the parameters beside the outputs, so that Gauss–Newton is not defined. Let"
+                "The loss depends on the parameters in other ways than through the outputs, so that Gauss–Newton is not"
+                " defined. Let"
                 " `outputs` return all that the loss takes of the parameters, or these themselves, as tensors in lists,"
                 " tuples and dictionaries, not in other objects."
             )
@@ -164,7 +180,7 @@ class _LossesOfSamples:
         return None
 
     @contextmanager
-    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[Evaluation]:
+    def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[_SplitEvaluation]:
         """Evaluate the losses, and their mean.
 
         Raises:
@@ -179,24 +195,27 @@ class _LossesOfSamples:
                 " PyTorch do so with `reduction='none'`."
             )
         detached = losses.detach()
-        parts = _Outputs([losses], [detached]) if losses.requires_grad else _Outputs([], [])
-        yield Evaluation(detached.mean(), self._parameters, lambda: len(detached), owner=parts)
+        yield _SplitEvaluation(
+            detached.mean(),
+            self._parameters,
+            lambda: len(detached),
+            outputs=[losses] if losses.requires_grad else [],
+            variables=[detached] if losses.requires_grad else [],
+        )
 
-    def differentiated(self, evaluation: Evaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
+    def differentiated(self, evaluation: _SplitEvaluation) -> tuple[_Tensors, Callable[[_Tensors], _Tensors]]:
         """The mean's gradient in the losses, and the product with ``I/n``."""
-        parts = cast(_Outputs, evaluation.owner)
-        slopes = [torch.full_like(losses, 1 / len(losses)) for losses in parts.variables]
+        slopes = [torch.full_like(losses, 1 / len(losses)) for losses in evaluation.variables]
         return slopes, lambda tangents: [None if t is None else t / len(t) for t in tangents]
 
 
-class _ThroughOutputs(DoubleBackward):
+class _ThroughOutputs(GraphProduct[_Linearised]):
     """Multiplies by ``Jᵀ``, ``M`` and ``J``, and keeps the graphs of ``J``.
 
     Args:
-        tip: What comes after the outputs.
-        loss: The mean loss.
-        parameters: What it is a function of.
-        layout: How they form a vector.
+        after_outputs: What comes after the outputs.
+        loss: The mean loss, of evaluations by `after_outputs`.
+        layout: How its parameters form a vector.
         max_graph_bytes: The most memory that kept graphs may hold.
 
     """
@@ -204,49 +223,60 @@ class _ThroughOutputs(DoubleBackward):
     name = "through_outputs"
 
     def __init__(
-        self, tip: _Tip, loss: MeanLoss, parameters: Sequence[Tensor], layout: FlatLayout, max_graph_bytes: int
+        self, after_outputs: _LossAfterOutputs, loss: MeanLoss, layout: FlatLayout, max_graph_bytes: int
     ) -> None:
-        super().__init__(loss, parameters, layout, max_graph_bytes)
-        self._tip = tip
-        self.num_to_check = len(loss.batches)
+        super().__init__(loss, layout, max_graph_bytes)
+        self._after_outputs = after_outputs
+        self._num_to_check = len(loss.batches)
 
     def gradient(self, index: int) -> Tensor:
         """The gradient of the loss for one batch."""
         kept = self.graphs[index]
         if kept is not None:
-            linearised = cast(_Linearised, kept.owner)
-            return self._pulled_back(linearised, linearised.slopes, retain_graph=True)
+            return self._pulled_back(kept, kept.slopes, retain_graph=True)
         with self._loss.batches.evaluated(index) as evaluation:
-            parts = cast(_Outputs, evaluation.owner)
-            slopes, _ = self._tip.differentiated(evaluation)
-            paired = replace(evaluation, loss=_paired(parts.of_parameters, slopes))
+            assert isinstance(evaluation, _SplitEvaluation)  # what the objective yields
+            slopes, _ = self._after_outputs.differentiated(evaluation)
+            paired = replace(evaluation, loss=_paired(evaluation.outputs, slopes))
             return self._layout.flatten(self._loss.gradient_of(paired))
 
-    def _graph(self, evaluation: Evaluation) -> GradientGraph:
-        """The linearised outputs, with all tensors whose graphs are kept."""
-        parts = cast(_Outputs, evaluation.owner)
-        with of_a_second_derivative():
-            slopes, inner = self._tip.differentiated(evaluation)
-            cotangents = [torch.randn_like(output).requires_grad_() for output in parts.of_parameters]
-            paired = replace(evaluation, loss=_paired(parts.of_parameters, cotangents))
-            pulled_back = self._loss.gradient_of(paired, create_graph=True)
-            linearised = _Linearised(parts, cotangents, pulled_back, slopes, inner, evaluation.leaves)
-            if self.num_to_check:  # of each batch the first one
-                self._check_adjoint(linearised)
-                self.num_to_check -= 1
-        tensors = [*parts.of_parameters, *cotangents, *pulled_back, *slopes]
-        return GradientGraph(tensors, evaluation.leaves, linearised)
+    def forget_checks(self) -> None:
+        """Check each batch's derivative anew."""
+        self._num_to_check = len(self._loss.batches)
 
-    def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
-        """The product that is to be had of linearised outputs."""
-        linearised = cast(_Linearised, graph.owner)
+    def _graph(self, evaluation: Evaluation) -> _Linearised:
+        """The linearised outputs."""
+        assert isinstance(evaluation, _SplitEvaluation)  # what the objective yields
         with of_a_second_derivative():
-            tangents = self._pushed_forward(linearised, direction, retain_graph)
-            return self._pulled_back(linearised, linearised.inner(tangents), retain_graph)
+            slopes, inner = self._after_outputs.differentiated(evaluation)
+            # Jᵀu is linear in u, so its derivative does not depend on where u is; a random u serves the check below, in
+            # which zeros would agree with anything. The random numbers are those of the evaluation, and put back.
+            cotangents = [torch.randn_like(output).requires_grad_() for output in evaluation.outputs]
+            paired = replace(evaluation, loss=_paired(evaluation.outputs, cotangents))
+            pulled_back = self._loss.gradient_of(paired, create_graph=True)
+            linearised = _Linearised(
+                pulled_back,
+                evaluation.leaves,
+                evaluation.owner,
+                outputs=evaluation.outputs,
+                cotangents=cotangents,
+                slopes=slopes,
+                inner=inner,
+            )
+            if self._num_to_check:  # the first graph of each batch
+                self._check_adjoint(linearised)
+                self._num_to_check -= 1
+        return linearised
+
+    def _multiplied(self, graph: _Linearised, direction: list[Tensor], retain_graph: bool) -> Tensor:
+        """The product ``JᵀMJv``."""
+        with of_a_second_derivative():
+            tangents = self._pushed_forward(graph, direction, retain_graph)
+            return self._pulled_back(graph, graph.inner(tangents), retain_graph)
 
     def _pushed_forward(self, linearised: _Linearised, direction: Sequence[Tensor], retain_graph: bool) -> _Tensors:
         """``Jv``."""
-        pairs = zip(linearised.pulled_back, direction, strict=True)
+        pairs = zip(linearised.gradient, direction, strict=True)
         active = [(entry, piece) for entry, piece in pairs if entry is not None and entry.requires_grad]
         if not active:
             return [None] * len(linearised.cotangents)
@@ -255,7 +285,7 @@ class _ThroughOutputs(DoubleBackward):
 
     def _pulled_back(self, linearised: _Linearised, cotangents: _Tensors, retain_graph: bool) -> Tensor:
         """``Jᵀu``."""
-        pairs = zip(linearised.outputs.of_parameters, cotangents, strict=True)
+        pairs = zip(linearised.outputs, cotangents, strict=True)
         active = [(output, cotangent) for output, cotangent in pairs if cotangent is not None]
         if not active:
             return self._layout.zeros()
@@ -271,7 +301,7 @@ class _ThroughOutputs(DoubleBackward):
             MeasurementError: If a layer's backward pass leaves something out when it is differentiated.
 
         """
-        pulled_back = self._layout.flatten(linearised.pulled_back)
+        pulled_back = self._layout.flatten(linearised.gradient)
         length = float(torch.linalg.vector_norm(pulled_back))
         if length == 0:
             return
@@ -281,7 +311,8 @@ class _ThroughOutputs(DoubleBackward):
             for tangent, cotangent in zip(tangents, linearised.cotangents, strict=True)
             if tangent is not None
         )
-        if abs(found - length) > _ADJOINT_TOLERANCE * length:  # not so for NaN, which is the solvers' to tell
+        # NaN compares false: that the loss is not finite is for the solvers to say, and no fault of the layer.
+        if abs(found - length) > _ADJOINT_TOLERANCE * length:
             raise MeasurementError(
                 "A layer's backward pass cannot be differentiated in the gradient that comes in from above: it detaches"
                 " it, or is not linear in it. Use a layer whose backward pass consists of differentiable operations."
@@ -293,7 +324,7 @@ class _OutputOperator(MeanOperator):
 
     def __init__(
         self,
-        tip: Callable[[Sequence[Tensor]], _Tip],
+        loss_after_outputs: Callable[[Sequence[Tensor]], _LossAfterOutputs],
         parameters: Any,
         batches: Iterable[Any],
         weights: Sequence[float] | None,
@@ -302,34 +333,33 @@ class _OutputOperator(MeanOperator):
     ) -> None:
         super().__init__(parameters, max_graph_bytes, reduce)
         batches = list(batches)
-        objective = tip(self.parameters)
+        objective = loss_after_outputs(self.parameters)
         if weights is None and (len(batches) > 1 or reduce is not None):
             weights = objective.weights(batches)
-        self._average_over(objective, batches, weights)
-        loss = MeanLoss(self._batches, self.parameters, self.layout)
-        self._way = _ThroughOutputs(objective, loss, self.parameters, self.layout, max_graph_bytes)
+        loss = self._average_over(objective, batches, weights)
+        self._way = _ThroughOutputs(objective, loss, self.layout, max_graph_bytes)
+        self._derivatives = Derivatives(
+            loss,
+            self.space,
+            self._way,
+            difference=None,
+            falls_back=False,
+            refusal=(
+                "The backward pass of this model or loss cannot be differentiated, which Gauss–Newton and the empirical"
+                " Fisher need. `HessianOperator` with `method='finite_difference'` does without."
+            ),
+        )
         self.reset()
-
-    @property
-    def graph_bytes(self) -> int:
-        """Memory that the kept graphs hold."""
-        return self._way.graphs.bytes
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``."""
-        with torch.inference_mode(False), self._batches.mean(self.size) as total:
-            self._way.refresh()
-            for index in range(len(self._batches)):
-                total.add(self._way.gradient(index), self._batches.weight(index))
-        return total.sum
+        return self._derivatives.gradient()
 
     def reset(self) -> None:
         """Forget what was found out by evaluations, see `HessianOperator.reset`."""
-        self._plain_rnn = False
-        self._batches.kernels = twice_differentiable_kernels
+        self._derivatives.reset()
         self._batches.forget_weights()
-        self._way.num_to_check = len(self._batches)
-        self._way.graphs.drop()
+        self._way.forget_checks()
 
     def check(self, *, seed: int = 0) -> OperatorCheck:
         """Measure how symmetric and how deterministic the products are, by four of them, see `OperatorCheck`.
@@ -339,46 +369,6 @@ class _OutputOperator(MeanOperator):
 
         """
         return check_operator(self, seed=seed, between=self.reset)
-
-    def _add_products(self, total: Total, vectors: Tensor) -> None:
-        directions = [self._way.prepared(vector) for vector in vectors]
-        index = 0
-        has_retried = False
-        while index < len(self._batches):
-            try:
-                products = torch.cat([self._way.product(index, direction) for direction in directions])
-            except RuntimeError as error:
-                self._way.graphs.drop()
-                if may_pass(error) and not has_retried:
-                    has_retried = True
-                    continue
-                self._fall_back(error, index)  # raises if there is no other way
-                index = 0
-                total.clear()
-            else:
-                total.add(products, self._batches.weight(index))
-                index += 1
-
-    def _fall_back(self, error: RuntimeError, index: int) -> None:
-        """Compute recurrent layers from their parts from now on if it is these that failed, or raise the error.
-
-        Raises:
-            MeasurementError: If PyTorch lacks a derivative.
-
-        """
-        if not lacks_derivative(error):
-            raise error
-        if "rnn" in str(error).lower() and not self._plain_rnn:
-            self._plain_rnn = True
-            self._batches.kernels = partial(twice_differentiable_kernels, plain_rnn=True)
-            return
-        with self._batches.evaluated(index):  # raises if it is the model itself that fails
-            pass
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MeasurementError(
-            "The backward pass of this model or loss cannot be differentiated, which Gauss–Newton and the empirical"
-            f" Fisher need. `HessianOperator` with `method='finite_difference'` does without. PyTorch says: {reason}"
-        ) from error
 
 
 class GaussNewtonOperator(_OutputOperator):
@@ -408,8 +398,8 @@ class GaussNewtonOperator(_OutputOperator):
 
     Raises:
         ValueError: If an argument is out of its range.
-        MeasurementError: If the loss depends on the parameters beside the outputs, or a backward pass cannot be
-            differentiated; in products and `gradient`.
+        MeasurementError: If the loss depends on the parameters in other ways than through the outputs, or a backward
+            pass cannot be differentiated; in products and `gradient`.
 
     Example::
 
@@ -434,8 +424,8 @@ class GaussNewtonOperator(_OutputOperator):
         max_graph_bytes: int = 2**29,
         reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
-        tip = partial(_LossOfOutputs, outputs, loss)
-        super().__init__(tip, parameters, batches, weights, max_graph_bytes, reduce)
+        after_outputs = partial(_LossOfOutputs, outputs, loss)
+        super().__init__(after_outputs, parameters, batches, weights, max_graph_bytes, reduce)
 
 
 class EmpiricalFisherOperator(_OutputOperator):

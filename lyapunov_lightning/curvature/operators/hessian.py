@@ -6,11 +6,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.loss.difference_step import first_step, fitting_step
-from lyapunov_lightning.curvature.loss.fixed_batches import Objective, Total, num_samples
-from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
-from lyapunov_lightning.curvature.loss.products import Method
-from lyapunov_lightning.curvature.loss.second_derivative import SecondDerivative
+from lyapunov_lightning.curvature.loss.derivatives import Derivatives
+from lyapunov_lightning.curvature.loss.fixed_batches import Objective, num_samples
+from lyapunov_lightning.curvature.loss.products import (
+    DoubleBackward,
+    FiniteDifference,
+    ForwardOverReverse,
+    Method,
+    Product,
+)
 from lyapunov_lightning.curvature.loss.substitution import SubstitutedLoss
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
 from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
@@ -51,13 +55,13 @@ class HessianOperator(MeanOperator):
         batches: The batches, in any structure that `loss` understands.
         method: How products are computed, see `lyapunov_lightning.curvature.loss.products`. ``"auto"`` is double
             backward, and finite differences with one warning where PyTorch cannot differentiate twice. Errors of
-            another kind are raised as they are, those of a device or of the network after a second attempt.
+            another kind are raised as they are, after a second attempt where a device or the network failed.
         weights: Number of samples ``N_b`` of each batch. By default what an `Objective` says, else the leading
             dimension of the batch's first tensor.
         step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
             distance to both sides. By default one that fits the loss, found by 7 to 15 gradients before the first such
-            product, and kept: in float32 at most 5e-2, at which it stays where kinks, those of ReLU, leave no better
-            one, and less the sharper the loss is.
+            product, and kept. In float32 it is at most 5e-2, where it stays if kinks, such as those of ReLU, leave no
+            better one, and the shorter the sharper the loss is.
         max_graph_bytes: The most memory that kept gradient graphs may hold. Batches whose graph does not fit any more
             are differentiated anew for every product; 0 keeps none.
         reduce: Sums a flat buffer over all ranks of a distributed measurement, in place. It is called once a product,
@@ -104,34 +108,38 @@ class HessianOperator(MeanOperator):
         batches = list(batches)
         if not isinstance(loss, Objective):
             loss = SubstitutedLoss(loss, self.parameters)
+            # A single batch of a single rank has no need of its number of samples, which may not be in it.
             if weights is None and (len(batches) > 1 or reduce is not None):
                 weights = [float(num_samples(batch)) for batch in batches]
-        self._average_over(loss, batches, weights)
-        self._loss = MeanLoss(self._batches, self.parameters, self.layout)
-        self._derivative = SecondDerivative(
+        self._loss = self._average_over(loss, batches, weights)
+        difference = FiniteDifference(self._loss, self.layout, step)
+        way: Product = difference
+        if method == "forward_over_reverse":
+            way = ForwardOverReverse(self._loss, self.layout)
+        elif method != "finite_difference":
+            way = DoubleBackward(self._loss, self.layout, max_graph_bytes)
+        self._derivatives = Derivatives(
             self._loss,
-            self.parameters,
-            self.layout,
-            method=method,
-            step=step,
-            max_graph_bytes=max_graph_bytes,
+            self.space,
+            way,
+            difference=difference,
+            falls_back=method == "auto",
+            refusal=(
+                f"`method={method!r}` cannot differentiate this loss twice. Use `method='auto'`, or"
+                " 'finite_difference', which needs one derivative only."
+            ),
             on_fallback=on_fallback,
         )
 
     @property
     def method(self) -> str:
         """How products are computed at present; `auto` may have fallen back to finite differences."""
-        return self._derivative.method
+        return self._derivatives.way
 
     @property
     def step(self) -> float | None:
         """Length of the finite-difference step; None as long as none was needed."""
-        return self._derivative.step
-
-    @property
-    def graph_bytes(self) -> int:
-        """Memory that the kept gradient graphs hold."""
-        return self._derivative.graph_bytes
+        return self._derivatives.step
 
     def gradient(self, displacement: Tensor | None = None) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``.
@@ -140,12 +148,10 @@ class HessianOperator(MeanOperator):
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
 
         """
+        if displacement is None:  # the kept graphs have these
+            return self._derivatives.gradient()
         with torch.inference_mode(False):
-            if displacement is not None:
-                return self._loss.gradient(displacement)
-            with self._batches.mean(self.size) as total:
-                self._derivative.add_gradients(total)
-            return total.sum
+            return self._loss.gradient(displacement)
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The mean loss.
@@ -181,7 +187,8 @@ class HessianOperator(MeanOperator):
             max_batches: How many of the batches; all if None.
 
         """
-        gradients = self._derivative.gradients(max_batches)
+        # Inference mode is switched off for each gradient by itself: what the caller does in between is the caller's.
+        gradients = self._derivatives.batch_gradients(max_batches)
         while True:
             with torch.inference_mode(False):
                 gradient = next(gradients, None)
@@ -218,15 +225,15 @@ class HessianOperator(MeanOperator):
 
         For an operator whose evaluations other ranks take part in: one rank cannot make one more of them.
         """
-        self._derivative.raises_at_once = True
+        self._derivatives.raises_at_once = True
 
     def reset(self) -> None:
         """Forget what was found out: gradient graphs, numbers of samples, the lack of a derivative, the step.
 
         The next call reads everything anew: the parameters, the batches, and whatever else the loss depends on. The
-        random numbers stay those of the same function. Only needed after changes that are not noticed, see above.
+        random numbers stay the same, so the function does. Only needed after changes that are not noticed, see above.
         """
-        self._derivative.reset()
+        self._derivatives.reset()
         self._loss.reset()
         self._batches.forget_weights()
 
@@ -251,48 +258,5 @@ class HessianOperator(MeanOperator):
             (True, True)
 
         """
-        reference = self._difference if finite_difference else None
-        return check_operator(self, seed=seed, between=self._derivative.drop_graphs, reference=reference)
-
-    def _products(self, vectors: Tensor) -> Tensor:
-        if self._derivative.lacks_step:
-            self._find_step()
-        may_fall_back = self._derivative.may_fall_back
-        products = super()._products(vectors)
-        if not may_fall_back or not self._has_fallen_back(products):
-            return products
-        # Not the ranks that have no batch, nor those that have none of the kind that cannot be differentiated twice.
-        self._derivative.fall_back()
-        self._find_step()
-        self.num_matvecs -= len(vectors)
-        return super()._products(vectors)
-
-    def _add_products(self, total: Total, vectors: Tensor) -> None:
-        self._derivative.add_products(total, vectors)
-
-    def _has_fallen_back(self, products: Tensor) -> bool:
-        """Whether a rank has gone over to finite differences, and has no step for them."""
-        lacks_step = self._derivative.lacks_step
-        if self._ranks.is_single:
-            return lacks_step
-        if not products.numel() or not bool(products.view(-1)[0].isnan()):
-            return False
-        return float(self.space.agreed(torch.tensor([float(lacks_step)]))) > 0
-
-    def _find_step(self) -> None:
-        """Choose the length of the finite-difference step, with all ranks."""
-        with torch.inference_mode(False), self.space.together():
-            longest = first_step(self.parameters, self.space)
-            self._derivative.step = fitting_step(self._difference_over, self.gradient(), longest, self.space)
-
-    def _difference_over(self, vector: Tensor, step: float | None) -> Tensor:
-        with self._batches.mean(self.size) as total:
-            self._derivative.add_differences(total, vector, step)
-        return total.sum
-
-    def _difference(self, vector: Tensor) -> Tensor:
-        """The product by finite differences."""
-        if self._derivative.step is None:
-            self._find_step()
-        with torch.inference_mode(False):
-            return self._difference_over(vector, None)
+        reference = self._derivatives.difference if finite_difference else None
+        return check_operator(self, seed=seed, between=self._derivatives.drop_graphs, reference=reference)

@@ -1,6 +1,5 @@
-"""An operator that is a mean over fixed batches, known by its products with several vectors at a time."""
+"""An operator that is a mean over fixed batches: what the Hessian and its kin have in common."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +7,18 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import SymmetricOperator, parameters_of
-from lyapunov_lightning.curvature.loss.fixed_batches import FixedBatches, Objective, Total
+from lyapunov_lightning.curvature.loss.derivatives import Derivatives
+from lyapunov_lightning.curvature.loss.fixed_batches import FixedBatches, Objective
+from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
 
 class MeanOperator(SymmetricOperator):
     """The mean of a symmetric operator over all samples of fixed batches, those of all ranks.
+
+    It counts products and checks what is multiplied; the products themselves are those of its `Derivatives`, which a
+    subclass chooses.
 
     Args:
         parameters: The parameters, the coordinates of the vectors in this order: tensors, ``named_parameters()``, or a
@@ -29,8 +33,8 @@ class MeanOperator(SymmetricOperator):
     """
 
     layout: FlatLayout
-    _batches: FixedBatches
-    """By `_average_over`."""
+    _derivatives: Derivatives
+    """The gradients and the products. To be set by the subclass."""
 
     def __init__(self, parameters: Any, max_graph_bytes: int, reduce: Callable[[Tensor], None] | None) -> None:
         if max_graph_bytes < 0:
@@ -41,9 +45,15 @@ class MeanOperator(SymmetricOperator):
         super().__init__(layout.space(self._ranks), layout, names)
         self.num_matvecs = 0
 
-    def _average_over(self, objective: Objective, batches: Sequence[Any], weights: Sequence[float] | None) -> None:
-        """Say what is averaged: the values of an objective at batches, with their weights."""
+    def _average_over(self, objective: Objective, batches: Sequence[Any], weights: Sequence[float] | None) -> MeanLoss:
+        """The mean of an objective over batches with their weights."""
         self._batches = FixedBatches(objective, batches, self.space, weights, self._ranks)
+        return MeanLoss(self._batches, self.parameters, self.layout)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the kept gradient graphs hold."""
+        return self._derivatives.graph_bytes
 
     @property
     def num_samples(self) -> float:
@@ -51,7 +61,7 @@ class MeanOperator(SymmetricOperator):
         return sum(map(self._batches.weight, range(len(self._batches))))
 
     def follow(self, solver: object) -> None:
-        """Be part of an operator of which this is a solver, if any; see `Ranks.solver`."""
+        """Be part of the operator for which this solver works, if any; see `Ranks.solver`."""
         self._ranks.solver = solver
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -66,7 +76,8 @@ class MeanOperator(SymmetricOperator):
         """
         if vector.shape != (self.size,):
             raise ValueError(f"`vector` should have shape ({self.size},), got {tuple(vector.shape)}.")
-        return self._products(vector[None])[0]
+        self.num_matvecs += 1
+        return self._derivatives.products(vector[None])[0]
 
     def matmat(self, block: Tensor) -> Tensor:
         """The products with several vectors, for which each batch is evaluated once and the ranks meet once.
@@ -80,18 +91,7 @@ class MeanOperator(SymmetricOperator):
         """
         if block.ndim != 2 or len(block) != self.size:
             raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
-        return self._products(block.T).T
-
-    @abstractmethod
-    def _add_products(self, total: Total, vectors: Tensor) -> None:
-        """Add the products of all this rank's batches with the rows of a tensor, one after the other."""
-
-    def _products(self, vectors: Tensor) -> Tensor:
-        """The products with the rows of a tensor, as the rows of another."""
-        self.num_matvecs += len(vectors)
-        if not len(vectors):
-            return torch.zeros_like(vectors, dtype=self.dtype, device=self.device)
-        with torch.inference_mode(False), self._batches.mean(vectors.numel()) as total:
-            vectors = vectors.detach().to(dtype=self.dtype, device=self.device, copy=vectors.is_inference())
-            self._add_products(total, vectors)
-        return total.sum.view(vectors.shape)
+        if not block.shape[1]:
+            return torch.zeros_like(block, dtype=self.dtype, device=self.device)
+        self.num_matvecs += block.shape[1]
+        return self._derivatives.products(block.T).T

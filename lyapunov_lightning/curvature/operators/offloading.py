@@ -1,4 +1,4 @@
-"""Vectors in the CPU's memory beside a model on an accelerator.
+"""Vectors in the CPU's memory, for a model on an accelerator.
 
 A Krylov basis of 33 vectors takes 33 times the memory of the parameters, where a training with Adam takes four times.
 The CPU has more of it. What is done with vectors there takes a few passes over the basis for each product, so that it
@@ -53,6 +53,7 @@ class OffloadedHessian(SymmetricOperator):
     def num_matvecs(self, count: int) -> None:
         self._hessian.num_matvecs = count
 
+    # The Krylov basis, up to a hundred vectors, stays in the CPU's memory; the device holds one vector and one product.
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a vector of shape ``(length,)``."""
         return self._hessian.matvec(self._there(vector)).cpu()

@@ -1,7 +1,8 @@
-"""What the Hessians of a sharded model by exact products have in common.
+"""What the two Hessians of a sharded model by exact products have in common.
 
-A rank by itself has a `HessianOperator`: of its own samples, or of its shards. This is good as long as the parameters
-stay, and whether they do is agreed upon, since a rank whose shards did not change may stand beside one whose did.
+Each rank has a `HessianOperator` of its own: over its own samples, or with respect to its shards. It is valid as long
+as the parameters stay the same. The ranks agree on whether they did, since the shards of one rank may have changed and
+those of another not.
 """
 
 from abc import abstractmethod
@@ -19,19 +20,19 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
 Compute = Callable[[HessianOperator, Tensor | None], Tensor]
-"""What a rank does with a vector."""
+"""What a rank computes by itself with a vector, or with None at the present parameters."""
 
 
 class ShardedHessian(SymmetricOperator):
     """The Hessian of the mean loss of a sharded model over the samples of all ranks, on vectors in parts.
 
-    It is used like a `HessianOperator`. What each rank does for it by itself is made anew when the parameters have
-    changed on any of them.
+    It is used like a `HessianOperator`. Each rank's own operator is made anew when the parameters have changed on any
+    rank.
 
     Args:
-        make: Makes what this rank has of the operator, on all ranks together; None where it has no samples.
+        make: Makes this rank's own operator, on all ranks together; None for a rank without samples.
         parameters: The sharded parameters.
-        watched: The tensors that it is made of.
+        watched: The tensors whose changes make the operators invalid.
         sharding: How the parameters are cut.
         ranks: All ranks.
 
@@ -43,7 +44,7 @@ class ShardedHessian(SymmetricOperator):
 
     layout: FlatLayout
     way: ClassVar[str]
-    """How the ranks work together, in words."""
+    """How the ranks work together, as a part of `method`."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class ShardedHessian(SymmetricOperator):
 
     @property
     def graph_bytes(self) -> int:
-        """Memory that the kept gradient graphs hold, beside the gathered parameters."""
+        """The memory of the kept gradient graphs, not counting the gathered parameters."""
         return self._own.graph_bytes if self._own is not None else 0
 
     def matvec(self, vector: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class ShardedHessian(SymmetricOperator):
         """The mean of a statistic of the mini-batch gradients along some vectors, see `HessianOperator`."""
 
     def reset(self) -> None:
-        """Forget what was found out by evaluations, and let the parameters be gathered anew."""
+        """Forget everything that evaluations have shown, and gather the parameters anew for the next one."""
         self._own, self._versions, self._trusted = None, None, None
 
     def check(self, *, seed: int = 0) -> OperatorCheck:
@@ -123,18 +124,17 @@ class ShardedHessian(SymmetricOperator):
 
     @abstractmethod
     def _mean(self, vector: Tensor | None, compute: Compute) -> Tensor:
-        """The mean over the samples of all ranks of what each computes with a vector."""
+        """The mean over the samples of all ranks of what each rank computes with a vector."""
 
     def _present(self) -> HessianOperator | None:
-        """What this rank has of the operator at the present parameters; all ranks have to ask together.
-
-        Whether the parameters have changed is looked for once in a solver, in which nobody can change anything.
-        """
+        """This rank's own operator at the present parameters; all ranks have to ask together."""
+        # Nobody changes a parameter while a solver runs, so the ranks agree once for each solver. At every product it
+        # would be one more message.
         solver = self._ranks.solver
         if solver is None or solver is not self._trusted:
             versions = [tensor._version for tensor in self._watched]
             if self._ranks.sum_of(versions != self._versions):
-                self._own = None  # its memory is that of the parameters
+                self._own = None  # first: the old and the new one together would hold the whole parameters twice
                 self._own = self._make()
                 self._versions = versions
             self._trusted = solver

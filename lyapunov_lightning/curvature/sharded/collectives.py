@@ -1,8 +1,8 @@
 """The collectives within an evaluation: a rank that fails in the middle of it does not leave the others waiting.
 
-Where a model is gathered layer by layer, the ranks meet many times in a forward and a backward pass, each time with
-tensors of a certain size, and no rank can say in between that it has failed. But the meetings of one evaluation are
-those of the one before. So a rank that fails takes part in the rest of them with zeros, and says so at the end.
+Where a model is gathered layer by layer, the ranks meet in many collectives during a forward and a backward pass, each
+with tensors of a certain size, and no rank can say in between that it has failed. But an evaluation has the same
+collectives as the one before. So a rank that fails takes part in the remaining ones with zeros, and says so at the end.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -19,31 +19,32 @@ class Collectives:
         self._present: list[Callable[[], object]] = []
 
     def note(self, take_part: Callable[[], object]) -> None:
-        """A collective is about to be entered.
+        """Remember a collective that is about to be entered.
 
         Args:
-            take_part: Enters one like it, with zeros.
+            take_part: Enters an equal collective, with zeros.
 
         """
         self._present.append(take_part)
 
     @contextmanager
     def followed(self, kind: Hashable) -> Iterator[None]:
-        """Let what fails in a block fail only after this rank has taken part in all that the others will enter.
+        """Raise an error of a block only after this rank has taken part in all collectives that the others enter.
 
-        Before the first block of a kind has gone well nothing is known of it, and a rank that fails there leaves.
+        This works once a block of the same kind has succeeded. Before that nobody knows the collectives, and a rank
+        that fails leaves at once.
 
         Args:
-            kind: Which blocks have the same collectives.
+            kind: Blocks of equal kind have the same collectives.
 
         """
         self._present = []
         try:
             yield
-        except PeerFailureError:  # the other one did not know how to go on, and has left
-            raise
+        except PeerFailureError:
+            raise  # the rank that failed has left, so that nobody would meet this one in the remaining collectives
         except Exception:
             for take_part in self._known.get(kind, [])[len(self._present) :]:
                 take_part()
             raise
-        self._known[kind] = self._present
+        self._known[kind] = self._present  # only of a block that succeeded: one that failed has not seen all of them

@@ -1,8 +1,9 @@
 """The Hessian of a sharded model by finite differences, for models that no rank can hold as a whole.
 
-The gradient of a sharded model comes in shards, from a forward and a backward pass in which each layer is gathered for
-as long as it takes. So its central difference along a vector in shards is a product in shards, and no rank ever has
-more than a layer. What was said of finite differences holds here: they blur kinks, and are lost in half precision.
+The gradient of a sharded model comes in shards, from a forward and a backward pass in which each layer is gathered only
+while it is computed. So the central difference of gradients along a vector in shards is a product in shards, and no
+rank ever holds more than a layer. As all finite differences these blur kinks, and are lost in the rounding of half
+precision.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ class ShardedMeanLoss(Protocol):
     """The mean loss over the samples of all ranks, evaluated by all of them together."""
 
     num_batches: int
-    """Batches of each rank, those of all ranks together making one batch of the training."""
+    """The number of batches of each rank. The n-th ones of all ranks together are one batch of the training."""
 
     def gradient(self, displacement: Tensor | None, batches: Sequence[int] | None = None) -> Tensor:
-        """This rank's part of the gradient at a displacement from the present parameters, over some of the batches."""
+        """This rank's part of the gradient at a displacement from the present parameters, over some or all batches."""
 
     def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
         """The loss at some points of a line through the present parameters."""
@@ -35,7 +36,7 @@ class ShardedMeanLoss(Protocol):
 class ShardDifferences(SymmetricOperator):
     """The Hessian of the mean loss of a sharded model, by central differences of its gradient.
 
-    It is used like a `HessianOperator`, on vectors of which each rank has its part.
+    It is used like a `HessianOperator`, on vectors of which each rank holds its part.
 
     Args:
         loss: The mean loss.
@@ -45,7 +46,7 @@ class ShardDifferences(SymmetricOperator):
     Attributes:
         parameters: The sharded parameters.
         num_matvecs: Products so far, of two gradients each.
-        step: Length of the step; None as long as none was needed.
+        step: Length of the step; None before the first product.
 
     """
 
@@ -61,7 +62,7 @@ class ShardDifferences(SymmetricOperator):
         self._loss = loss
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product: two gradients, and some more for the first one, to find a step that fits.
+        """The product: two gradients, and some more for the first product, to find a suitable step.
 
         Args:
             vector: This rank's part of the vector, of shape ``(length,)``.
@@ -96,7 +97,8 @@ class ShardDifferences(SymmetricOperator):
     ) -> Tensor:
         """The mean of a statistic of the mini-batch gradients along some vectors, see `HessianOperator`.
 
-        A mini-batch is here what all ranks train on in one step: of one rank's own part there is no gradient.
+        A mini-batch is here what all ranks train on in one step: FSDP sums over the ranks within the backward pass, so
+        that there is no gradient of one rank's part.
 
         """
         total = torch.zeros(size, dtype=self.dtype, device=self.device)
@@ -109,7 +111,7 @@ class ShardDifferences(SymmetricOperator):
         return total / len(indices)
 
     def reset(self) -> None:
-        """Let the step be found anew."""
+        """Find the step anew at the next product."""
         self.step = None
 
     def check(self, *, seed: int = 0) -> OperatorCheck:
@@ -120,6 +122,8 @@ class ShardDifferences(SymmetricOperator):
         norm = float(self.space.norm(vector))
         if not norm > 0:
             return torch.zeros_like(vector)
+        # Scaled to the norm of the vector: with a fixed multiple a long vector would leave the region in which the
+        # gradient is linear, and a short one be lost in the rounding of the parameters.
         displacement = vector * (step / norm)
         ahead = self._loss.gradient(displacement)
         return ahead.sub_(self._loss.gradient(displacement.neg_())).mul_(norm / (2 * step))

@@ -1,9 +1,8 @@
-"""The Hessian of a sharded model, by products on parameters that are gathered for as long as it takes.
+"""The Hessian of a sharded model, by products on parameters that are gathered for a measurement.
 
-A Hessian-vector product needs all parameters and the whole vector, and nothing of it has to outlive the product. So the
-parameters are gathered once for a measurement, the vector for a product, each rank multiplies by the Hessian of its own
-samples as if it were alone, and of the sum over the ranks each one gets its part: one gather and one scatter a product,
-at its borders. Between these two a rank may do what it likes, also fail.
+The parameters are gathered once for a measurement and the vector once for a product. Each rank then multiplies by the
+Hessian of its own samples as if it were alone, and gets its part of the sum over the ranks. So a product has one gather
+at its beginning and one scatter at its end, and between these a rank can do anything, even fail.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,10 @@ from lyapunov_lightning.curvature.sharded.base import Compute, ShardedHessian
 
 
 class GatheredHessian(ShardedHessian):
-    """The Hessian of a sharded model by products on gathered parameters, see above.
+    """The Hessian of a sharded model by products on gathered parameters.
 
-    The memory on each rank is that of two to three whole models while something is measured, and of five to six more
-    during a product.
+    Each rank needs the memory of two to three whole models during a measurement, and of five to six more during a
+    product.
 
     """
 
@@ -51,6 +50,7 @@ class GatheredHessian(ShardedHessian):
             total = torch.zeros(size + 1, dtype=torch.float64, device="cpu")
             while True:
                 gradient = next(gradients, None)
+                # The ranks may have different numbers of batches. One that has no more takes part until all are done.
                 if not self._ranks.sum_of(gradient is not None):
                     break
                 components = self._components_of_own(gradient, vectors)
@@ -63,10 +63,11 @@ class GatheredHessian(ShardedHessian):
 
     @override
     def _mean(self, vector: Tensor | None, compute: Compute) -> Tensor:
-        """One gather and one scatter, at the borders of what the ranks do by themselves."""
+        """One gather at the beginning and one scatter at the end of what the ranks compute by themselves."""
         own = self._present()
-        room = self._sharding.room()  # now: a rank that has no memory left has still to take part in the sum
-        if vector is None:
+        # Before anything else, since a rank that runs out of memory in between still has to take part in the sum.
+        room = self._sharding.room()
+        if vector is None:  # else the gathering of the vector is where the ranks meet
             self._ranks.meet()
         whole = None if vector is None else self.space.whole(vector)
         found: list[Tensor] = []
@@ -80,6 +81,7 @@ class GatheredHessian(ShardedHessian):
                 count = own.num_samples
                 found[0].mul_(count)
 
+        # Whether a rank has failed travels in the same message as the sum, so that no product has a further one.
         def scatter(has_failed: bool) -> int:
             nonlocal count
             mine = None if has_failed or not found else found[0]
@@ -92,7 +94,11 @@ class GatheredHessian(ShardedHessian):
         return _divided(result[0], count)
 
     def _components_of_own(self, gradient: Tensor | None, vectors: Tensor) -> Tensor:
-        """The components of this rank's gradient along vectors of which it has a part only."""
+        """The components of this rank's gradient along vectors of which it holds a part only.
+
+        Gathering the vectors would take their whole memory. Instead each rank gets its part of every rank's gradient
+        and multiplies it by its parts of the vectors, and the sums over the ranks are the components.
+        """
         num_parts, count = self._sharding.num_parts, len(vectors)
         self._ranks.meet()
         mine = gradient if gradient is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)

@@ -1,10 +1,10 @@
 """The Hessian of a sharded model, by derivatives through the gathering of one layer after the other.
 
-Gathering a tensor from its shards is a linear map, whose transpose adds up the ranks' tensors and cuts the sum into
-shards, and the transpose of that is gathering again. So a loss that gathers each layer's parameters where it needs them
-can be differentiated with respect to the shards, as often as one likes, and everything at the border is a shard: the
-vector, the gradient, the product. A layer's whole gradient is gone as soon as it is cut, so that the memory is that of
-the parameters, which the graph holds, and not of several whole vectors beside them.
+Gathering a tensor from its shards is a linear map. Its transpose sums the ranks' tensors and cuts the sum into shards,
+and the transpose of that is gathering again. So a loss that gathers each layer's parameters where it needs them can be
+differentiated any number of times with respect to the shards, and the vector, the gradient and the product are shards.
+A layer's whole gradient is freed as soon as it is cut, so that the memory needed is that of the whole parameters, which
+the graph holds, and not that of several whole vectors in addition.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 
 
 class _Gather(torch.autograd.Function):
-    """Shards to whole tensors."""
+    """Maps shards to whole tensors."""
 
     @staticmethod
     def forward(ctx: Any, sharding: Sharding, layout: FlatLayout, *shards: Tensor) -> tuple[Tensor, ...]:
@@ -36,11 +36,12 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Whole tensors to shards of their sum over the ranks."""
+    """Maps whole tensors to the shards of their sum over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, sharding: Sharding, layout: FlatLayout, *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.cut = sharding, layout
+        # PyTorch hands out whole gradients one by one. In one flat buffer they take one collective for the layer.
         flat = torch.cat([whole.detach().reshape(-1).to(sharding.dtype) for whole in wholes])
         return tuple(layout.split(sharding.scattered_sum(flat)[0]))
 
@@ -54,7 +55,7 @@ class LayerSharding:
 
     Args:
         parameters: The sharded parameters.
-        collectives: Is told of every gather and scatter.
+        collectives: Gets every gather and scatter, before it is entered.
 
     """
 
@@ -62,16 +63,16 @@ class LayerSharding:
         self._sharding, self._layout = Sharding(parameters, collectives), FlatLayout(parameters)
 
     def gathered(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The whole tensors, differentiable with respect to the shards as often as one likes."""
+        """The whole tensors, any number of times differentiable with respect to the shards."""
         wholes: tuple[Tensor, ...] = _Gather.apply(self._sharding, self._layout, *shards)
         return wholes
 
 
 class LayerwiseHessian(ShardedHessian):
-    """The Hessian of a sharded model by derivatives through the gathering of its layers, see above.
+    """The Hessian of a sharded model by derivatives through the gathering of its layers.
 
-    Every rank has the same number of batches, and takes part in all evaluations. The loss of each is to be that of its
-    samples times their number.
+    Every rank has the same number of batches, and takes part in all evaluations. A rank's loss has to be the mean over
+    its samples times their number, so that the sums over the ranks, which the derivatives bring along, weight it right.
 
     """
 
@@ -117,6 +118,7 @@ class LayerwiseHessian(ShardedHessian):
     def _mean(self, vector: Tensor | None, compute: Compute) -> Tensor:
         own = self._needed()
         self._ranks.meet()
+        # With a kept graph a product has only the collectives of the backward pass, so it is another kind.
         with self._collectives.followed((compute, vector is None, self.graph_bytes > 0)):
             found = compute(own, vector)
         return found * (self._num_batches / self._count())
@@ -127,8 +129,8 @@ class LayerwiseHessian(ShardedHessian):
         return own
 
     def _count(self, index: int | None = None) -> float:
-        """Samples of all ranks, in one batch of each or in all of them."""
-        if index not in self._counts:  # they stay what they are
+        """The number of samples of all ranks, in one batch of each or in all batches."""
+        if index not in self._counts:  # the data do not change, so one message each is enough
             indices = range(self._num_batches) if index is None else [index]
             self._counts[index] = self._ranks.sum_of(sum(map(self._samples_of, indices)))
         return self._counts[index]

@@ -1,9 +1,9 @@
-"""Vectors whose numbers are spread over the ranks, as the parameters of a sharded model are.
+"""Vectors whose numbers are spread over the ranks, like the parameters of a sharded model.
 
-Under fully sharded data parallelism each rank holds a part of every parameter, and so of every vector: eigenvectors,
-Krylov bases and running estimates take as much less memory a rank as there are ranks. A `Sharding` is the
-correspondence between whole vectors and these parts, a `ShardedSpace` computes with the parts: what is linear each rank
-does by itself, and the inner products of one vector with a whole basis are one short message.
+Under fully sharded data parallelism each rank holds a part of every parameter, and so of every vector: on n ranks,
+eigenvectors, Krylov bases and running estimates take an n-th of their memory on each. A `Sharding` is the
+correspondence between whole vectors and these parts, and a `ShardedSpace` computes with the parts. Linear combinations
+need no communication, and the inner products of one vector with a whole basis need one short message.
 """
 
 import itertools
@@ -22,32 +22,32 @@ from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import RandomNumbers, VectorSpace
 
 _NUMBERS = 2
-"""Numbers that go along with a scattered sum."""
+"""Further numbers that are summed in the same message as a vector: whether a rank has failed, and its samples."""
 
 
 class Sharding:
     """How tensors are cut into the parts of the ranks.
 
-    Of a tensor that is sharded along one dimension each rank has a contiguous part, as ``torch.chunk`` cuts it, so that
-    the last ones may have less or nothing. Where there are several copies of the whole model (hybrid sharding), the
-    ranks of each copy share one whole.
+    A tensor is cut along one dimension into contiguous parts, as by ``torch.chunk``, so that the last ranks may have
+    less or nothing. Where there are several copies of the model (hybrid sharding), the ranks of each copy hold one
+    whole together.
 
     Args:
         tensors: DTensors that are sharded along one dimension over the ranks of one mesh, all alike; with a mesh of two
             dimensions replicated along the first one.
-        collectives: Is told of every gather and scatter, if they are part of an evaluation.
+        collectives: Gets every gather and scatter, before it is entered, if they are part of an evaluation.
 
     Attributes:
         shapes: The shapes of the whole tensors.
-        size: Numbers of all tensors together, of all ranks.
-        longest: Numbers of the rank that has most.
-        num_copies: How many copies of the whole there are.
-        num_parts: Into how many parts each of them is cut.
-        part: Which of the parts this rank has.
-        copy: Of which of the copies.
+        size: The number of elements of all whole tensors together.
+        longest: The number of elements of the rank that has most.
+        num_copies: The number of copies of the model.
+        num_parts: The number of parts into which each copy is cut.
+        part: Which of the parts this rank holds.
+        copy: Which of the copies that part belongs to.
 
     Raises:
-        ValueError: If they are spread in another way.
+        ValueError: If the tensors are spread in another way.
 
     """
 
@@ -61,6 +61,7 @@ class Sharding:
         placements = {tensor.placements for tensor in sharded}
         if not all(_is_sharded(placement) for placement in placements):
             raise ValueError(f"The parameters are spread otherwise ({', '.join(map(str, placements))}).")
+        # With hybrid sharding the mesh has the copies along its first dimension and the shards along its last one.
         self._shards = mesh.get_group(mesh.ndim - 1)
         self._copies = mesh.get_group(0) if mesh.ndim == 2 else None
         self.num_parts = mesh.size(mesh.ndim - 1)
@@ -80,7 +81,7 @@ class Sharding:
 
     @property
     def length(self) -> int:
-        """Numbers of this rank."""
+        """The number of elements that this rank holds."""
         return self._layout.size
 
     @property
@@ -90,16 +91,16 @@ class Sharding:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the vectors."""
         return self._layout.device
 
     def tensors_of(self, whole: Tensor) -> list[Tensor]:
-        """One tensor for each that is sharded, in its whole shape and dtype; views of `whole` where that agrees."""
+        """The whole tensors that make a whole vector, in their own dtypes; views of `whole` if it has the same."""
         pieces = zip(whole.split(self._sizes), self.shapes, self._dtypes, strict=True)
         return [piece.view(shape).to(dtype) for piece, shape, dtype in pieces]
 
     def gathered(self, vector: Tensor) -> Tensor:
-        """The whole vector of which each rank has a part: one collective.
+        """The whole vector of which each rank holds a part, in one collective.
 
         Args:
             vector: Shape ``(length,)``.
@@ -108,10 +109,12 @@ class Sharding:
             Shape ``(size,)``: the tensors one after the other, each row by row.
 
         """
+        # All parts are padded to the longest one, as the collective requires equal sizes.
         own = vector.new_zeros(self.longest)
         own[: len(vector)] = vector
         every = vector.new_empty(self.num_parts * self.longest)
         if self._collectives is not None:
+            # A rank that has failed enters with no numbers of its own, which the padding fills up with zeros.
             self._collectives.note(lambda: self.gathered(torch.zeros(0, dtype=self.dtype, device=self.device)))
         dist.all_gather_into_tensor(every, own, group=self._shards)
         whole = vector.new_empty(self.size)
@@ -123,21 +126,21 @@ class Sharding:
         return whole
 
     def room(self) -> Tensor:
-        """Room for `scattered_sum`, for those who have to have it before they begin."""
+        """The memory for `scattered_sum`, for a caller that has to reserve it in time."""
         return torch.empty(self.num_parts + 1, self.longest + _NUMBERS, dtype=self.dtype, device=self.device)
 
     def scattered_sum(
         self, whole: Tensor | None, numbers: Sequence[float] = (0.0, 0.0), room: Tensor | None = None
     ) -> tuple[Tensor, list[float]]:
-        """The sum over all ranks of whole vectors, of which each rank gets its part: one collective.
+        """This rank's part of the sum of whole vectors over all ranks, in one collective.
 
         Args:
             whole: Shape ``(size,)``; zeros if None.
-            numbers: Two more numbers.
-            room: What `room` gave.
+            numbers: Two more numbers to be summed.
+            room: The memory from `room`.
 
         Returns:
-            Shape ``(length,)``, and the sums of the numbers.
+            The part, of shape ``(length,)``, and the sums of the numbers.
 
         """
         room = self.room() if room is None else room
@@ -149,15 +152,15 @@ class Sharding:
         if self._collectives is not None:
             self._collectives.note(lambda: self.scattered_sum(None))
         dist.reduce_scatter_tensor(own, every.view(-1), group=self._shards)
-        if self._copies is not None:
+        if self._copies is not None:  # the copies of the model have seen different samples
             dist.all_reduce(own, group=self._copies)
         return own[: self.length].clone(), own[self.longest :].tolist()
 
     def exchanged(self, whole: Tensor) -> Tensor:
-        """Of the vectors that the ranks of one copy of the model hold as a whole, this rank's part of each.
+        """This rank's part of the vector of every rank of its copy of the model.
 
         Args:
-            whole: Shape ``(size,)``, another one on each rank.
+            whole: Shape ``(size,)``: this rank's vector.
 
         Returns:
             Shape ``(num_parts, length)``: one row for each rank.
@@ -174,7 +177,10 @@ class Sharding:
         return torch.cat([piece.reshape(-1) for piece in self._cut_for(self.part, whole)])
 
     def drawn(self, numbers: RandomNumbers) -> Tensor:
-        """This rank's part of random numbers, drawn in the order of a whole vector."""
+        """This rank's part of random numbers, drawn in the order of a whole vector.
+
+        So the numbers are the same for any number of ranks, and a search takes the same course.
+        """
         parts = []
         for index, (size, shape) in enumerate(zip(self._sizes, self.shapes, strict=True)):
             parts.append(self._part(numbers.take(size).view(shape), index, self.part).reshape(-1))
@@ -192,17 +198,17 @@ class Sharding:
         return [self._part(piece.view(shape), index, rank) for index, (piece, shape) in enumerate(pieces)]
 
     def _part(self, tensor: Tensor, index: int, rank: int) -> Tensor:
-        """What a rank has of a whole tensor."""
+        """The part of a whole tensor that a rank holds."""
         lengths = self._lengths[index]
         return tensor.narrow(self._dims[index], sum(lengths[:rank]), lengths[rank])
 
     def _parts_of(self, rank: int) -> list[tuple[int, ...]]:
-        """The shapes of what a rank has."""
+        """The shapes of the parts that a rank holds."""
         cuts = zip(self.shapes, self._dims, self._lengths, strict=True)
         return [(*shape[:dim], lengths[rank], *shape[dim + 1 :]) for shape, dim, lengths in cuts]
 
     def _lengths_of(self, length: int) -> list[int]:
-        """How much of a dimension each rank has."""
+        """How much of a dimension each rank holds, as ``torch.chunk`` cuts it."""
         chunk = -(-length // self.num_parts)
         ends = [min(chunk * rank, length) for rank in range(self.num_parts + 1)]
         return [end - start for start, end in itertools.pairwise(ends)]
@@ -212,9 +218,9 @@ class ShardedSpace(VectorSpace):
     """Vectors of which each rank holds its part.
 
     Args:
-        sharding: Who holds what.
-        ranks: All ranks that compute with them, those of all copies of the model.
-        device: Where they are; with the model if None.
+        sharding: Which rank holds what.
+        ranks: All ranks, of all copies of the model.
+        device: The device of the vectors; that of the model if None.
 
     """
 
@@ -241,8 +247,8 @@ class ShardedSpace(VectorSpace):
         return isinstance(other, ShardedSpace) and other._sharding.shapes == self._sharding.shapes
 
     @override
-    def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
-        own = super().inner(rows, vector)
+    def inner(self, rows: Tensor, vector: Tensor, *, roughly: bool = False) -> Tensor:
+        own = super().inner(rows, vector, roughly=roughly)
         return self._summed(own.reshape(-1)).view(own.shape).to(own)
 
     @override
@@ -252,8 +258,10 @@ class ShardedSpace(VectorSpace):
 
     @override
     def orthogonalise(self, vector: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        first = self.take_out(vector, blocks)
-        # What is taken out the second time is next to nothing, so that the norm before tells the norm after.
+        first = self.take_out(vector, blocks, roughly=True)
+        # The norm afterwards would need a second message. It follows from the norm before and from the components by
+        # Pythagoras, without loss of digits: the first pass has left next to nothing for the second one to take out.
+        # The second pass is needed as anywhere: the first one leaves its rounding errors along the blocks.
         square = self._own_norm(vector).square()
         numbers = self._summed(torch.cat([*self._own_parts(vector, blocks), square.reshape(1)]))
         second = numbers[:-1].to(first)
@@ -272,33 +280,33 @@ class ShardedSpace(VectorSpace):
 
     @override
     def agreed(self, numbers: Tensor) -> Tensor:
-        return numbers.to("cpu", torch.float64)  # sums over the ranks already
+        return numbers.to("cpu", torch.float64)  # they are sums over the ranks, and so the same on all of them
 
     @override
     def _own(self, numbers: RandomNumbers) -> Tensor:
         return self._sharding.drawn(numbers).to(self.device)
 
     @override
-    def take_out(self, vector: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    def take_out(self, vector: Tensor, blocks: Sequence[Tensor], *, roughly: bool = False) -> Tensor:
         if not blocks:
             return vector.new_zeros(0)
-        components = self._summed(torch.cat(self._own_parts(vector, blocks))).to(vector)
+        components = self._summed(torch.cat(self._own_parts(vector, blocks, roughly))).to(vector)
         self._subtract_all(vector, blocks, components)
         return components
 
-    def _own_parts(self, vector: Tensor, blocks: Sequence[Tensor]) -> list[Tensor]:
-        return [super(ShardedSpace, self).inner(block, vector).double() for block in blocks]
+    def _own_parts(self, vector: Tensor, blocks: Sequence[Tensor], roughly: bool = False) -> list[Tensor]:
+        return [super(ShardedSpace, self).inner(block, vector, roughly=roughly).double() for block in blocks]
 
     def _subtract_all(self, vector: Tensor, blocks: Sequence[Tensor], components: Tensor) -> None:
         for block, part in zip(blocks, components.split([len(block) for block in blocks]), strict=True):
             self.subtract(vector, part, block)
 
     def _summed(self, numbers: Tensor) -> Tensor:
-        """Sums over the ranks of one copy of the model: each copy has them all."""
+        """Sums over the ranks of one copy of the model, of which a sum over all ranks counts every copy."""
         return self._ranks.summed(numbers) / self._sharding.num_copies
 
 
 def _is_sharded(placements: Sequence[Any]) -> bool:
-    """Whether these are one plain shard, with copies of the whole at most."""
+    """Whether a tensor is cut along one dimension and otherwise at most replicated."""
     *copies, last = placements
     return type(last).__name__ == "Shard" and len(copies) <= 1 and all(copy.is_replicate() for copy in copies)

@@ -4,8 +4,8 @@ The basis is an orthonormal one of ``span(v, Av, A²v, ...)``. It grows by one p
 orthogonalised twice against the whole basis, and its Ritz pairs, the eigenpairs of ``A`` projected on it, come nearer
 to the extreme eigenpairs of ``A``.
 
-Where ``A`` is symmetric, the projection is known from both sides: what the products of the basis told of a new vector,
-its own product tells again. Where the two differ, the products are noisy, or not those of a symmetric matrix.
+Where ``A`` is symmetric, each entry of the projection is computed twice: ``u·Av`` from the product of ``v``, and
+``v·Au`` from the product of ``u``. Where the two differ, the products are noisy, or the matrix is not symmetric.
 """
 
 import math
@@ -17,12 +17,12 @@ from torch import Tensor
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 
-_BLOCK = 8
+_ROWS_AT_ONCE = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
 
-_NEGLIGIBLE = 1e-8
-"""Residual, relative to the operator's norm, below which a pair has converged whatever its value: the eigenvalue is
-then known to the rounding error of double precision."""
+_NEGLIGIBLE_RESIDUAL = 1e-8
+"""Residual, relative to the operator's norm, below which a pair has converged whatever its value: the error of the
+eigenvalue goes with the square of the residual, so it is then known to the rounding error of double precision."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Target:
         largest: How many of the upper end.
         smallest: How many of the lower end.
         tol: Relative tolerance of the residuals.
-        value_tol: Relative tolerance of the errors of the eigenvalues beside that; none if None.
+        value_tol: Relative tolerance of the errors of the eigenvalues, in addition to `tol`; none if None.
 
     """
 
@@ -48,7 +48,7 @@ class Target:
         return self.largest + self.smallest
 
     def is_met(self, values: Tensor, residuals: Tensor, value_errors: Tensor, negligible: float) -> Tensor:
-        """Which pairs meet the tolerances; what is negligible does."""
+        """Which pairs meet the tolerances. A residual below `negligible` meets them whatever the eigenvalue."""
         converged = residuals <= (self.tol * values.abs()).clamp_min(negligible)
         if self.value_tol is not None:
             converged &= value_errors <= (self.value_tol * values.abs()).clamp_min(negligible)
@@ -86,13 +86,14 @@ class RitzPairs:
     extent: tuple[float, float]
 
     def may_be_overtaken(self, target: Target, margin: float = 0.0) -> bool:
-        """Whether a Ritz pair that is not wanted may yet come to lie beyond those that are.
+        """Whether a Ritz pair that is not wanted may yet come to lie beyond the wanted ones.
 
         Args:
             target: What is wanted.
             margin: By how much less also counts, relative to the wanted value.
 
         """
+        # Both may be off by their residuals. Only if the intervals do not overlap is the order of the two certain.
         reach = self.residuals - margin * self.values.abs()
         last = target.largest - 1
         beyond_largest = target.largest > 0 and self.next_largest > float(self.values[last] + reach[last])
@@ -114,6 +115,10 @@ class KrylovBasis:
 
     Attributes:
         asymmetry: By how much the two sides of the projection differ at most, in the unit of the eigenvalues.
+        capacity: The most vectors that the basis may hold.
+        length: How many it holds.
+        is_full: Whether it must be compressed before it can grow.
+        is_complete: Whether it spans the whole space, so that the Ritz pairs are the eigenpairs.
 
     """
 
@@ -128,17 +133,7 @@ class KrylovBasis:
         self._norm = 0.0
         self.asymmetry = 0.0
         self.capacity = capacity
-        self.length = 0
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it must be compressed before it can grow."""
-        return self.length == self.capacity
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it spans the whole space, so that the Ritz pairs are the eigenpairs."""
-        return self.length == self.space.size
+        self._resize(0)
 
     @property
     def rounding(self) -> float:
@@ -147,29 +142,30 @@ class KrylovBasis:
 
     def begin(self, direction: Tensor | None = None) -> None:
         """Grow in a new direction, a random one if none is given, and give up the present one."""
+        # Without the old direction A V is no longer known exactly: what pointed along it is missing from the
+        # projection, and counts for the residuals from now on.
         if bool(self._coupling.any()):
             self._leaks = torch.cat([self._leaks.reshape(-1, self.length), self._coupling[None]])
         self._coupling = torch.zeros(self.length, dtype=torch.float64, device="cpu")
         row = self._room(self.length)
         row.copy_(self.space.random(self._generator) if direction is None else direction)
         row.div_(self.space.norm(row))
-        for _ in range(2):
-            self.space.take_out(row, self._rows(self.length))
-            row.div_(self.space.norm(row))
+        self.space.orthonormalise(row, self._rows(self.length))
 
     def expand(self) -> None:
         """Take the growing direction into the basis: one product, and one read of the numbers that come of it."""
         length, space = self.length, self.space
         row = self._room(length + 1)
         row.copy_(self._operator.matvec(self._room(length)))
+        # Against the whole basis, although exact arithmetic would ask for the last two vectors alone: rounding brings
+        # the converged ones back, as copies of eigenvalues that are not there (C. Paige, 1972).
         found, norm = space.orthogonalise(row, self._rows(length + 1))
         numbers = space.agreed(torch.cat([found, norm.reshape(1)]))
         if not bool(torch.isfinite(numbers).all()):
-            raise NonFiniteCurvatureError(
-                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
-            )
+            raise NonFiniteCurvatureError
         column, remainder = numbers[:-1], float(numbers[-1])
-        # Of what was cut off only the new product can tell.
+        # `_coupling` is what the products of the basis say of this vector. Of a part that was cut off they say nothing,
+        # so there the vector's own product has to do for both sides.
         known = column[:-1] if len(self._leaks) else self._coupling
         self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - known)))
         self._projection[: length + 1, length] = column
@@ -177,28 +173,35 @@ class KrylovBasis:
         self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
         self._leaks = torch.nn.functional.pad(self._leaks, (0, 1)) if len(self._leaks) else self._leaks
         self._coupling = torch.zeros(length + 1, dtype=torch.float64, device="cpu")
-        self.length += 1
+        self._resize(length + 1)
         if self.is_complete:
             return
         if remainder > self.rounding:
             self._coupling[-1] = remainder
             row.div_(remainder)
-        else:  # an invariant subspace: what is left of the space is not reached from here
+        else:
+            # The basis spans an invariant subspace. What is left of the product is rounding, whose direction means
+            # nothing, and the rest of the space is not reached from here.
             self.begin()
 
     def ritz(self, target: Target) -> RitzPairs:
         """The wanted Ritz pairs."""
         values, vectors = self.eigh()
         projection = self._projection[: self.length, : self.length]
+        # ‖A V y − θ V y‖ = |coupling · y| for a Ritz vector y: the residual needs no product of its own.
         growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
         bounds = growing + (self._leaks @ vectors).abs().sum(dim=0) if len(self._leaks) else growing
         wanted = both_ends(self.length, target.largest, target.smallest)
         below, above = target.smallest, self.length - target.largest
         errors = _value_errors(values, bounds)[wanted]
-        # An eigenvalue that is zero beside the norm has no digits to be relative to.
-        negligible = max(2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE, target.tol / 100) * self._norm)
+        # An eigenvalue that is zero to rounding has no digits to be relative to.
+        negligible = max(
+            2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE_RESIDUAL, target.tol / 100) * self._norm
+        )
         # What no further product can reduce is not waited for, but counts for the bounds.
         converged = target.is_met(values[wanted], bounds[wanted], errors, max(negligible, self.asymmetry))
+        # The Ritz pairs are of the symmetric part; the antisymmetric part of the projection is orthogonal to the rest
+        # of the residual.
         bounds = torch.hypot(bounds, torch.linalg.vector_norm((projection - projection.T) / 2 @ vectors, dim=0))
         errors = torch.minimum(errors.clamp_min(max(self.rounding, self.asymmetry)), bounds[wanted])
         return RitzPairs(
@@ -227,12 +230,14 @@ class KrylovBasis:
         before, length = rotation.shape
         self.space.combine(rotation.T, self._rows(before), self._rows(length))
         self._room(length).copy_(self._room(before))
+        # Rotated and not set to the Ritz values, which it would be for a symmetric matrix: what is antisymmetric in it
+        # has to count after a restart as before.
         projection = rotation.T @ self._projection[:before, :before] @ rotation
         self._projection.zero_()
         self._projection[:length, :length] = projection
         self._coupling = rotation.T @ self._coupling
         self._leaks = self._leaks @ rotation if len(self._leaks) else self._leaks
-        self.length = length
+        self._resize(length)
 
     def combine(self, *coefficients: Tensor) -> list[Tensor]:
         """The vectors with these coefficients in the basis, one row for each column, in one tensor for each argument.
@@ -243,15 +248,20 @@ class KrylovBasis:
         self.space.combine(torch.cat(coefficients, dim=1).T, self._rows(self.length), vectors)
         return vectors
 
+    def _resize(self, length: int) -> None:
+        self.length = length
+        self.is_full = length == self.capacity
+        self.is_complete = length == self.space.size
+
     def _room(self, index: int) -> Tensor:
         """The row of this index; the storage grows by a block of rows where it needs to."""
-        if index == len(self._blocks) * _BLOCK:
-            self._blocks.append(self.space.empty(min(_BLOCK, self.capacity + 1 - index)))
-        return self._blocks[index // _BLOCK][index % _BLOCK]
+        if index == len(self._blocks) * _ROWS_AT_ONCE:
+            self._blocks.append(self.space.empty(min(_ROWS_AT_ONCE, self.capacity + 1 - index)))
+        return self._blocks[index // _ROWS_AT_ONCE][index % _ROWS_AT_ONCE]
 
     def _rows(self, count: int) -> list[Tensor]:
         """The first rows, in blocks."""
-        starts = range(0, count, _BLOCK)
+        starts = range(0, count, _ROWS_AT_ONCE)
         return [block[: count - start] for start, block in zip(starts, self._blocks, strict=False)]
 
 

@@ -163,10 +163,10 @@ def lanczos(
             num_largest=largest,
             start=start_rows[0],
         )
-        asymmetry = basis.asymmetry
+        asymmetry, rounding = basis.asymmetry, basis.rounding
         del basis
         if asymmetry > _ASYMMETRIC * target.tol * float(ritz.values.abs().min()):
-            pairs = _measured(operator, pairs, target, ritz.negligible, max_matvecs)
+            pairs = _measured(operator, pairs, target, ritz.negligible, rounding, max_matvecs)
     return pairs
 
 
@@ -290,9 +290,13 @@ def _next_start(basis: KrylovBasis, target: Target) -> Tensor:
 
 
 def _measured(
-    operator: LinearOperator, pairs: Eigenpairs, target: Target, negligible: float, max_matvecs: int
+    operator: LinearOperator, pairs: Eigenpairs, target: Target, negligible: float, rounding: float, max_matvecs: int
 ) -> Eigenpairs:
-    """The pairs with residuals that were measured by a product each, as far as the budget goes."""
+    """The pairs with residuals that were measured by a product each, as far as the budget goes.
+
+    No residual counts as less than the rounding of the product that measures it: in float32 one of 1.5e-7 was found for
+    a value that was off by 1.6e-7.
+    """
     space = space_of(operator)
     residuals, errors = pairs.residuals.clone(), pairs.value_errors.clone()
     count = min(len(pairs.values), max_matvecs - pairs.num_matvecs)
@@ -302,7 +306,7 @@ def _measured(
         quotient = space.inner(vector, product).double()
         difference = product - pairs.values[index].to(product) * vector
         own, other_value = space.agreed(torch.stack([space.norm(difference).double(), quotient])).tolist()
-        residuals[index] = own
+        residuals[index] = max(own, rounding)
         errors[index] = max(float(errors[index]), abs(other_value - float(pairs.values[index])))
     errors = torch.minimum(errors, residuals)
     is_measured = torch.arange(len(residuals), device="cpu") < count

@@ -143,6 +143,8 @@ class LyapunovIteration:
         else:
             moved = torch.sub(q, curvature_q, alpha=lr)
         rayleigh, rest, length, turned = self._measured(space, q, curvature_q, moved)
+        # A length has no sign, and the multiplier may be negative: beyond the edge of stability the perturbation turns
+        # round at each step.
         growth = math.copysign(length / self._delta_q, turned)
         exponent = math.log(abs(growth)) if growth else -math.inf
         if self._map == "ascent":
@@ -153,6 +155,7 @@ class LyapunovIteration:
             eigenvalue = (1 + momentum - growth - (momentum / growth if momentum and growth else 0.0)) / lr
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
             end = _end(self._map, growth)
+        # The velocity is scaled alike: the map is linear in both together, and its multipliers are those of the pair.
         if growth:
             self._perturbation = moved.div_(abs(growth))
             self._velocity = None if velocity is None else velocity.div_(abs(growth))
@@ -169,7 +172,7 @@ class LyapunovIteration:
     def _measured(
         self, space: VectorSpace, q: Tensor, curvature_q: Tensor, moved: Tensor
     ) -> tuple[float, float, float, float]:
-        """What one iteration tells, in one transfer from the device.
+        """The numbers that come of one iteration, in one transfer from the device.
 
         Args:
             space: The space of the vectors.
@@ -192,7 +195,7 @@ class LyapunovIteration:
         return values[0], values[1], values[2], values[3]
 
     def restart(self, direction: Tensor, space: VectorSpace | None = None) -> None:
-        """Go on with a perturbation along another direction, of shape ``(n,)``, and at rest."""
+        """Continue with a perturbation along another direction, of shape ``(n,)``, and at rest."""
         space = space_like(direction) if space is None else space
         self._perturbation = direction * (self._delta_q / space.norm(direction)).to(direction)
         self._velocity = None
@@ -203,7 +206,7 @@ class LyapunovIteration:
         return {"beta": self.beta, **{name: None if t is None else t.cpu() for name, t in tensors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self.beta = state["beta"]
         self._perturbation = state["perturbation"]
         self._velocity = state["velocity"]
@@ -367,7 +370,7 @@ class LyapunovSpectrum:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Continue from a `state_dict`."""
         self._perturbations = state["perturbations"]
         self._sum = state["sum"].clone()
         self._num_steps = state["num_steps"]
@@ -405,18 +408,13 @@ def _orthonormalised(space: VectorSpace, rows: Tensor, index: int, before: Tenso
         before: A vector of shape ``(n,)``.
 
     Returns:
-        The length of the row beside those ahead, 0 only for a row that vanishes; and the component of the unit vector
-        along `before`, of which the sign tells whether it has turned round.
+        The length of the row without its part in the span of the rows ahead, 0 only for a row that vanishes; and the
+        component of the unit vector along `before`, whose sign says whether it has turned round.
 
     """
-    row, ahead = rows[index], rows[:index]
-    lengths = []
-    for _ in range(2):
-        if index:
-            space.subtract(row, space.inner(ahead, row), ahead)
-        lengths.append(space.norm(row))
-        row.div_(lengths[-1].clamp_min(torch.finfo(row.dtype).tiny))
-    return lengths[0] * lengths[1], space.inner(row, before)
+    row = rows[index]
+    length = space.orthonormalise(row, [rows[:index]])
+    return length, space.inner(row, before)
 
 
 def _end(map: LyapunovMap, multiplier: float) -> End:
@@ -432,6 +430,8 @@ def _not_finite(delta_q: float) -> NonFiniteCurvatureError:
 
 def controlled(beta: float, exponent: float) -> float:
     """The step size that steers the exponent to 1: β divided by it (Algorithm 1), within bounds."""
+    # A perturbation that shrinks, λ <= 0, says that β is too small or the curvature negative: the paper's rule would
+    # make β negative and turn the map round; here β grows by the most that is allowed.
     inverse = 1 / exponent if exponent > 0 else math.inf
     return min(max(beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING), 1e-30), 1e30)
 

@@ -19,11 +19,13 @@ from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.warm_start import with_noise
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
-_LEAST = 6
-"""Products that are spent at least: a start near to another eigenvector would end the iteration at once."""
+_LEAST_PRODUCTS = 6
+"""Products that are spent at least: a start near another eigenvector has a small residual, and would end the iteration
+at once."""
 
-_WINDOW = 20
-"""Products in which the residual has to fall by a third; else both ends may be alike, which takes a shift."""
+_STALLED_AFTER = 20
+"""Products in which the residual has to fall by a third. Where it does not, the two ends of the spectrum may be equal
+in modulus: the vector then swings between both for ever, unless the spectrum is shifted."""
 
 
 def power_iteration(
@@ -84,22 +86,22 @@ def power_iteration(
             remainder = space.norm(product - quotient * vector)
             raw, residual = space.agreed(torch.stack([quotient.to(remainder), remainder])).tolist()
             if not math.isfinite(raw + residual):
-                raise NonFiniteCurvatureError(
-                    "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
-                )
-            value = sign * raw  # of the operator whose upper end is wanted
+                raise NonFiniteCurvatureError
+            value = sign * raw  # the eigenvalue of ±A, whose upper end is wanted
             rounding = 10 * torch.finfo(space.dtype).eps * abs(value)
             converged = residual <= max(tol * abs(value), rounding)
             residuals.append(residual)
             needed = 0.0 if converged and value >= 0 else _needed_shift(value, residuals)
+            # By 1 % at least, or the shift would creep up with each better estimate and start the iteration anew. What
+            # was found at the wrong end is no start, so the noise is mixed in again.
             if needed > shift * 1.01 and num_matvecs < max_matvecs:
                 shift, residuals, converged = needed, [math.inf], False
                 vector = _blended(space, vector, noise)
                 continue
-            if (converged and num_matvecs >= min(_LEAST, space.size)) or num_matvecs == max_matvecs:
+            if (converged and num_matvecs >= min(_LEAST_PRODUCTS, space.size)) or num_matvecs == max_matvecs:
                 break
             if value + shift == 0 and residual == 0:
-                break
+                break  # the next vector would be 0/0
             ahead = sign * product + shift * vector
             vector = ahead / space.norm(ahead)
         return Eigenpairs(
@@ -123,7 +125,7 @@ def _needed_shift(value: float, residuals: Sequence[float]) -> float:
     """
     if value < 0:
         return residuals[-1] - value
-    if len(residuals) > _WINDOW and residuals[-1] > 2 / 3 * residuals[-_WINDOW]:
+    if len(residuals) > _STALLED_AFTER and residuals[-1] > 2 / 3 * residuals[-_STALLED_AFTER]:
         return math.hypot(value, residuals[-1])
     return 0.0
 

@@ -80,9 +80,11 @@ class SpectralDensity:
         grid = torch.linspace(low - reach, high + reach, num_points, dtype=torch.float64)
         edges = torch.cat([grid - step / 2, grid[-1:] + step / 2])
         weights = self.weights.flatten() / len(self.weights)
-        # Means over the steps: values at the points would miss a Gaussian that lies between two of them.
-        below = torch.special.ndtr((edges[:, None] - self.nodes.flatten()) / width) @ weights
-        return grid, below.diff() / step
+        # Means over the steps: values at the points would miss a Gaussian that lies between two of them. Each
+        # Gaussian's share of a step is taken before the sum over all Gaussians: a matrix product rounds the sums below
+        # two edges each in its own way, and where nothing lies between them their difference may be -1e-16.
+        shares = torch.special.ndtr((edges[:, None] - self.nodes.flatten()) / width).diff(dim=0).clamp_min(0)
+        return grid, shares @ weights / step
 
 
 def spectral_density(
@@ -164,7 +166,6 @@ def _tridiagonal(
 
     """
     basis = space.empty(num_steps)
-    tiny = torch.finfo(space.dtype).tiny
     row = projected(space, space.random(generator), known)
     row /= space.norm(row)
     diagonal: list[Tensor] = []
@@ -173,13 +174,7 @@ def _tridiagonal(
         basis[step] = row
         row = operator.matvec(basis[step]).clone()
         diagonal.append(space.inner(basis[step], row))
-        norms = []
-        for _ in range(2):
-            projected(space, row, known)
-            projected(space, row, basis[: step + 1])
-            norms.append(space.norm(row))
-            row /= norms[-1].clamp_min(tiny)
-        beside.append(norms[0] * norms[1])
+        beside.append(space.orthonormalise(row, [known], [basis[: step + 1]]))
     return diagonal + beside
 
 

@@ -1,6 +1,6 @@
-"""Diagonal blocks of a Hessian: which parameters belong to which, and the largest eigenvalue of each over a training.
+"""Diagonal blocks of a Hessian: which parameters each consists of, and its largest eigenvalue during a training.
 
-A block is the Hessian with respect to its own parameters alone, so its largest eigenvalue is at most that of the whole.
+A block is the Hessian with respect to its own parameters only, so its largest eigenvalue is at most that of the whole.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,11 +19,11 @@ def parameter_blocks(
 
     Args:
         names: The names of all parameters, with dots between the modules.
-        groups: ``"modules"`` for one block for each top-level module, names of blocks with a pattern of parameter names
-            each, or None for no blocks.
+        groups: ``"modules"`` for one block for each top-level module; names of blocks, each with a pattern of parameter
+            names; or None for no blocks.
 
     Returns:
-        The names by block; of a pattern that fits none of them an empty list.
+        The names by block; an empty list for a pattern that matches none.
 
     Example::
 
@@ -47,7 +47,7 @@ def parameter_blocks(
 
 
 class BlockTrackers:
-    """The largest eigenvalues of several blocks, each followed on its own.
+    """The largest eigenvalues of several blocks, each tracked with a start of its own.
 
     Args:
         tol: Relative tolerance of the residuals.
@@ -61,7 +61,7 @@ class BlockTrackers:
         self._trackers: dict[str, ExtremeTracker] = {}
 
     def measure(self, block: str, operator: LinearOperator) -> Eigenpairs:
-        """The largest eigenpair of a block as it is now."""
+        """The largest eigenpair of a block at present."""
         return self._tracker(block).measure(operator)
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,10 +69,10 @@ class BlockTrackers:
         return {block: tracker.state_dict() for block, tracker in self._trackers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         for block, tracker_state in state.items():
             self._tracker(block).load_state_dict(tracker_state)
 
     def _tracker(self, block: str) -> ExtremeTracker:
-        # Made when it is first asked for: the blocks of a run are not known yet when its state is loaded.
+        # Made at first use, since a state is loaded before the module, and so its blocks, are known.
         return self._trackers.setdefault(block, ExtremeTracker("lanczos", "largest", self._tol, self._seed))

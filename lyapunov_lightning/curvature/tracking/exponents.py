@@ -1,4 +1,4 @@
-"""Lyapunov exponents that are followed through a training."""
+"""Extreme eigenvalues by Lyapunov exponents that are followed through a training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class ExponentTracker:
         return {name: iteration.state_dict() for name, iteration in maps.items() if iteration is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         for name, iteration in (("ascent", self._ascent), ("training", self._training)):
             if iteration is not None:
                 iteration.load_state_dict(state[name])

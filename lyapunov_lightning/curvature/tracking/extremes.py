@@ -38,7 +38,8 @@ class ExtremeTracker:
         start = self._start
         if start is not None and start.shape[-1] != space_of(operator).length:
             start = None  # parameters were frozen or unfrozen since
-        # Another seed each time: what one search overlooked, the next one is to see.
+        # Another seed each time: what one search overlooked, the next one is to see. A start that is an exact
+        # eigenvector of another eigenvalue has a residual of 0 and would be believed, if nothing random were added.
         seed = self._seed + self._count
         if self._solver == "lanczos":
             pairs = self._lanczos(operator, start, seed)
@@ -54,7 +55,7 @@ class ExtremeTracker:
         return {"start": None if self._start is None else self._start.cpu(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Resume from a `state_dict`."""
         self._start, self._count = state["start"], state["count"]
 
     def _lanczos(self, operator: LinearOperator, start: Tensor | None, seed: int) -> Eigenpairs:

@@ -1,7 +1,7 @@
-r"""How soon an eigenvector is out of date: the curvature along it while the parameters move on.
+r"""How soon an eigenvector is out of date: the curvature along it as the parameters move on.
 
 The eigenvectors :math:`v` at both ends of the spectrum of one step are kept, and :math:`v^\top H(t) v` is measured at
-later steps :math:`t`. Where it stays at the end of the spectrum the direction is still an extreme one ("Negative
+later steps :math:`t`. As long as it stays at the end of the spectrum, the direction is still an extreme one ("Negative
 eigenvalues of the Hessian in deep neural networks", sec. 2.2, fig. 2).
 """
 
@@ -15,9 +15,9 @@ from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 
 
 class FrozenDirections:
-    """The top and the bottom eigenvectors of some steps, and the curvature along them later on.
+    """The top and the bottom eigenvectors of some steps, and the curvature along them at later steps.
 
-    Two vectors of the operator's size are held for each step.
+    It holds two vectors of the operator's size for each frozen step.
 
     Example::
 
@@ -43,7 +43,7 @@ class FrozenDirections:
         """Keep the outermost eigenvectors of both ends.
 
         Args:
-            step: The step that they are of.
+            step: The step to which they belong.
             pairs: At least one eigenpair of each end.
 
         """
@@ -52,7 +52,7 @@ class FrozenDirections:
     def curvatures(self, operator: LinearOperator) -> dict[int, tuple[float, float]]:
         """``vᵀHv`` along the vectors, for one product each.
 
-        Vectors of another size are left out: they are of a model of which parameters were frozen or unfrozen since.
+        Vectors of another size are left out: parameters of the model were frozen or unfrozen since.
 
         Returns:
             For each step, the curvature along its top and along its bottom vector.
@@ -72,5 +72,5 @@ class FrozenDirections:
         return {"vectors": {step: vectors.cpu() for step, vectors in self._vectors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._vectors = {step: vectors for step, vectors in state["vectors"].items() if vectors is not None}

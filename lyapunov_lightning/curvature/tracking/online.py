@@ -27,9 +27,9 @@ from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
-_LEAST_CYCLE = 4
-"""With fewer than three products that look around, an eigenvector of a value that is no longer the smallest one is not
-left again."""
+_SHORTEST_CYCLE = 4
+"""A cycle spends one product on the vector and the others on new directions. With fewer than three of these, a vector
+that is an eigenvector of a value that is no longer the smallest stays where it is."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OnlineEstimate:
         value: The Rayleigh quotient ``λ = vᵀHv``.
         residual: ``‖Hv − λv‖``: an eigenvalue of the Hessian of that step lies within it of `value`.
         vector: The unit vector ``v``, of shape ``(size,)``.
-        age: How many steps ago these were measured; 0 for the present one.
+        age: How many steps ago these were measured; 0 if at the present one.
 
     """
 
@@ -51,11 +51,11 @@ class OnlineEstimate:
 
 
 class OnlineEigenpair:
-    """Follows the smallest eigenpair of a symmetric operator that changes slowly, one product a step.
+    """Tracks the smallest eigenpair of a symmetric operator that changes slowly, with one product a step.
 
     It holds ``cycle + 1`` vectors of the operator's size, and one more while it works. Every `cycle`-th product is
-    spent on the vector itself, and makes the estimate anew; the others find out where to go next. Long cycles converge
-    faster on an operator that stays, short ones follow one that moves.
+    spent on the vector itself and renews the estimate; the others explore where the vector should move. Long cycles
+    converge faster if the operator stays the same, and short ones follow an operator that changes.
 
     Args:
         cycle: Products in a cycle, at least 4.
@@ -80,8 +80,8 @@ class OnlineEigenpair:
     """
 
     def __init__(self, cycle: int = 4, seed: int = 0) -> None:
-        if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < _LEAST_CYCLE:
-            raise ValueError(f"`cycle` should be an int of at least {_LEAST_CYCLE}, got {cycle}.")
+        if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < _SHORTEST_CYCLE:
+            raise ValueError(f"`cycle` should be an int of at least {_SHORTEST_CYCLE}, got {cycle}.")
         self._cycle = cycle
         self._seed = seed
         self._rows: Tensor | None = None
@@ -100,11 +100,11 @@ class OnlineEigenpair:
             operator: The operator as it is now.
 
         Returns:
-            The estimate of this step or, between two products on the vector itself, the last one.
+            The estimate of this step or, between two products on the vector itself, the last estimate.
 
         Raises:
             NonFiniteCurvatureError: If the product is not finite; the estimate stays as it was.
-            PeerFailureError: If another rank of a distributed operator failed; the search begins anew then, on all.
+            PeerFailureError: If another rank of a distributed operator failed; all ranks begin the search anew then.
 
         """
         space = space_of(operator)
@@ -117,10 +117,11 @@ class OnlineEigenpair:
                     self._next_cycle(space, rows)
                     self._measure(operator, space, rows)
                 estimate = OnlineEstimate(self._value, self._residual, rows[0].clone(), self._age)
-        except NonFiniteCurvatureError:  # on all ranks at once, and before anything was changed
-            raise
+        except NonFiniteCurvatureError:
+            raise  # all ranks find it in the same numbers, before any of them has changed its state
         except Exception:
-            self._rows = None  # or the ranks, interrupted at different places, would go on from different vectors
+            # The ranks were interrupted at different places, and would continue with different vectors.
+            self._rows = None
             self._num_steps = 0
             raise
         self._num_steps += 1
@@ -140,7 +141,7 @@ class OnlineEigenpair:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._rows = state["rows"]
         self._length = state["length"]
         self._has_direction = state["rows"] is not None and len(state["rows"]) > state["length"]
@@ -149,11 +150,12 @@ class OnlineEigenpair:
         self._num_steps = state["num_steps"]
 
     def _fitted(self, space: VectorSpace) -> Tensor:
-        """The storage; it begins with a random vector, at first and where parameters were frozen or unfrozen since."""
+        """The storage; begins with a random vector, the first time and after parameters were frozen or unfrozen."""
         before = self._rows
         if before is not None and before.shape[1] == space.length:
             if len(before) == self._cycle + 1 and before.device == space.device and before.dtype == space.dtype:
                 return before
+            # After a resume: a checkpoint has only the rows in use, on the CPU.
             self._rows = space.empty(self._cycle + 1)
             self._rows[: len(before)] = before[: len(self._rows)]
             return self._rows
@@ -165,32 +167,36 @@ class OnlineEigenpair:
         return self._rows
 
     def _next_cycle(self, space: VectorSpace, rows: Tensor) -> None:
-        """Begin a cycle with the smallest Ritz vector, and the way that it moved."""
+        """Begin a cycle with the smallest Ritz vector, and with the direction in which it moved."""
         if self._length == 1:
             return
         smallest = torch.linalg.eigh(self._projection).eigenvectors[:, 0]
-        # The first vector is where the last cycle began; the part of it that the Ritz vector lacks is the move.
+        # In coordinates of the basis, whose first row is the vector of the last cycle: that vector less its projection
+        # on the new one. Kept as a direction, it makes a conjugate-gradient method of the descent.
         move = -smallest[0] * smallest
         move[0] += 1
+        # Where the vector did not move, the direction would be 0/0.
         rotation = torch.stack([smallest, move / torch.linalg.vector_norm(move)]) if smallest[0].abs() < 1 else None
-        if rotation is None or not bool(torch.isfinite(rotation).all()):  # it did not move
+        if rotation is None or not bool(torch.isfinite(rotation).all()):
             rotation = smallest.reshape(1, -1)
         space.combine(rotation, [rows[: self._length]], [rows[: len(rotation)]])
         self._projection = rotation @ self._projection @ rotation.T
         self._length = len(rotation)
+        # A rotation keeps rows orthonormal up to rounding, which would add up from cycle to cycle.
         for index in range(self._length):
-            _orthonormalise(space, rows[index], rows[:index])
+            space.orthonormalise(rows[index], [rows[:index]])
 
     def _measure(self, operator: LinearOperator, space: VectorSpace, rows: Tensor) -> None:
-        """The product of the vector itself, and the direction of its residual."""
+        """Spend the product on the vector itself; the residual is the next direction."""
         column, norm, rest, residual = self._multiply(operator, space, rows, 0, self._length)
         self._projection[0], self._projection[:, 0] = column, column
         self._value, self._age = float(column[0]), 0
+        # A residual below the rounding of the product is no bound of the eigenvalue's error.
         self._residual = max(residual, _rounding(space) * norm)
         self._look_on(space, rows, is_new=rest > _rounding(space) * norm)
 
     def _look_around(self, operator: LinearOperator, space: VectorSpace, rows: Tensor) -> None:
-        """The product of the direction, which joins the basis."""
+        """Spend the product on the new direction, which joins the basis."""
         length = self._length + 1
         column, norm, rest, _ = self._multiply(operator, space, rows, length - 1, length)
         self._length = length
@@ -204,18 +210,18 @@ class OnlineEigenpair:
     def _multiply(
         self, operator: LinearOperator, space: VectorSpace, rows: Tensor, index: int, length: int
     ) -> tuple[Tensor, float, float, float]:
-        """The product of a row, and one read of the numbers that come of it.
+        """The product of a row with the numbers that follow from it, which are read from the device once.
 
         Args:
             operator: The operator.
             space: Its space.
             rows: The storage.
-            index: Which row.
-            length: How many of the rows are the basis.
+            index: The index of the row.
+            length: The number of rows in the basis.
 
         Returns:
-            The product's components along the basis, its norm, and the norms of what it adds to the basis and of the
-            residual of the row. What it adds is left behind the basis, if there is room for it.
+            The product's components along the basis, its norm, the norm of its part outside the basis, and the norm of
+            the residual of the row. The part outside the basis is left in the row after the basis, if there is one.
 
         """
         basis = rows[:length]
@@ -225,40 +231,32 @@ class OnlineEigenpair:
         if length < len(rows):
             rest = rows[length]
             rest.copy_(product)
-            del product
+            del product  # or it would be one more vector of the model's size
             space.subtract(rest, column, basis)
             norms.append(space.norm(rest))
+        # All decisions are made on these numbers: ranks that round differently would take different ones.
         numbers = space.agreed(torch.cat([column, torch.stack(norms).to(column)]))
         if not bool(torch.isfinite(numbers).all()):
-            raise NonFiniteCurvatureError(
-                "A Hessian-vector product is not finite: the loss or its derivatives overflow or are NaN here."
-            )
+            raise NonFiniteCurvatureError
         column, (norm, *further) = numbers[:length], numbers[length:].tolist()
         rest_norm = further[0] if further else 0.0
         others = torch.linalg.vector_norm(torch.cat([column[:index], column[index + 1 :]]))
         return column, norm, rest_norm, math.hypot(float(others), rest_norm)
 
     def _look_on(self, space: VectorSpace, rows: Tensor, *, is_new: bool) -> None:
-        """Make a direction of what a product added to the basis, or of noise if that was nothing.
+        """Make the next direction of the part of a product outside the basis, or a random one if there is no such part.
 
-        Where it was nothing, the vector is an eigenvector, but maybe of another value.
+        Without such a part the vector is an eigenvector, but perhaps not that of the smallest eigenvalue: only a random
+        direction can show that there is a smaller one.
         """
         self._has_direction = self._length < min(space.size, len(rows))
         if self._has_direction:
             row = rows[self._length]
             if not is_new:
                 row.copy_(space.random(torch.Generator().manual_seed(self._seed + self._num_steps + 1)))
-            _orthonormalise(space, row, rows[: self._length])
+            space.orthonormalise(row, [rows[: self._length]])
 
 
 def _rounding(space: VectorSpace) -> float:
-    """What the rounding of a product may amount to, relative to its norm."""
+    """The size of a product's rounding errors, relative to its norm."""
     return 10 * torch.finfo(space.dtype).eps
-
-
-def _orthonormalise(space: VectorSpace, vector: Tensor, rows: Tensor) -> None:
-    """Take the components along the rows out of a vector and bring it to length 1, in place."""
-    for _ in range(2):
-        if len(rows):
-            space.subtract(vector, space.inner(rows, vector), rows)
-        vector /= space.norm(vector)

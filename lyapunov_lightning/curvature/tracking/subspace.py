@@ -1,4 +1,4 @@
-"""A subspace that is kept, and how far the next one has turned from it."""
+"""How far a subspace has turned since an earlier measurement."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
 
 class KeptSubspace:
-    """The span of the vectors of an earlier measurement, with which those of the present one are compared.
+    """The span of the vectors of an earlier measurement, to compare with that of the present one.
 
-    It is kept in bfloat16, which is exact enough for an overlap and no burden on memory and checkpoint.
+    The vectors are kept in bfloat16, which is exact enough for an overlap and takes half the memory of float32.
 
     Args:
-        moves_on: Whether each measurement takes the place of the last one; else the first one stays.
+        moves_on: Whether each measurement replaces the last one; else the first one is kept.
 
     """
 
@@ -24,15 +24,15 @@ class KeptSubspace:
         self._vectors: Tensor | None = None
 
     def compare(self, vectors: Tensor, space: VectorSpace | None = None) -> float | None:
-        """Compare the span of orthonormal vectors with the one kept, and keep it if it is its turn.
+        """Compare the span of orthonormal vectors with the kept one, and keep the new one if `moves_on`.
 
         Args:
             vectors: Shape ``(k, n)``: one vector for each row.
             space: Their space, see `subspace_overlap`.
 
         Returns:
-            The overlap, as `subspace_overlap`; None if there are no vectors, nothing was kept, or what was kept belongs
-            to another number of parameters and has so been replaced.
+            The overlap, as `subspace_overlap`; None if there are no vectors, if none were kept, or if those kept are of
+            another length, since parameters were frozen or unfrozen; they are replaced then.
 
         """
         if not len(vectors):
@@ -50,5 +50,5 @@ class KeptSubspace:
         return {"vectors": None if self._vectors is None else self._vectors.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self._vectors = state["vectors"]

@@ -42,6 +42,8 @@ class FlatLayout:
         for parameter in parameters:
             if not parameter.is_floating_point():
                 raise ValueError(f"`parameters` should be real floating-point tensors, got {parameter.dtype}.")
+        # A rank may hold nothing of a sharded model that is smaller than the number of ranks. A whole model that is
+        # empty is a mistake.
         is_whole = all(local_of(parameter) is parameter for parameter in parameters)
         parameters = list(map(local_of, parameters))
         self._shapes = [parameter.shape for parameter in parameters]
@@ -49,6 +51,7 @@ class FlatLayout:
         self._devices = [parameter.device for parameter in parameters]
         self._sizes = [parameter.numel() for parameter in parameters]
         self.size = sum(self._sizes)
+        # Half precision has three digits: orthogonality, and with it Lanczos, would be lost within a few vectors.
         self.dtype = reduce(torch.promote_types, self._dtypes, torch.float32)
         self.device = parameters[0].device if device is None else device
         if self.size == 0 and is_whole:

@@ -1,9 +1,12 @@
 """What the ranks of a distributed measurement do together: sum up, agree on numbers, and fail.
 
-Each rank has to take part in each collective, and all of them in one order: a rank that fails leaves the others waiting
-for it. So it says so in the collective that they enter next. While the ranks are `together`, as in a solver, that is
-known wherever it fails: every sum is preceded by a short message of a fixed length, as is the end, and whoever fails
-outside of a sum sends this message in place of the one that was to come. It is the last one of the block.
+Each rank has to take part in each collective, and all of them in one order: a rank that leaves without a word lets the
+others wait for it until the network gives up, after 10 to 30 minutes. So a rank that fails takes part once more, in the
+collective that the others enter next, and says there that it has failed.
+
+Which one they enter next it knows while the ranks are `together`, as in a solver: every sum is preceded by a short
+message of a fixed length, and so is the end of the block. A rank that fails outside of a sum sends this message in
+place of the one that was to come. It is the last one of the block, for all ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from torch import Tensor
 from lyapunov_lightning.curvature.errors import PeerFailureError
 
 _MESSAGE = 64
-"""Numbers in a message, the number of ranks that failed and of those that did not among them."""
+"""Numbers in a message. The first two count the ranks that failed and the ranks that did not."""
 
 
 @dataclass(eq=False)
@@ -25,8 +28,8 @@ class _Block:
     """A block in which ranks are together.
 
     Attributes:
-        ranks: Who began it.
-        num_failed: How many ranks have left it by failing; the others have then to leave it as well.
+        ranks: The object that began it.
+        num_failed: How many ranks have left it because they failed. Then the others have to leave it as well.
 
     """
 
@@ -35,8 +38,8 @@ class _Block:
 
 
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("_blocks", default=())
-"""The present blocks, the innermost one last. Other objects for the same ranks, such as those of a second operator
-whose products are part of the first one's, do not know of them otherwise."""
+"""The present blocks, the innermost one last. A second operator, whose products are part of the products of the first
+one, has an object of its own for the same ranks: this is how it knows that a block has begun."""
 
 
 class Ranks:
@@ -49,24 +52,21 @@ class Ranks:
         device: Where buffers are to be; the CPU if None.
 
     Attributes:
+        is_single: Whether there are no others.
         solver: Stands for the outermost block in which the ranks are `together` at present; None outside of one.
 
     """
 
     def __init__(self, reduce: Callable[[Tensor], None] | None = None, device: torch.device | None = None) -> None:
+        self.is_single = reduce is None
         self.solver: object = None
         self._reduce = reduce
         if reduce is not None:
             device = device or torch.device("cpu")
             dtype = torch.float32 if device.type == "mps" else torch.float64
             with torch.inference_mode(False):
-                # From the beginning, since a rank that has no memory left has still to say so.
+                # Made in advance, since a rank that has no memory left still has to say so.
                 self._message = torch.zeros(_MESSAGE, dtype=dtype, device=device)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there are no others."""
-        return self._reduce is None
 
     @contextmanager
     def summing(self, buffer: Tensor) -> Iterator[None]:
@@ -82,6 +82,8 @@ class Ranks:
         if self._reduce is None:
             yield
             return
+        # A rank that failed before sends a message that is shorter than this buffer. What a sum of unequal lengths does
+        # is not defined, so all have to know of the failure before anybody sends the buffer.
         self.meet()
         failure: Exception | None = None
         try:
@@ -125,7 +127,9 @@ class Ranks:
             yield
             return
         if self._present_blocks():
-            self._exchange([])  # or it would not be known which of the blocks a message is about
+            # The other ranks may still be in the outer block, and one of them may fail there: a message has to belong
+            # to one block.
+            self._exchange([])
         outer, block = _blocks.get(), _Block(self)
         _blocks.set((*outer, block))
         try:
@@ -141,14 +145,15 @@ class Ranks:
     def agreed(self, numbers: Tensor) -> Tensor:
         """The mean over the ranks of numbers that are equal but for rounding, or the numbers of a single rank.
 
-        What is decided by them is decided alike on all ranks, those of unlike hardware too. To be used where the ranks
-        are `together`.
+        What is decided by them is decided alike on all ranks, also on unlike hardware: a residual of 0.99999 and one of
+        1.00001 times the tolerance would let one rank stop and the other one wait. To be used where the ranks are
+        `together`.
 
         Args:
             numbers: Shape ``(n,)``, on any device.
 
         Returns:
-            The same ones in float64 on the CPU.
+            Shape ``(n,)``, in float64 on the CPU.
 
         Raises:
             PeerFailureError: If another rank has failed.
@@ -197,8 +202,8 @@ class Ranks:
 
         Args:
             compute: What may fail on this rank alone.
-            collective: Enters a collective that tells the ranks of failures: takes whether this rank has failed, and
-                returns how many have.
+            collective: Takes part in a collective in which failures are counted. It gets whether this rank has failed,
+                and returns how many have.
 
         Raises:
             PeerFailureError: If another rank failed; what failed on this one is raised as it is.
@@ -227,13 +232,13 @@ class Ranks:
         return [block for block in _blocks.get() if block.ranks._reduce == self._reduce]
 
     def _exchange(self, numbers: list[float]) -> tuple[float, list[float]]:
-        """How many ranks there are, and the sums of some numbers over them, in as many messages as they need."""
+        """How many ranks there are, and the sums of some numbers over them, in as many messages as it takes."""
         blocks = self._present_blocks()
         room = _MESSAGE - 2
         all_sums: list[float] = []
         for start in range(0, max(len(numbers), 1), room):
             num_failed = blocks[-1].num_failed if blocks else 0
-            if not num_failed:
+            if not num_failed:  # after a failure nobody answers any more in this block
                 part = numbers[start : start + room]
                 failed, present, *sums = self._send([0.0, 1.0, *part])
                 num_failed = int(failed)
@@ -246,7 +251,9 @@ class Ranks:
 
     def _send(self, numbers: list[float]) -> list[float]:
         blocks = self._present_blocks()
-        message = (blocks[0].ranks if blocks else self)._message  # on one device, whoever has something to say
+        # Ranks have to send from devices of one kind. Objects for the same ranks may differ in it, on offloaded vectors
+        # for example, so the outermost block decides.
+        message = (blocks[0].ranks if blocks else self)._message
         padded = numbers + [0.0] * (_MESSAGE - len(numbers))
         message.copy_(torch.tensor(padded, dtype=message.dtype, device="cpu"))
         self._sum(message)

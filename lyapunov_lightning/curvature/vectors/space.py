@@ -16,19 +16,21 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
-_CHUNK = 2**18
-"""Numbers that are converted to float64 at a time."""
+_NUMBERS_AT_ONCE = 2**18
+"""Numbers that are multiplied, or converted to float64, at a time: 2 MiB in float64, which stay in the cache of a core.
+The memory of a whole vector in float64 is never needed."""
 
-_DRAWN = 2**20
-"""Random numbers that are drawn at a time. It is part of what a seed means: the same ones come out in fewer or more
-pieces only where each piece is drawn like this."""
+_DRAWN_AT_ONCE = 2**20
+"""Random numbers that are drawn at a time. It is part of what a seed means: PyTorch draws other numbers if it is asked
+for as many in pieces of another length."""
 
 
 class VectorSpace:
     """Flat vectors of one length, dtype and device, each of them whole on every rank.
 
     What it computes is exact to the rounding of the dtype, whatever autocast and reduced-precision matrix products are
-    in force around it; squares are summed in float64, so that neither the length nor the unit of a vector matters.
+    in force around it. Squares are summed in float64, so that neither the length nor the unit of a vector matters, and
+    inner products pairwise, so that the length does not.
 
     Args:
         size: The length of the vectors.
@@ -114,33 +116,56 @@ class VectorSpace:
             raise ValueError(f"`{name}` should have rows of length {self.length}, got shape {tuple(vectors.shape)}.")
         rows = vectors.detach().to(dtype=self.dtype, device=self.device)
         rows = rows[None] if rows.ndim == 1 else rows
+        # The sum needs no memory of the size of the vectors. It may overflow where no number does, so only where it is
+        # not finite are the numbers looked at one by one.
         if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
             raise ValueError(f"`{name}` should be finite.")
         return rows
 
-    def inner(self, rows: Tensor, vector: Tensor) -> Tensor:
+    def inner(self, rows: Tensor, vector: Tensor, *, roughly: bool = False) -> Tensor:
         """Inner products.
 
         Args:
             rows: Shape ``(k, length)``, or ``(length,)`` for a single one.
             vector: Shape ``(length,)``.
+            roughly: Whether one matrix product will do, which takes half the time, because what it leaves of a
+                component is taken out once more.
 
         Returns:
             Shape ``(k,)``, or a scalar, on the device.
 
         """
         with self._exactly():
+            return rows @ vector if roughly else self._own_inner(rows, vector)
+
+    def _own_inner(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """Those of this rank's part of the vectors.
+
+        A matrix product adds thousands of numbers to one float32 sum. Where vectors have a few large numbers and many
+        tiny ones, as in the Krylov space of an operator with a large null space, the tiny ones are lost in it: unit
+        vectors of 100,000 numbers stayed 4e-5 from orthogonal in every pass, and residuals of 1e-5 of the norm were out
+        of reach. So the products are summed pairwise, in pieces that need little room, and few of them.
+        """
+        if vector.dtype is torch.float64:
             return rows @ vector
+        count = len(rows) if rows.ndim == 2 else 1
+        length = max(_NUMBERS_AT_ONCE // max(count, 1), len(vector) // 64, 1)
+        if length >= len(vector):
+            return (rows * vector).sum(dim=-1)
+        pieces = zip(rows.split(length, dim=-1), vector.split(length), strict=True)
+        return torch.stack([(row * part).sum(dim=-1) for row, part in pieces]).sum(dim=0)
 
     def norm(self, vector: Tensor) -> Tensor:
         """The Euclidean norm, a float64 scalar on the device."""
         return self._own_norm(vector)
 
     def _own_norm(self, vector: Tensor) -> Tensor:
-        """That of this rank's part of the vector."""
+        """The norm of this rank's part of the vector."""
+        # In float32 the square of 1e-23 is zero and that of 1e20 infinite, and a sum over 1e8 parameters, one by one,
+        # would stop to grow where a square is less than 6e-8 of it.
         if self.device.type == "mps":  # which has no float64
             return cast(Tensor, torch.linalg.vector_norm(vector))
-        parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in vector.split(_CHUNK)]
+        parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in vector.split(_NUMBERS_AT_ONCE)]
         norm: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
         return norm
 
@@ -159,7 +184,9 @@ class VectorSpace:
     def orthogonalise(self, vector: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Take the components along orthonormal vectors out of another one, twice, in place.
 
-        The second time takes out what the rounding of the first has left (W. Kahan: twice is enough).
+        The second time takes out what the rounding of the first has left. Twice is enough (W. Kahan, in B. Parlett,
+        "The symmetric eigenvalue problem", 1980, section 6.9). Where orthogonality is lost, Lanczos finds copies
+        of eigenvalues that are not there.
 
         Args:
             vector: Shape ``(length,)``.
@@ -169,30 +196,56 @@ class VectorSpace:
             The components, one for each row, and the norm of what is left of the vector.
 
         """
-        components = self.take_out(vector, blocks) + self.take_out(vector, blocks)
+        # The components are what both passes took out: the coefficients of the vector as it was given. The first pass
+        # may be rough, since its errors are themselves components that the second one takes out.
+        components = self.take_out(vector, blocks, roughly=True) + self.take_out(vector, blocks)
         return components, self.norm(vector)
 
-    def take_out(self, vector: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    def orthonormalise(self, vector: Tensor, *groups: Sequence[Tensor]) -> Tensor:
+        """Make a vector a unit vector that is orthogonal to others, in place, by Gram and Schmidt.
+
+        Args:
+            vector: Shape ``(length,)``.
+            *groups: Orthonormal vectors, each group in blocks of some rows. The components along one group are taken
+                out at once, and before those along the next one.
+
+        Returns:
+            The length of what was left of the vector, a scalar on the device; 0 only for a vector that vanishes.
+
+        """
+        tiny = torch.finfo(vector.dtype).tiny
+        norms = []
+        held = [[block for block in blocks if len(block)] for blocks in groups]
+        # Rounding is relative to the length before. In float32 the first pass takes a vector that is 1e-4 away from
+        # the span to components of 6e-4 of its new length; the second pass takes these out to rounding.
+        for roughly in (True, False):
+            for blocks in held:
+                self.take_out(vector, blocks, roughly=roughly)
+            norms.append(self.norm(vector))
+            vector.div_(norms[-1].clamp_min(tiny))  # what vanishes stays zero, and does not become NaN
+        return norms[0] * norms[1]
+
+    def take_out(self, vector: Tensor, blocks: Sequence[Tensor], *, roughly: bool = False) -> Tensor:
         """Take the components along orthonormal vectors out of another one, once, in place; returns them."""
-        parts = [self.inner(block, vector) for block in blocks]
+        parts = [self.inner(block, vector, roughly=roughly) for block in blocks]
         for block, part in zip(blocks, parts, strict=True):
             self.subtract(vector, part, block)
         return torch.cat(parts) if parts else vector.new_zeros(0)
 
     def combine(self, coefficients: Tensor, blocks: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Combine vectors, a piece at a time to need no room beside.
+        """Combine vectors, a piece at a time, so that the result may take the memory of what is combined.
 
         Args:
-            coefficients: Shape ``(k, m)``: those of one combination in each row.
+            coefficients: Shape ``(k, m)``: the coefficients of one combination in each row.
             blocks: The m vectors, in blocks of some rows each.
             out: Where the k combinations are written, in blocks of some rows each; the memory may be that of `blocks`.
 
         """
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         coefficients = coefficients.to(self.device, wide)
-        # Not so many pieces that the calls take the time, nor so large ones that they leave the cache or count beside
-        # the vectors themselves.
-        length = max(1, min(_CHUNK // len(coefficients.T), max(2048, blocks[0].shape[1] // 256)))
+        # At least 2048 numbers a piece, or the calls would take longer than the arithmetic; at most what stays in the
+        # cache, and at most 1/256 of a vector, or the float64 copies would be memory that counts.
+        length = max(1, min(_NUMBERS_AT_ONCE // len(coefficients.T), max(2048, blocks[0].shape[1] // 256)))
         with self._exactly():
             for start in range(0, blocks[0].shape[1], length):
                 piece = torch.cat([block[:, start : start + length] for block in blocks]).to(wide)
@@ -222,7 +275,7 @@ class VectorSpace:
 
     @contextmanager
     def _exactly(self) -> Iterator[None]:
-        """Keep autocast off: it would round to half precision."""
+        """Keep autocast off: it would round both factors to half precision, and the inner products to three digits."""
         with torch.autocast(self.device.type, enabled=False):
             yield
 
@@ -251,7 +304,7 @@ class RandomNumbers:
         pieces = [self._left[:count]]
         self._left = self._left[count:]
         while (missing := count - sum(map(len, pieces))) > 0:
-            drawn = self._draw(min(_DRAWN, self._not_drawn))
+            drawn = self._draw(min(_DRAWN_AT_ONCE, self._not_drawn))
             self._not_drawn -= len(drawn)
             pieces.append(drawn[:missing])
             self._left = drawn[missing:]

@@ -1,7 +1,7 @@
 """Which data the curvature is measured on.
 
-Either the batch of the present step, or fixed batches that are the same throughout the training, so that only the
-parameters change between two measurements.
+Either the batch of the present step, or fixed batches, the same throughout the training, so that two measurements
+differ by the parameters alone.
 """
 
 import math
@@ -21,10 +21,14 @@ from lyapunov_lightning.training.replica.objective import ProbeBatch
 
 
 class StartPosition:
-    """Where the training dataloader began, so that a resumed run draws the batches that the first one drew.
+    """Where in its data the training dataloader began.
+
+    A dataloader that can be resumed (one with a `state_dict`) is set by Lightning to where the interrupted run stopped.
+    A copy of it would give the batches from there on, and not those that the first run measured on. So the place before
+    the first step is kept in the callback's checkpoint.
 
     Attributes:
-        value: What a loader that can be resumed said before the first step; None for any other.
+        value: The loader's `state_dict` before the first step; None for a loader that has none.
 
     """
 
@@ -32,25 +36,25 @@ class StartPosition:
         self.value: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
+        """The position, for a checkpoint."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Take the position from a checkpoint."""
         self.value = state["value"]
 
 
 class ProbeData:
     """The batches of a measurement.
 
-    Fixed batches are the first ones that the training dataloader gives in an epoch, by its own sampler, ``collate_fn``
-    and ``__iter__``, with generators of random numbers that are seeded from the configuration; so they are the same in
-    every run, also in one that is resumed. They are drawn before the first step from a copy of the dataloader, each
-    rank's share by that rank. Where that is not possible without touching the training, each rank keeps its first
-    training batches as they pass, and measurements begin once they are complete.
+    Fixed batches are the first that the training dataloader gives in an epoch, by its own sampler, ``collate_fn`` and
+    ``__iter__``, with generators of random numbers that are seeded from the configuration. So they are the same in
+    every run, also in one that is resumed. They are drawn before the first step from a copy of the dataloader, and each
+    rank draws its own share. Where that is not possible without touching the training, each rank keeps its first
+    training batches as they pass, and measurements begin once all of them have passed.
 
     Args:
-        config: Says whether the batches are fixed, and if so how many they are.
+        config: Whether the batches are fixed, and if so how many they are.
 
     """
 
@@ -67,7 +71,7 @@ class ProbeData:
         Args:
             owner: The class that messages name.
             trainer: The trainer.
-            position: Where the dataloader began in the run that this one resumes; is filled in a run that is none.
+            position: Where the dataloader began in the run that this one resumes. Is set in a run that resumes none.
 
         Returns:
             A sentence for the log if the first batches of the training are kept instead, else None.
@@ -83,18 +87,19 @@ class ProbeData:
         cause = self._draw(trainer, num_batches, StartPosition() if position is None else position)
         if cause is None:
             return None
-        # Ranks with different numbers of batches would begin to measure at different steps.
+        # Ranks that wait for different numbers of batches would begin to measure at different steps, and the first of
+        # them would wait in its first collective for ever.
         self._num_to_keep = of_first_rank(trainer, num_batches)
         kept = "first batch" if self._num_to_keep == 1 else f"first {self._num_to_keep} batches"
         return f"The fixed data of `{owner}` are the {kept} of this training, kept on the way, since {cause}."
 
     def observe(self, batch: Any, batch_idx: int) -> None:
-        """Let a training batch pass; to be called before every step."""
+        """See a training batch, and keep it if it is one of the fixed ones; to be called before every step."""
         if self._num_to_keep == 0:
             return
         try:
             self._passing.append(ProbeBatch(Copier()(batch), batch_idx, True))
-        except Exception as error:  # ends the measurements that ask for the batches, and not the training
+        except Exception as error:  # raised again by `batches`, where it ends a measurement and not the training
             self._failure, self._num_to_keep = error, 0
             return
         self._num_to_keep -= 1
@@ -108,7 +113,9 @@ class ProbeData:
             MeasurementError: If a batch that was to be kept could not be copied.
 
         """
-        if self._config.data == "batch":  # copied, since a measurement may end after the step, which may write to it
+        if self._config.data == "batch":
+            # Copied, since some measurements end after the step (the slope along the update that was taken), and the
+            # step may write to its batch: `batch[0].sub_(mean)`.
             return [ProbeBatch(Copier()(batch), batch_idx, True)]
         if self._failure is not None:
             raise MeasurementError(f"A training batch cannot be copied, and so not be kept: {self._failure}")
@@ -116,9 +123,10 @@ class ProbeData:
 
     @contextmanager
     def randomness(self, rank: int) -> Iterator[None]:
-        """The random numbers of a measurement: the same every time for fixed batches, else those of the moment.
+        """Seed the global generators of random numbers for a measurement on fixed batches; else leave them as they are.
 
-        With dropout masks and augmentation that stay, only the parameters differ between two measurements.
+        The dropout masks and the augmentation are then the same at every measurement, like the batches. On the step's
+        own batch they are those that the step is going to draw.
 
         """
         if self._config.data == "batch":
@@ -128,6 +136,7 @@ class ProbeData:
             yield
 
     def _num_batches(self, owner: str, trainer: Any) -> int:
+        """How many batches of this rank are wanted."""
         epoch = trainer.num_training_batches
         if self._config.num_batches is not None:
             return int(min(self._config.num_batches, epoch))
@@ -137,13 +146,20 @@ class ProbeData:
                 " `HessianConfig(num_batches=...)`, or give the training dataloader a length."
             )
         assert self._config.fraction is not None  # see `HessianConfig.filled`
-        return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))  # 0.07 * 100 is more than 7
+        # Rounded first: in floating point 0.07 * 100 is a little more than 7, and would be 8 batches.
+        return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))
 
     def _draw(self, trainer: Any, num_batches: int, position: StartPosition) -> str | None:
-        """Draw from a copy of the training dataloader; returns what is against that, if on one rank only."""
+        """Draw from a copy of the training dataloader, all ranks or none.
+
+        Returns:
+            Why that is not possible, on all ranks even if for one of them only; None if the batches were drawn.
+
+        """
         loader = trainer.train_dataloader
         cause = _what_prevents_a_copy(loader)
-        # Whatever a user's dataloader raises, the training can still be measured on batches that it gets.
+        # Whatever the user's dataloader or dataset raises is no reason not to measure: the batches that the training
+        # gets can still be kept.
         if cause is None:
             try:
                 copied = LoaderCopy(loader)
@@ -159,7 +175,13 @@ class ProbeData:
         first = of_first_rank(trainer, fingerprints)
 
         def offset_of(index: int) -> int:
-            """Ranks whose samplers have to agree have generators in the same state."""
+            """What a rank adds to the seed of one of its generators: nothing where it is to draw the others' numbers.
+
+            Lightning gives each rank a share of what the sampler says on that rank, so samplers have to shuffle alike
+            on all ranks, while augmentation should differ. Which generators are meant to agree shows in their states
+            now.
+
+            """
             return 0 if fingerprints[index : index + 1] == first[index : index + 1] else trainer.global_rank
 
         try:
@@ -178,15 +200,19 @@ _ELSEWHERE = "the training dataloader of another rank cannot be read beside the 
 
 
 def _what_prevents_a_copy(loader: Any) -> str | None:
+    """Why a copy of the loader would not do, as far as its type shows."""
     if not isinstance(loader, DataLoader):
         return f"the training data are a {type(loader).__name__}, of which only a single `DataLoader` can be read twice"
     if isinstance(loader.dataset, IterableDataset):
+        # It may read from a stream, which gives each sample once: a copy would take them from the training.
         return f"an IterableDataset, {type(loader.dataset).__name__}, cannot be read beside the training"
     return None
 
 
 def _said(error: Exception) -> str:
+    """The cause in one clause, from an error that the user's code or the copy has raised."""
     lines = str(error).strip().splitlines() or ["without a message"]
-    said = lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")  # what a worker raised is at the end
+    # PyTorch puts "Caught KeyError in DataLoader worker process 0." and the traceback before what a worker has raised.
+    said = lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")
     kind = "" if isinstance(error, MeasurementError) else f"{type(error).__name__}: "
     return f"the training dataloader cannot be read beside the training ({kind}{said})"

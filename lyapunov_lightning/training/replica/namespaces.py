@@ -1,10 +1,10 @@
 """Class attributes and global variables that a training step may write to, replaced by copies while it is replayed.
 
-State that does not hang on an instance is reached by name: ``type(self).count += 1``, a list in the class body, a
-counter in the user's script. Which names those are is known, since a function's code names its attributes and globals.
-So for as long as a replay lasts, the classes of what was copied and the globals that their code names hold copies, and
-afterwards what they held before. Globals of installed libraries are left alone: they are many, and hardly ever state of
-a training step.
+Some state belongs to no instance and is reached by name: ``type(self).count += 1``, a list in the class body, a counter
+in the user's script. The names are known, since a function's code lists those of the attributes and global variables
+that it uses. So while a training step is replayed, the classes of what was copied, and the global variables that their
+code names, hold copies; afterwards they hold again what they held before. Global variables of installed libraries are
+left alone: there are many, and they are hardly ever state of a training step.
 """
 
 import enum
@@ -24,24 +24,32 @@ _LIBRARIES = sys.stdlib_module_names | {
     *("lightning", "lightning_fabric", "lightning_utilities", "lyapunov_lightning", "numpy", "pytorch_lightning"),
     *("torch", "torchmetrics", "torchvision", "transformers"),
 }
-"""Packages whose classes keep no state of a training step."""
+"""Packages whose classes keep no state of a training step, and whose code names no global variables that do.
+
+They are left out by name, since most classes that a module reaches are theirs, and looking through `torch.nn.Module`
+and all its kin would be most of the work.
+"""
 
 _INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")})
 """Folders of what is installed; everything elsewhere is the user's own."""
 
 _NOT_DATA = (types.ModuleType, type)
+"""Global variables that are neither replaced nor put back; a class that the step's code names has its own namespace."""
 
 _NEVER_RESTORED = frozenset({"__dict__", "__weakref__", "__abstractmethods__", "__doc__", "_abc_impl"})
+"""Names that Python itself keeps in a class. Some cannot be set; ``_abc_impl`` is a cache of ``isinstance`` in C."""
 
 
 @contextmanager
 def replaced_namespaces(copier: Copier) -> Iterator[None]:
-    """Let classes and the user's globals hold copies meanwhile, and what they held before afterwards.
+    """Let classes and the user's global variables hold copies within the block, and afterwards what they held before.
 
     Args:
-        copier: Has copied the objects of whose classes and functions this is about.
+        copier: Has copied the objects whose classes and functions are meant.
 
     """
+    # All are looked through before the first one is replaced: else a class that names a global variable which already
+    # holds its copy would be given a copy of that copy.
     namespaces = _reached(copier)
     try:
         for namespace in namespaces:
@@ -54,19 +62,22 @@ def replaced_namespaces(copier: Copier) -> Iterator[None]:
 
 @contextmanager
 def redirected(function: Callable[..., Any], copier: Copier) -> Iterator[Callable[..., Any]]:
-    """Let a function of the user's that refers to a module itself find the module's copy.
+    """Let the user's `loss_fn` find the copy of a module where it names the module itself.
+
+    The function is given the copy as an argument, but need not use it: ``lambda _, batch: loss(model(batch[0]))`` has
+    the model in a closure or in a global variable. Differentiated as it stands, such a loss would be a function of the
+    training's parameters and no function of the copy's, and all of its curvature 0.
 
     Args:
-        function: Called with the copy as an argument, which it may not use; not copied, since it is no part of the
-            training.
+        function: The user's function. It is not copied, since it is no part of the training.
         copier: Has made the copy.
 
     Yields:
-        The function, or the copy's where it is a method of a module that was copied.
+        The function; where it is a method of a module that was copied, that method of the copy.
 
     """
-    if isinstance(function, types.MethodType) and copier.has(function.__self__):
-        yield types.MethodType(function.__func__, copier.copy_of(function.__self__))
+    if isinstance(function, types.MethodType) and copier.memo.has(function.__self__):
+        yield types.MethodType(function.__func__, copier.memo.copy_of(function.__self__))
         return
     code = getattr(function, "__code__", None)
     cells = [cell for cell in getattr(function, "__closure__", None) or () if _holds_module(cell, copier)]
@@ -76,8 +87,8 @@ def redirected(function: Callable[..., Any], copier: Copier) -> Iterator[Callabl
     contents = [cell.cell_contents for cell in cells]
     try:
         for cell, module in zip(cells, contents, strict=True):
-            cell.cell_contents = copier.copy_of(module)
-        variables.update({name: copier.copy_of(module) for name, module in modules.items()})
+            cell.cell_contents = copier.memo.copy_of(module)
+        variables.update({name: copier.memo.copy_of(module) for name, module in modules.items()})
         yield function
     finally:
         for cell, module in zip(cells, contents, strict=True):
@@ -93,15 +104,17 @@ def _holds_module(cell: types.CellType, copier: Copier) -> bool:
 
 
 def _is_copied_module(value: Any, copier: Copier) -> bool:
-    return isinstance(value, nn.Module) and copier.has(value)
+    return isinstance(value, nn.Module) and copier.memo.has(value)
 
 
 class _ClassNamespace:
-    """The attributes of a class."""
+    """The attributes of a class, of which some hold copies between `install` and `restore`."""
 
     def __init__(self, cls: type, copier: Copier) -> None:
         self._cls = cls
         self._before = dict(vars(cls))
+        # Special methods that are functions are copied: the defaults and closures of a ``__call__`` can hold state.
+        # The other special names, such as ``__module__`` and ``__slots__``, are what the class is made of.
         self._copies = {
             name: copied
             for name, value in self._before.items()
@@ -112,9 +125,12 @@ class _ClassNamespace:
 
     def install(self) -> None:
         for name, copied in self._copies.items():
+            # By `setattr`, since the dictionary of a class is read-only, and Python's caches of methods have to be
+            # told.
             setattr(self._cls, name, copied)
 
     def restore(self) -> None:
+        # Everything is compared and not only what was replaced: a step may also set and delete attributes of its class.
         now = vars(self._cls)
         for name in [name for name in now if name not in self._before]:
             delattr(self._cls, name)
@@ -124,7 +140,7 @@ class _ClassNamespace:
 
 
 class _GlobalNamespace:
-    """Some of the global variables of a module."""
+    """Some of the global variables of a Python module, which hold copies between `install` and `restore`."""
 
     def __init__(self, variables: dict[str, Any], names: frozenset[str], copier: Copier) -> None:
         self._variables = variables
@@ -136,17 +152,22 @@ class _GlobalNamespace:
         self._variables.update(self._copies)
 
     def restore(self) -> None:
+        # `global SEEN; SEEN = True`, which would tell the training's own step that it is not the first one.
         for name in self._missing & self._variables.keys():
-            del self._variables[name]  # made by the step
+            del self._variables[name]
         self._variables.update(self._before)
 
 
 def _reached(copier: Copier) -> list[_ClassNamespace | _GlobalNamespace]:
-    """The namespaces behind what was copied; copying their content can reach further ones."""
+    """The namespaces behind what was copied.
+
+    Their content is copied as well, and that can reach objects of further classes: so until nothing new is found.
+
+    """
     found: list[_ClassNamespace | _GlobalNamespace] = []
     looked_at: set[Any] = set()
     while True:
-        new: list[Any] = [item for item in (*copier.classes, *copier.functions) if item not in looked_at]
+        new: list[Any] = [item for item in (*copier.memo.classes, *copier.memo.functions) if item not in looked_at]
         if not new:
             return found
         looked_at.update(new)
@@ -161,7 +182,7 @@ def _reached(copier: Copier) -> list[_ClassNamespace | _GlobalNamespace]:
 
 
 def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any]) -> Iterator[_GlobalNamespace]:
-    """The globals that a function of the user's names, and those that the functions among them name."""
+    """The global variables that a function of the user's names, and those that functions among them name in turn."""
     pending = [function]
     while pending:
         current = pending.pop()
@@ -170,6 +191,8 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
             continue
         looked_at.add(code)
         names = names_in(code)
+        # ``import helpers`` and then ``helpers.COUNT += 1``: the code names both, `helpers` as a global variable and
+        # `COUNT` as an attribute. So the same names are looked for in the user's modules that are among the globals.
         spaces: list[dict[str, Any]] = [current.__globals__]
         for space in spaces:
             for name in names & space.keys():
@@ -177,14 +200,18 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
                 if isinstance(value, types.FunctionType):
                     pending.append(value)
                 elif isinstance(value, type):
-                    copier.classes[value] = None
+                    # `Counter.total += 1` of a class of which the module holds no instance.
+                    copier.memo.classes[value] = None
                 elif space is current.__globals__ and isinstance(value, types.ModuleType) and _is_users(value.__name__):
                     spaces.append(vars(value))
             yield _GlobalNamespace(space, names, copier)
 
 
 def _functions_of(cls: type) -> Iterator[Callable[..., Any]]:
+    """The functions in a class body, also those within properties, class methods and decorators."""
     for value in vars(cls).values():
+        # The getters of properties and what decorators have wrapped. To look with `getattr` on the class would run the
+        # user's descriptors.
         function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
         function = getattr(function, "__wrapped__", function)
         if isinstance(function, types.FunctionType):
@@ -193,14 +220,14 @@ def _functions_of(cls: type) -> Iterator[Callable[..., Any]]:
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> frozenset[str]:
-    """The names of globals and attributes in a function's code, that of the functions in it included."""
+    """The names of global variables and attributes in a function's code, and in that of the functions within it."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return frozenset(code.co_names).union(*inner)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_users(module: str | None) -> bool:
-    """Whether a module is neither part of Python nor installed."""
+    """Whether a Python module is neither part of Python nor installed; that of a notebook counts as the user's."""
     if module is None or module.partition(".")[0] in _LIBRARIES:
         return module == "__main__"
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -208,6 +235,11 @@ def _is_users(module: str | None) -> bool:
 
 
 def _keeps_state(cls: type) -> bool:
-    """Whether a class is written in Python, by somebody who may keep state in it."""
+    """Whether a class may hold state of a training step.
+
+    So may one of an installed package that is not among `_LIBRARIES`: a model from somebody's package counts its calls
+    on the class just as the user's own does. The class of an Enum does not let its members be replaced.
+
+    """
     package = (cls.__module__ or "").partition(".")[0]
     return (package not in _LIBRARIES or package == "__main__") and not issubclass(cls, enum.Enum)

@@ -1,9 +1,9 @@
 """The training loss of a LightningModule, evaluated again without side effects.
 
-For every evaluation a replica of the module is made, with parameters of its own; the training step runs on the replica,
-is differentiated with respect to the replica's parameters, and the replica is thrown away. So nothing has to be put
-back, and the step finds what it finds in training: parameters that are parameters, buffers, optimizers, a trainer. The
-random numbers are the operator's to keep.
+For every evaluation a replica of the module is made, with parameters of its own. The training step runs on the replica,
+the loss is differentiated with respect to the replica's parameters, and the replica is thrown away. So nothing has to
+be put back, and the step finds what it finds in training: parameters that are parameters, buffers, optimizers, a
+trainer. That all evaluations draw the same random numbers is seen to by the operator that asks for them.
 """
 
 import re
@@ -31,8 +31,8 @@ class ProbeBatch(NamedTuple):
     Attributes:
         batch: What the training dataloader yielded.
         batch_idx: Its index, as ``training_step`` gets it.
-        is_transferred: Whether the batch is what the loop hands to ``training_step``, on the device, or still what the
-            dataloader yielded.
+        is_transferred: True for a batch as the loop hands it to ``training_step``, on the device; False for one as the
+            dataloader yielded it.
 
     """
 
@@ -62,6 +62,7 @@ class TrainingObjective:
 
     """
 
+    # Tells the operator that no evaluation sees what an earlier one has written, so that it need not look for writes.
     is_copied = True
 
     def __init__(
@@ -79,7 +80,7 @@ class TrainingObjective:
         self._mode = mode
         self._loss_fn = loss_fn
         self._batch_size_fn = batch_size_fn
-        self._is_wide = True
+        self._is_wide = True  # whether the step of mixed precision is computed in float32, see `_loss`
         self.whole: Mapping[Tensor, Tensor] = {}
         named = trainable_parameters(pl_module)
         if names is not None:
@@ -103,6 +104,7 @@ class TrainingObjective:
             MeasurementError: If the step returned no loss.
 
         """
+        # Where other values are asked for, they are written to a tensor of the shape of the whole sharded parameter.
         changed = {} if values is None else dict(zip(self.parameters, values, strict=True))
         whole = {p: torch.empty_like(tensor) if p in changed else tensor for p, tensor in self.whole.items()}
         versions = [tensor._version for tensor in self.whole.values()]
@@ -113,6 +115,8 @@ class TrainingObjective:
                     for leaf, value in zip(leaves, values, strict=True):
                         leaf.copy_(value)
             loss = self._evaluated_on(twin, probe)
+            # A replica's sharded parameters share the memory of `whole`, which is gathered once for all evaluations.
+            # All others are copies, and a step may write to them.
             if versions != [tensor._version for tensor in self.whole.values()]:
                 raise MeasurementError(
                     "The training step writes to its parameters, which sharded ones do not allow for in a replay. Write"
@@ -122,18 +126,25 @@ class TrainingObjective:
 
     def _evaluated_on(self, twin: "Replica", probe: ProbeBatch) -> Tensor:
         """The loss of a batch on a replica."""
-        batch = twin.copier(probe.batch)
+        # By the twin's copier, for a module that has kept the batch: the two are to be one object for the step as well.
+        with torch._C.DisableTorchFunction():  # see `replica`
+            batch = twin.copier(probe.batch)
         return _loss_of(context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
 
     def _loss(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
         module, trainer = twin.module, twin.module._trainer
         if not probe.is_transferred:
+            # What the loop does between the dataloader and the step, by the hooks of the twin.
             batch = trainer.precision_plugin.convert_input(batch)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        # The module's own hook comes after those of the callbacks, so it has not run yet when a measurement is made. A
+        # weight that it anneals would have the value of the step before.
         if module.on_train_batch_start(batch, probe.batch_idx) == -1:
             raise MeasurementError("The module's `on_train_batch_start` skips the rest of the epoch, and so the step.")
         plugin = trainer.precision_plugin
+        # In mixed precision the weights are in float32. Computed in half precision, the gradients would be rounded to
+        # two or three digits, and the smallest eigenvalues would be those of the rounding.
         if not self._is_wide or not isinstance(plugin, either("plugins.precision.MixedPrecision")):
             with plugin.train_step_context():
                 return self._step(twin, batch, probe)
@@ -144,7 +155,8 @@ class TrainingObjective:
             if not _is_of_dtypes(error):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        # The twin has seen a part of the step already, once. From now on it sees one step only.
+        # So a kernel on the way knows half precision only. This twin has run a part of the step once already; all twins
+        # after it run it once, as `_is_wide` says.
         randomness.restore()
         with plugin.train_step_context():
             output = self._step(twin, batch, probe)
@@ -158,7 +170,7 @@ class TrainingObjective:
         return output
 
     def _step(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
-        """What is differentiated, of the function, the method or the step that gives the loss."""
+        """What the user's function returns, else the module's method, else the training step."""
         module = twin.module
         if self._loss_fn is not None:
             with redirected(self._loss_fn, twin.copier) as loss_fn:
@@ -171,7 +183,7 @@ class TrainingObjective:
         return module.training_step(batch)
 
     def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
-        """The size of a batch: as told, as the step itself told `self.log`, or as Lightning reads it."""
+        """The size of a batch: as `batch_size_fn` says, as the step told `self.log`, or as Lightning reads it."""
         if self._batch_size_fn is not None:
             return self._batch_size_fn(batch)
         if logged:
@@ -196,9 +208,11 @@ def _read_batch_size(pl_module: Any, batch: Any) -> int:
 
 
 def _is_of_dtypes(error: Exception) -> bool:
-    """Whether a step may have failed for want of half precision, as kernels do that know nothing else.
+    """Whether a step may have failed because its inputs were in float32, which kernels for half precision refuse.
 
-    What they say differs from one to the next, and some assert it without a word.
+    What they say differs from one to the next (fused attention, int8 matrix products), and some assert it without a
+    word. A step that fails for another reason fails again in half precision, with its own error.
+
     """
     if isinstance(error, (MeasurementError, torch.OutOfMemoryError)):
         return False
@@ -229,14 +243,14 @@ def _loss_of(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """Of what the Hessian is wanted.
+    """What the Hessian is asked of: a loss, parameters and batches.
 
     Attributes:
-        trainer: The trainer.
-        pl_module: The module.
+        trainer: The trainer that fits the module.
+        pl_module: The module, whose training loss is meant.
         config: Which Hessian.
         batches: This rank's batches.
-        names: The parameters whose block is meant; all trainable ones if None.
+        names: The names of the parameters whose block of the Hessian is meant; all trainable ones if None.
 
     """
 
@@ -247,7 +261,13 @@ class Problem:
     names: Collection[str] | None = None
 
     def objective(self, kind: type[TrainingObjective] = TrainingObjective, **options: Any) -> Any:
-        """The training loss, evaluated in some way."""
+        """The training loss of this problem, evaluated in one of the ways that there are for it.
+
+        Args:
+            kind: The way.
+            options: What it needs in addition.
+
+        """
         assert self.config.mode is not None  # see `HessianConfig.filled`
         return kind(
             self.trainer,

@@ -1,4 +1,7 @@
-"""A twin of a module to evaluate its step on: the same tensors of parameters, a copy of everything else."""
+"""A twin of a module to run its training step on: parameters of its own with the same values, and copies of the rest.
+
+In the code, *twin* is the module that the step runs on, and `Replica` is the twin with what is known of it.
+"""
 
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +23,7 @@ from lyapunov_lightning.training.replica.namespaces import replaced_namespaces
 from lyapunov_lightning.training.replica.trainer_view import view_of
 
 _OUTGOING = ("log", "log_dict", "print")
-"""Methods of a LightningModule that tell somebody else of a step."""
+"""Methods by which a LightningModule tells others of a step: loggers, the progress bar, the user's terminal."""
 
 
 @dataclass
@@ -29,8 +32,8 @@ class Replica:
 
     Attributes:
         module: The twin.
-        copier: Has made it, and knows which parameter of the twin stands for which of the module.
-        logged_sizes: What the step passed to ``self.log`` as ``batch_size``.
+        copier: Has made it; its memo knows which parameter of the twin stands for which of the module.
+        logged_sizes: What the step has passed to ``self.log`` as ``batch_size``, in order.
 
     """
 
@@ -39,8 +42,10 @@ class Replica:
     logged_sizes: list[int] = field(default_factory=list)
 
     def __del__(self) -> None:
-        # A twin holds itself in cycles. Nothing of it holds this object, which so outlives the last use of the twin.
-        self.copier.discard()
+        # Here, and not at the end of `replica`: a graph that is kept for further products needs the twin after that
+        # block, where it recomputes layers (activation checkpointing). Nothing of the twin holds this object, so it
+        # goes at once with the last one that needs the twin, while the twin itself is held by its own cycles.
+        self.copier.memo.discard()
 
 
 @contextmanager
@@ -56,34 +61,41 @@ def replica(
         whole: What the twin has in the place of parameters that are sharded; its parameters share the memory.
 
     Yields:
-        The twin. Class attributes and globals hold copies as long as the block lasts.
+        The twin. Class attributes and global variables hold copies as long as the block lasts.
 
     """
     sizes: list[int] = []
 
+    # In the place of `self.log`, which would add the replay's values to the mean that the training logs, silently.
     def silent(*_: Any, batch_size: int | None = None, **__: Any) -> None:
         if batch_size is not None:
             sizes.append(batch_size)
 
     families = either("LightningModule")
-    outgoing = {getattr(family, name): silent for family in families for name in _OUTGOING}
-    copier = Copier(replaced=outgoing)
-    with torch._C.DisableTorchFunction():  # copying is none of the operations that a mode may replace
+    outgoing = [getattr(family, name) for family in families for name in _OUTGOING]
+    copier = Copier()
+    for method in outgoing:
+        copier.memo.note(method, silent)
+    # A mode that is active sees every operation, and ours replace some of them. Copying is none of the operations of
+    # the loss; and a subclass of Tensor may refuse to be cloned.
+    with torch._C.DisableTorchFunction():
         for parameter, tensor in whole.items():
-            is_made = tensor.requires_grad and not tensor.is_leaf  # of shards, as whose function it is wanted
-            copier.note(parameter, tensor if is_made else nn.Parameter(tensor.detach(), parameter.requires_grad))
+            # Gathered from shards within the graph it stays as it is, since the loss is wanted as a function of these.
+            is_made = tensor.requires_grad and not tensor.is_leaf
+            copier.memo.note(parameter, tensor if is_made else nn.Parameter(tensor.detach(), parameter.requires_grad))
         view = view_of(trainer, copier)
         module = copier(pl_module)
         if whole:
             for original in pl_module.modules():
-                unsharded(copier.copy_of(original), original)
+                unsharded(copier.memo.copy_of(original), original)
     module._trainer = view
     view.strategy._lightning_module = view.strategy.model = module
-    for inner in copier.modules:
+    for inner in copier.memo.modules:
         _isolate(inner, mode)
-    gradients = [(t, copier.copy_of(t)) for t in pl_module.parameters() if t.grad is not None and t not in whole]
+    gradients = [(t, copier.memo.copy_of(t)) for t in pl_module.parameters() if t.grad is not None and t not in whole]
+    # What the block puts in place, it takes back in the opposite order, also where the step fails.
     with ExitStack() as stack:
-        stack.callback(copier.forget)
+        stack.callback(copier.memo.forget)
         stack.enter_context(replaced_namespaces(copier))
         stack.enter_context(_replaced_methods(families, silent))
         if gradients:
@@ -92,7 +104,11 @@ def replica(
 
 
 def context_of_its_own(copier: Copier) -> contextvars.Context:
-    """The present context variables, to be set without an effect on the training."""
+    """Copies of the present context variables, in a context of their own, where a step can set them without effect.
+
+    Libraries keep there what others keep in global variables, such as the active span of a tracer.
+
+    """
     context = contextvars.copy_context()
     copies = [(variable, copied) for variable, value in context.items() if (copied := copier(value)) is not value]
     for variable, copied in copies:
@@ -101,20 +117,31 @@ def context_of_its_own(copier: Copier) -> contextvars.Context:
 
 
 def _isolate(module: nn.Module, mode: Mode) -> None:
+    """Let a copied module do nothing that cannot be done in a replay."""
     attributes = vars(module)
     if isinstance(module, Metric):
-        attributes["dist_sync_on_step"] = False  # a collective that ranks with fewer batches would not join
+        # The metric would sum over the ranks in its `forward`. Ranks measure different numbers of batches, and one with
+        # fewer would not join in: the others would wait for it for ever.
+        attributes["dist_sync_on_step"] = False
     if attributes.get("_backward_hooks") or attributes.get("_backward_pre_hooks"):
-        attributes.update(_backward_hooks={}, _backward_pre_hooks={})  # they cannot be differentiated twice
+        # To call these hooks, PyTorch puts the module's inputs and outputs through a function of its own that cannot be
+        # differentiated twice. And `wandb.watch` would take the gradients of a replay for the training's.
+        attributes.update(_backward_hooks={}, _backward_pre_hooks={})
     if mode == "eval":
-        if isinstance(module, torch.jit.ScriptModule):  # whose attributes are kept elsewhere
+        if isinstance(module, torch.jit.ScriptModule):  # its attributes are kept in C++
             module.eval()
+        # Set and not by `eval()`, which the user may have overridden, to keep a backbone frozen for example.
         attributes["training"] = False
 
 
 @contextmanager
 def _replaced_methods(families: Sequence[type], silent: Callable[..., None]) -> Iterator[None]:
-    """Let what LightningModules log go nowhere, also where a subclass calls the method of its parent."""
+    """Let what LightningModules log go nowhere.
+
+    On the class, since a `log` that the user has overridden calls ``super().log``, which no attribute of the twin would
+    catch.
+
+    """
     before = [(family, name, vars(family)[name]) for family in families for name in _OUTGOING]
     try:
         for family, name, _ in before:
@@ -126,9 +153,11 @@ def _replaced_methods(families: Sequence[type], silent: Callable[..., None]) -> 
 
 
 class _LateGradients(TorchFunctionMode):
-    """Copies the gradients of the last step to the twin's parameters once a step asks for any.
+    """Copies the gradients of the last step to the twin's parameters once a step asks for any of them.
 
-    Few steps do, and the copy would take as much memory as the parameters.
+    Few steps do, and the copy takes as much memory as the parameters. A step that runs a backward pass of its own asks
+    for them too: in training it would add to those of the last step, if these have not been set to zero.
+
     """
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -147,7 +176,6 @@ class _LateGradients(TorchFunctionMode):
 
 
 _GRADIENT: Any = vars(torch._C.TensorBase)["grad"]
-
 
 _LOOK_AT_GRADIENTS = frozenset({_GRADIENT.__get__, _GRADIENT.__set__, Tensor.backward, torch.autograd.backward})
 

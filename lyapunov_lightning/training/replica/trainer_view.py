@@ -1,9 +1,9 @@
 """What a replayed training step sees of the trainer: all of it to read, copies of what it may write to.
 
-The trainer is far too large to be copied, and most of it is no business of a training step. Steps do log through it,
-set learning rates, step schedulers, ask for the sum over ranks, keep numbers in it. So a view shares everything with
-the trainer but its own attributes, the loggers, the optimizers with their parameter groups, the schedulers, the logged
-metrics and the user's callbacks.
+The trainer is far too large to be copied: it leads to the data, the loops, the processes and their groups. A training
+step uses little of it. It logs through the trainer, sets learning rates, steps schedulers, asks for a sum over ranks,
+keeps a number in an attribute. So a view shares everything with the trainer except its own attributes, the loggers, the
+optimizers with their parameter groups, the schedulers, the logged metrics and the user's callbacks.
 """
 
 from typing import Any
@@ -14,12 +14,14 @@ from lyapunov_lightning.training.lightning_names import in_library_of
 from lyapunov_lightning.training.replica.copier import Copier
 
 _NOT_USERS = frozenset({"lightning", "lightning_fabric", "lyapunov_lightning", "pytorch_lightning", "torch"})
+"""Packages whose objects the view shares with the trainer: its connectors and loops, Lightning's callbacks, ours."""
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+"""Attributes in which Lightning keeps the values behind ``trainer.callback_metrics`` and its two relatives."""
 
 
 def view_of(trainer: Any, copier: Copier) -> Any:
-    """A view of the trainer, which `copier` puts in the trainer's place.
+    """A view of the trainer, which from then on stands for the trainer wherever `copier` meets it.
 
     Args:
         trainer: The trainer.
@@ -27,14 +29,18 @@ def view_of(trainer: Any, copier: Copier) -> Any:
 
     """
     view = _shallow(trainer)
-    copier.own(trainer, view)
+    # First of all: optimizers, schedulers and callbacks lead back to the trainer, and are to find the view.
+    copier.memo.own(trainer, view)
     dummy = in_library_of(trainer, "loggers.logger.DummyLogger")
     for logger in trainer.loggers:
-        stand_in = copier.note(logger, dummy())
+        stand_in = copier.memo.note(logger, dummy())
         experiment = getattr(logger, "_experiment", None)
+        # Looked up without the property, which would start a run with the tracker where none has been started yet.
         if experiment is not None:
-            copier.note(experiment, stand_in.experiment)
-    strategy = copier.own(trainer.strategy, _shallow(trainer.strategy))
+            copier.memo.note(experiment, stand_in.experiment)
+    # `trainer.optimizers` and `trainer.lr_scheduler_configs` are read from the strategy, `trainer.strategy` and the
+    # logged metrics from connectors. The view has its own of each, so that what a step sets there stays there.
+    strategy = copier.memo.own(trainer.strategy, _shallow(trainer.strategy))
     accelerator_connector = _shallow(trainer._accelerator_connector)
     accelerator_connector.strategy = strategy
     strategy._optimizers = [_inert(optimizer, copier) for optimizer in trainer.strategy._optimizers]
@@ -51,6 +57,7 @@ def view_of(trainer: Any, copier: Copier) -> Any:
         "_logger_connector": logger_connector,
         "callbacks": list(trainer.callbacks),
     }
+    # For `self.trainer.my_counter += 1`, and for steps that look up one of the user's callbacks to write to it.
     users = {name: value for name, value in vars(trainer).items() if name not in own and _is_users(value)}
     callbacks = {place: callback for place, callback in enumerate(trainer.callbacks) if _is_users(callback)}
     for place, callback in copier(callbacks).items():
@@ -60,28 +67,32 @@ def view_of(trainer: Any, copier: Copier) -> Any:
 
 
 def _shallow(value: Any) -> Any:
-    """Another object with the same attributes."""
+    """Another object of the same class with the same attributes, made without a call of ``__init__``."""
     copied = object.__new__(type(value))
     vars(copied).update(vars(value))
     return copied
 
 
 def _inert(optimizer: torch.optim.Optimizer, copier: Copier) -> Any:
-    """An optimizer with parameter groups of its own, the copies' parameters in them, whose steps do nothing."""
-    copied = copier.own(optimizer, _shallow(optimizer))
+    """An optimizer with parameter groups of its own, in which are the copy's parameters, and whose steps do nothing.
+
+    Its state is shared: the moments of Adam are twice as large as the parameters, and `step` alone writes to them.
+
+    """
+    copied = copier.memo.own(optimizer, _shallow(optimizer))
     vars(copied).update(param_groups=copier(optimizer.param_groups), step=_ignore)
     return copied
 
 
 def _inert_wrapper(wrapper: Any, strategy: Any, copier: Copier) -> Any:
-    """The same of Lightning's wrapper of an optimizer, which ``self.optimizers()`` returns."""
-    copied = copier.own(wrapper, _shallow(wrapper))
+    """The same for Lightning's wrapper of an optimizer, which is what ``self.optimizers()`` returns."""
+    copied = copier.memo.own(wrapper, _shallow(wrapper))
     vars(copied).update(_optimizer=copier(wrapper._optimizer), _strategy=strategy, step=_ignore)
     return copied
 
 
 def _is_users(value: Any) -> bool:
-    """Whether something is neither Lightning's, PyTorch's nor this package's."""
+    """Whether the class of something is neither Lightning's, PyTorch's nor this package's."""
     return type(value).__module__.partition(".")[0] not in _NOT_USERS
 
 

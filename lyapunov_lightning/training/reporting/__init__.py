@@ -1,4 +1,4 @@
-"""What is told of a measurement, and to whom: loggers, tables, progress bars, the guard round it all.
+"""How a measurement is reported: to loggers, tables, progress bars and the console.
 
-Nothing here measures or decides what to measure. Whatever goes wrong while reporting ends no run.
+Nothing here measures, or decides what to measure. Nothing that goes wrong while reporting ends a run.
 """

@@ -1,4 +1,4 @@
-"""The training losses of a run, kept for figures and for what is said of the run."""
+"""The training losses of a run, kept for figures and for the summary of the run."""
 
 import math
 from typing import Any
@@ -7,28 +7,30 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.training.distributed import mean_over_ranks
+from lyapunov_lightning.training.lightning_names import Trainer
 
-_MOST = 10_000
-"""Losses that are kept; of a longer run every second one, and so on."""
+_MOST_KEPT = 10_000
+"""Losses that are kept: of longer runs those of every second step, of still longer ones of every fourth, and so on."""
 
 _PENDING = 100
-"""Batches after which their losses are fetched from the device."""
+"""Number of batches after which their losses are fetched from the device, in one transfer."""
 
 
 def loss_in(outputs: Any) -> Tensor | None:
-    """The loss in what the hook ``on_train_batch_end`` gets of a training step; None of a step without a scalar one."""
+    """The loss in the `outputs` of the hook ``on_train_batch_end``; None if the step returned no scalar loss."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 class LossSeries:
-    """The training loss of every optimizer step, the mean over micro-batches and ranks.
+    """The training loss of every optimizer step: the mean over its micro-batches and over the ranks.
 
-    The losses of the latest batches stay on their device, so that no step waits for them, until `collect` is called.
+    The losses of the latest batches stay on their device until `collect` is called: reading a number from a GPU waits
+    for all that was asked of it.
 
     Attributes:
         steps: The optimizer steps, ascending.
-        values: The losses at these; NaN and infinite ones included.
+        values: The losses at these steps, NaN and infinite ones included.
 
     """
 
@@ -45,55 +47,57 @@ class LossSeries:
         """Steps and values."""
         return self.steps, self.values
 
-    def start(self, trainer: Any) -> None:
-        """Begin a run, or go on with it."""
+    def start(self, trainer: Trainer) -> None:
+        """Begin a run, or resume it."""
         self._pending = []
         self._begun = trainer.global_step
         self._is_alone = trainer.world_size == 1
 
-    def see(self, trainer: Any, outputs: Any) -> None:
-        """Take note of a batch once it is done, in the hook ``on_train_batch_end``; all ranks together.
+    def see(self, trainer: Trainer, outputs: Any) -> None:
+        """Keep the loss of a batch, in the hook ``on_train_batch_end``; all ranks together.
 
         Args:
             trainer: The trainer.
-            outputs: What the hook gets of the batch's training step.
+            outputs: The hook's argument of this name.
 
         """
         loss = loss_in(outputs)
         if loss is not None:
-            loss = loss.reshape(()).to(torch.float32, copy=True)
-            # What the hook gets is divided by the number of micro-batches.
+            loss = loss.reshape(()).to(torch.float32, copy=True)  # the next line would write into the user's tensor
+            # Under automatic optimization Lightning has divided it by the number of micro-batches.
             loss *= trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
+        # The step that the batch began in: `global_step` has moved on if this batch completed it.
         self._pending.append((self._begun, loss))
         self._begun = trainer.global_step
         if len(self._pending) >= _PENDING:
             self.collect(trainer)
 
-    def collect(self, trainer: Any) -> None:
+    def collect(self, trainer: Trainer) -> None:
         """Fetch the losses that are still on the device; all ranks together."""
         if self._pending:
             device = trainer.strategy.root_device
             self._keep(mean_over_ranks(trainer, self._stacked(device)).tolist())
 
     def collect_own(self) -> None:
-        """The same without the other ranks, which may not be there any more."""
+        """The same for this rank's losses alone, for where the other ranks may not be there any more."""
         if self._pending:
             self._keep(self._stacked(torch.device("cpu")).tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far; with other ranks, up to the last time that they were collected together."""
+        """The losses so far; with several ranks, those up to the last time that all ranks collected together."""
+        # A checkpoint may be written by the first rank alone, which would wait for the others forever.
         if self._is_alone:
             self.collect_own()
         counts = [self._stride, self._count]
         return {"steps": list(self.steps), "values": list(self.values), "counts": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
         self._stride, self._count = state["counts"]
 
     def _stacked(self, device: torch.device) -> Tensor:
-        nothing = torch.tensor(math.nan, device=device)
+        nothing = torch.tensor(math.nan, device=device)  # all ranks have to reduce equally many numbers
         return torch.stack([nothing if loss is None else loss.to(device) for _, loss in self._pending])
 
     def _keep(self, values: list[float]) -> None:
@@ -101,14 +105,14 @@ class LossSeries:
             if loss is None or step % self._stride:
                 continue
             if self.steps and self.steps[-1] == step:
-                self._count += 1
+                self._count += 1  # a further micro-batch of the same step
                 self.values[-1] += (value - self.values[-1]) / self._count
             else:
                 self.steps.append(step)
                 self.values.append(value)
                 self._count = 1
         self._pending = []
-        while len(self.steps) > _MOST:
+        while len(self.steps) > _MOST_KEPT:
             self._stride *= 2
             kept = [place for place, step in enumerate(self.steps) if step % self._stride == 0]
             self.steps = [self.steps[place] for place in kept]

@@ -1,11 +1,11 @@
-"""Where figures and texts go: to each logger in its own way, and to a file where none takes figures."""
+"""Where figures and texts go: to each logger in its own way, and figures to a file if no logger takes any."""
 
 import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lyapunov_lightning.training.lightning_names import either
+from lyapunov_lightning.training.lightning_names import Trainer, either
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,18 +17,18 @@ _FigureOutlet = Callable[[Any, str, "Figure", int], None]
 _TextOutlet = Callable[[Any, str, str, int], None]
 
 
-def show_figure(trainer: Any, tag: str, figure: "Figure", step: int, folder: Path) -> Path | None:
-    """Hand a figure to every logger that takes figures; write it to a file if there is none.
+def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder: Path) -> Path | None:
+    """Hand a figure to every logger that takes figures; write it to a file if no logger does.
 
     Args:
-        trainer: The trainer; of several ranks the first one is to call this.
+        trainer: The trainer; only the first rank calls this.
         tag: Its name, ``group/name``.
         figure: The figure.
         step: The step at which it is shown.
-        folder: Where the file is to be.
+        folder: The folder of the file.
 
     Returns:
-        The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
+        The file, if one was written: ``group-name.png``, in place of the one of an earlier step.
 
     """
     outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]
@@ -47,11 +47,11 @@ def write_figure(figure: "Figure", path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def show_text(trainer: Any, tag: str, text: str, step: int) -> None:
+def show_text(trainer: Trainer, tag: str, text: str, step: int) -> None:
     """Hand a text to every logger that takes texts.
 
     Args:
-        trainer: The trainer; of several ranks the first one is to call this.
+        trainer: The trainer; only the first rank calls this.
         tag: Its name, ``group/name``.
         text: The text.
         step: The step at which it is shown.
@@ -64,7 +64,7 @@ def show_text(trainer: Any, tag: str, text: str, step: int) -> None:
 
 
 def _outlet(logger: Any, outlets: dict[str, Any]) -> Any:
-    """How a logger takes something, if it does."""
+    """The function that hands something to a logger, if the logger takes such things."""
     for name, outlet in outlets.items():
         if isinstance(logger, either(f"loggers.{name}")):
             return outlet
@@ -72,7 +72,7 @@ def _outlet(logger: Any, outlets: dict[str, Any]) -> Any:
 
 
 def _image(figure: "Figure") -> Any:
-    """The figure as an image: Weights & Biases knows figures by the name of their class, and does not know ours."""
+    """The figure as an image: Weights & Biases recognises figures by the name of their class, and ours has another."""
     from PIL import Image
 
     written = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A count of Hessian-vector products beside the trainer's own progress bar, for measurements that take a while."""
+"""A count of Hessian-vector products next to the trainer's own progress bar, for measurements that take a while."""
 
 import sys
 import time
@@ -20,41 +20,53 @@ _SHOWN_AFTER_SECONDS = 2.0
 def watched(
     operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
 ) -> Iterator[WatchedOperator]:
-    """An operator whose products are counted beside the trainer's own progress bar, see `progress`."""
-    with progress(trainer, description, alone=alone) as report:
-        yield WatchedOperator(operator, report)
+    """An operator whose products are counted next to the trainer's own progress bar, see `progress`."""
+    with _bar_on_demand(trainer, description, alone) as show:
+        yield WatchedOperator(operator, show, after=_SHOWN_AFTER_SECONDS)
 
 
 @contextmanager
 def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iterator[Callable[[], None]]:
-    """A counter of products beside the trainer's own progress bar, for measurements of over about two seconds.
+    """A count of what a measurement evaluates, shown next to the trainer's own progress bar once it takes a while.
 
     Args:
         trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
-        description: What is measured.
-        alone: Whether to show a bar although the trainer has none.
+        description: The label of the bar.
+        alone: Whether to show a bar even if the trainer has none.
 
     Yields:
-        A function to call after each product.
+        A function to call after each evaluation.
 
     """
-    started = time.perf_counter()
-    bar: _Bar | None = None
+    hidden_until = time.perf_counter() + _SHOWN_AFTER_SECONDS
     count = 0
+    with _bar_on_demand(trainer, description, alone) as show:
 
-    def report() -> None:
-        nonlocal bar, count
-        count += 1
-        if bar is None and time.perf_counter() - started > _SHOWN_AFTER_SECONDS:
-            bar = _Bar()  # stays if the real one cannot be opened
+        def report() -> None:
+            nonlocal count
+            count += 1
+            if time.perf_counter() > hidden_until:
+                show(count)
+
+        yield report
+
+
+@contextmanager
+def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[Callable[[int], None]]:
+    """A function that shows a count in a bar; the bar comes up when it is first called, and goes with the block."""
+    bar: _Bar | None = None
+
+    def show(count: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _Bar()  # stays if the real one cannot be opened, or each further product would try and warn again
             with _drawing():
                 bar = _open_bar(trainer, description, alone)
-        if bar is not None:
-            with _drawing():
-                bar.show(count)
+        with _drawing():
+            bar.show(count)
 
     try:
-        yield report
+        yield show
     finally:
         if bar is not None:
             with _drawing():
@@ -63,7 +75,11 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Warn of a bar that cannot be drawn, and go on: the other ranks have no bar and wait in the next product."""
+    """Warn of a bar that cannot be drawn, and continue.
+
+    Only the first rank has a bar. If an error of the bar ended its measurement, the others would wait in the next
+    product.
+    """
     try:
         yield
     except Exception as error:
@@ -75,7 +91,7 @@ def _drawing() -> Iterator[None]:
 
 
 class _Bar:
-    """Shows nothing; the bar of a run without progress bar."""
+    """Shows nothing, for a run without a progress bar."""
 
     def show(self, count: int) -> None:
         pass
@@ -85,7 +101,7 @@ class _Bar:
 
 
 class _RichBar(_Bar):
-    """A task in the trainer's own display: there can be one display only."""
+    """A task in the trainer's own display, since Rich allows one live display at a time."""
 
     def __init__(self, display: Any, description: str) -> None:
         self._display = display
@@ -105,7 +121,7 @@ class _TqdmBar(_Bar):
     Args:
         kind: The class of the bar.
         process_position: Where the trainer's own bars begin, as for ``TQDMProgressBar``.
-        description: What is measured.
+        description: The label of the bar.
 
     """
 
@@ -113,7 +129,7 @@ class _TqdmBar(_Bar):
         self._bar = kind(
             desc=description,
             unit=" products",
-            position=2 * process_position + 1,
+            position=2 * process_position + 1,  # Lightning's own bars have the line above it
             leave=False,
             dynamic_ncols=True,
             file=sys.stdout,

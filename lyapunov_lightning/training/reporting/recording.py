@@ -1,6 +1,6 @@
-"""What a callback tells: scalars and figures to the loggers, warnings to the user.
+"""What a callback reports: scalars and figures to the loggers, sentences and warnings to the user.
 
-Lightning's private names that this needs are each used in one place, and `tests/contracts` holds them.
+Each of Lightning's private names that this needs is used in one place, and tested in `tests/contracts`.
 """
 
 import re
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
-from lyapunov_lightning.training.lightning_names import either
+from lyapunov_lightning.training.lightning_names import Trainer, either, rank_zero_info, rank_zero_only
 from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result
@@ -26,21 +25,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Charts = dict[str, Sequence[str]]
-"""Titles of charts, each with the regular expressions of the tags that are on it."""
+"""Titles of charts, each with regular expressions of the tags whose curves are on it."""
 
 _DRAWING_SHARE = 0.02
-"""Share of a run's time that drawing may take before its end."""
+"""Share of a run's time that may be spent on drawing before the run ends."""
 
 _FIRST_DRAWING_SECONDS = 0.3
-"""What drawing is taken to cost before it was done once: fonts and a backend are loaded for the first figure."""
+"""Seconds that the first drawing is expected to take, in which fonts and a backend are loaded."""
 
 
 @dataclass
 class Record:
-    """What became of a measurement.
+    """The outcome of a measurement.
 
     Attributes:
-        result: What was found, to be set within the measurement; None if there is nothing to log now.
+        result: The result, to be set within the measurement; None if there is nothing to log now.
         seconds: Wall-clock time spent, once the measurement is over.
 
     """
@@ -60,7 +59,7 @@ class Recorder:
         owner: The callback's class, named in warnings.
         group: The group of its tags.
         prefix: Put in front of every tag, with a slash, if given.
-        table: A file that gets the scalars too, without prefix.
+        table: A file that gets the scalars too, without the prefix.
 
     """
 
@@ -74,12 +73,12 @@ class Recorder:
         self._started, self._drawing_seconds, self._next_seconds = 0.0, 0.0, _FIRST_DRAWING_SECONDS
         self._files: list[Path] = []
 
-    def start(self, trainer: Any, *, is_first: bool = True) -> None:
-        """Begin a run: open the file, and tell the user of a run without logger where its values are to be found.
+    def start(self, trainer: Trainer, *, is_first: bool = True) -> None:
+        """Begin a run: open the file, and warn of a run that has no logger.
 
         Args:
             trainer: The trainer.
-            is_first: Whether this is the first callback of several; the others need not tell the same again.
+            is_first: Whether this is the first of several callbacks; only that one warns.
 
         """
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask together
@@ -95,60 +94,67 @@ class Recorder:
             )
 
     @contextmanager
-    def measurement(self, trainer: Any) -> Iterator[Record]:
+    def measurement(self, trainer: Trainer, step: int | None = None) -> Iterator[Record]:
         """Log the result that a block puts into the yielded record, with the time that it took.
 
         An exception in the block ends the measurement and not the training: it is warned of once for each kind, and
         logged as not converged.
 
+        Args:
+            trainer: The trainer.
+            step: The optimizer step that is measured; ``trainer.global_step`` if None, which is one too high at the end
+                of a batch.
+
         """
         record = Record()
+        step = trainer.global_step if step is None else step
         device = trainer.strategy.root_device
         started = _clock(device)
         try:
             yield record
             result = record.result
             scalars = {} if result is None else result.scalars()
-            further = {} if result is None else result.table()
+            further = {} if result is None else result.table()  # within the guard: a result computes when it is read
         except Exception as error:
             record.result = None
             scalars, further = {f"{self._group}_details/converged": 0.0}, {}
-            self._warn_of_failure(trainer, error)
+            self._warn_of_failure(step, error)
+        # Of a failure too: a schedule that bounds the overhead has to count what failing took.
         record.seconds = _clock(device) - started
         if scalars:
             self.log(trainer, {**scalars, f"{self._group}_details/seconds": record.seconds}, further)
 
-    def log(self, trainer: Any, scalars: Mapping[str, float], further: Mapping[str, float] | None = None) -> None:
+    def log(self, trainer: Trainer, scalars: Mapping[str, float], further: Mapping[str, float] | None = None) -> None:
         """Log scalars at the present step.
 
         Args:
             trainer: The trainer.
-            scalars: By tag.
-            further: Numbers for the table alone.
+            scalars: The numbers, by tag.
+            further: Numbers for the table only.
 
         """
         tagged = {f"{self._prefix}{name}": float(value) for name, value in scalars.items()}
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({name: torch.tensor(value, device=device) for name, value in tagged.items()})
-        for logger in trainer.loggers:
+        for logger in trainer.loggers:  # which write on the first rank only
             logger.log_metrics(tagged, step=_logged_step(trainer))
         if self._table is not None and trainer.is_global_zero:
             self._table.append(trainer.global_step, trainer.current_epoch, {**scalars, **(further or {})})
 
-    def may_draw(self, trainer: Any) -> bool:
-        """Whether this rank draws, and drawing once more stays within its share of the time."""
+    def may_draw(self, trainer: Trainer) -> bool:
+        """Whether this rank draws, and drawing once more keeps within the share of the time."""
         elapsed = time.perf_counter() - self._started
         afterwards = self._drawing_seconds + self._next_seconds
         return bool(trainer.is_global_zero) and afterwards <= _DRAWING_SHARE * elapsed
 
-    def draw(self, trainer: Any, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> None:
-        """Draw figures and show them in all loggers that take figures, or write them to files beside the log.
+    def draw(self, trainer: Trainer, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> None:
+        """Draw figures and show them in all loggers that take figures, or write them to files in the log folder.
 
-        What goes wrong meanwhile is warned of, and the training goes on.
+        An error is warned of, and the training continues.
 
         Args:
             trainer: The trainer.
-            figures: Tells what draws each of them, by name.
+            figures: Returns the functions that draw the figures, by name.
 
         """
         if not trainer.is_global_zero:
@@ -160,20 +166,20 @@ class Recorder:
                 path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder)
                 if path is not None and path not in self._files:
                     self._files.append(path)
-        except Exception as error:
+        except Exception as error:  # a full disk or a logger that is out of reach, after hours of training
             self.warn_once("figure", f"a figure could not be shown. {type(error).__name__}: {error}")
         self._next_seconds = time.perf_counter() - started  # about what the next one takes
         self._drawing_seconds += self._next_seconds
 
-    def tell(self, trainer: Any, name: str, text: Callable[[], str | None]) -> None:
-        """Say something of the run: on the console, and in all loggers that take texts.
+    def tell(self, trainer: Trainer, name: str, text: Callable[[], str | None]) -> None:
+        """Say something about the run, on the console and in all loggers that take texts.
 
-        What goes wrong meanwhile is warned of, and the training goes on.
+        An error is warned of, and the training continues.
 
         Args:
             trainer: The trainer.
             name: The name of the text.
-            text: Makes it, if there is something to say.
+            text: Returns the text; None if there is nothing to say.
 
         """
         if not trainer.is_global_zero:
@@ -186,8 +192,8 @@ class Recorder:
         except Exception as error:
             self.warn_once("text", f"a text could not be logged. {type(error).__name__}: {error}")
 
-    def tell_where(self) -> None:
-        """Say where the figures are that no logger took."""
+    def say_where(self) -> None:
+        """Say in which files the figures are that no logger took."""
         if self._files:
             self.say(f"drawn in {', '.join(map(str, self._files))}")
 
@@ -196,39 +202,47 @@ class Recorder:
         prefix = f" ({self._prefix.rstrip('/')})" if self._prefix else ""
         rank_zero_info(f"{self._owner}{prefix}: {text}")
 
-    def show_in_progress_bar(self, trainer: Any, name: str, value: float) -> None:
-        """Let the progress bar show a number until the next one."""
+    def show_in_progress_bar(self, trainer: Trainer, name: str, value: float) -> None:
+        """Show a number in the progress bar, until the next number of this name."""
         trainer._logger_connector._progress_bar_metrics[name] = value
 
     def charts(self, charts: Charts) -> dict[str, list[Any]]:
-        """Charts in the form in which TensorBoard's custom scalars want them."""
+        """Charts in the form that TensorBoard's custom scalars require."""
         return {
             title: ["Multiline", [f"^{re.escape(self._prefix)}{tag}" for tag in tags]] for title, tags in charts.items()
         }
 
     def warn_once(self, kind: str, message: str, *, everywhere: bool = False) -> None:
-        """Warn the user, the first time for each kind of cause: on the first rank, or on every one that says so."""
+        """Warn the user, once for each kind of cause.
+
+        Args:
+            kind: The kind.
+            message: The message, without the callback's name.
+            everywhere: Whether each rank warns that comes here, and not the first rank alone.
+
+        """
         if kind not in self._warned:
             self._warned.add(kind)
             warn = _warn if everywhere else rank_zero_only(_warn)
             warn(f"`{self._owner}`: {message}")
 
-    def _warn_of_failure(self, trainer: Any, error: Exception) -> None:
+    def _warn_of_failure(self, step: int, error: Exception) -> None:
         place = traceback.extract_tb(error.__traceback__)[-1]
         self.warn_once(
             type(error).__name__,
-            f"the measurement at step {trainer.global_step} failed, and training goes on without it."
+            f"the measurement at step {step} failed, and training goes on without it."
             f" {type(error).__name__} at {place.filename}:{place.lineno}: {error}",
+            # The rank that failed knows the cause; all others only know that some rank failed.
             everywhere=not isinstance(error, PeerFailureError),
         )
         if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # the training needs what the measurement took
+            torch.cuda.empty_cache()  # or blocks of the measurement's sizes would stay reserved, and the training fail
 
 
-def show_charts(trainer: Any, charts: Iterable[tuple[str, dict[str, list[Any]]]]) -> None:
+def show_charts(trainer: Trainer, charts: Iterable[tuple[str, dict[str, list[Any]]]]) -> None:
     """Put curves that belong together on one chart of TensorBoard's tab "Custom scalars".
 
-    The layout is one for the whole run, so it is logged once, for all callbacks.
+    A run has one layout, and the last one that is logged counts, so it is logged once for all callbacks.
 
     Args:
         trainer: The trainer.
@@ -245,15 +259,15 @@ def show_charts(trainer: Any, charts: Iterable[tuple[str, dict[str, list[Any]]]]
             logger.experiment.add_custom_scalars(layout)
 
 
-def _logged_step(trainer: Any) -> int:
-    """The step at which Lightning itself logs."""
+def _logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning itself logs; `global_step` counts each optimizer of a manual optimization."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
 
 
 def _clock(device: torch.device) -> float:
-    """The time, once the device has done what it was asked for."""
-    if device.type == "cuda":
+    """The time, once the device has done all that was asked of it."""
+    if device.type == "cuda":  # whose kernels run on while Python goes ahead: a product would seem to take no time
         torch.cuda.synchronize(device)
     return time.perf_counter()
 

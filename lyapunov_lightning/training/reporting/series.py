@@ -1,4 +1,4 @@
-"""Measured series kept as files: one tidy table, and eigenvectors if asked for."""
+"""Measured series as files: one tidy table, and eigenvectors if they are asked for."""
 
 import csv
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ _COLUMNS = ("step", "epoch", "name", "value")
 class SeriesFile:
     """A CSV file with the columns ``step, epoch, name, value``, one row for each number; ``pandas.read_csv`` reads it.
 
-    Rows are on disk once `append` returns, so an interrupted run leaves all that it measured. A resumed run goes on in
-    the same file, without the rows of steps that it takes again. A new run keeps the file of an earlier one under
-    another name (``NAME.1.csv``, ...).
+    Rows are on disk once `append` returns, so an interrupted run leaves all that it measured. A resumed run continues
+    the same file, without the rows of the steps that it repeats. A new run renames the file of an earlier one
+    (``NAME.1.csv``, ...).
 
     Args:
-        path: Where the file is to be.
+        path: The path of the file.
 
     """
 
@@ -27,7 +27,7 @@ class SeriesFile:
         self._path = Path(path)
 
     def begin(self, step: int) -> None:
-        """Open the file for a run that begins, or goes on, before this step."""
+        """Open the file for a run that begins, or is resumed, before this step."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if step > 0 and self._path.exists():
             with self._path.open(newline="") as file:
@@ -44,6 +44,7 @@ class SeriesFile:
             csv.writer(file).writerows((step, epoch, name, repr(float(value))) for name, value in values.items())
 
     def _write(self, rows: list[dict[str, str]]) -> None:
+        # A run that is killed while it writes leaves the whole old table, and not half of the new one.
         partial = self._path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS)

@@ -1,4 +1,4 @@
-"""Models that FSDP2 has sharded over the ranks, in a replica: which way to a product is taken, and how.
+"""Models that FSDP2 has sharded over the ranks: which way to a product is taken, and how it is evaluated on replicas.
 
-The arithmetic of vectors in parts is in `curvature.sharded`. FSDP's own private names are in `training.fsdp` alone.
+The arithmetic of vectors in parts is in `curvature.sharded`. FSDP's private names are in `training.fsdp` only.
 """

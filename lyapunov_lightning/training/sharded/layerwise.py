@@ -18,14 +18,15 @@ from lyapunov_lightning.training.replica.replica import replica
 class LayerwiseObjective(TrainingObjective):
     """The training loss on a replica whose parameters are gathered from shards, layer by layer, within the graph.
 
-    The loss is that of this rank's samples times their number, so that derivatives add up over the ranks.
+    The loss is the mean over this rank's samples times their number: the derivatives of the ranks are summed, and a
+    rank with more samples has to count for more.
 
     Args:
         arguments: As for `TrainingObjective`, `options` too.
-        collectives: Is told of every gather and scatter.
+        collectives: Gets every gather and scatter, before it is entered.
 
     Attributes:
-        samples: The number of samples of each batch that was evaluated, by ``batch_idx``.
+        samples: The number of samples of each evaluated batch, by ``batch_idx``.
 
     """
 
@@ -43,7 +44,7 @@ class LayerwiseObjective(TrainingObjective):
             values: This rank's shards of the parameters, in their order; the present ones if None.
 
         Yields:
-            The loss of this rank's samples times their number, a function of the shards.
+            The mean loss of this rank's samples times their number, as a function of the shards.
 
         """
         shards = {parameter: local_of(parameter).detach() for layer, _ in self._layers for parameter in layer}

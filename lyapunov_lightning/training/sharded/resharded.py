@@ -1,8 +1,9 @@
 """The training loss of a sharded model, evaluated on replicas that are sharded like it.
 
-A replica's parameters have no memory at first. ``fully_shard`` cuts them as it has cut those of the module, and each
-rank fills in its own shards, at any displacement. So FSDP gathers and drops layer after layer in the replica's own
-forward and backward pass, and the module in training is left alone: its shards, its gradients, what it has gathered.
+The parameters of a replica have no memory at first. ``fully_shard`` cuts them as it has cut those of the module, and
+each rank fills in its own shards, at any displacement. So FSDP gathers and drops layer after layer in the replica's own
+forward and backward pass. The module in training stays as it is, with its shards, its gradients and what it has
+gathered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,11 @@ from lyapunov_lightning.training.replica.replica import replica
 
 
 class ReshardedObjective(TrainingObjective):
-    """The training loss on a replica that is sharded like the module; takes and gives shards.
+    """The training loss on a replica that is sharded like the module, as a function of the shards.
 
     Args:
         arguments: As for `TrainingObjective`, `options` too.
-        collectives: Is told of every gather and scatter.
+        collectives: Gets every gather and scatter, before it is entered.
 
     """
 
@@ -50,10 +51,11 @@ class ReshardedObjective(TrainingObjective):
 
         """
         sharded = [p for p in self._pl_module.parameters() if local_of(p) is not p]
+        # On "meta" a replica of a model that fits on no device takes no memory until it is sharded.
         empty = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
         others = {} if values is None else dict(zip(self.parameters, values, strict=True))
         with replica(self._trainer, self._pl_module, self._mode, empty) as twin:
-            leaves = shard_again(self._pl_module, twin.module, twin.copier, self._collectives)
+            leaves = shard_again(self._pl_module, twin.module, twin.copier.memo, self._collectives)
             try:
                 with torch.no_grad():
                     for parameter in sharded:
@@ -67,17 +69,18 @@ class ReshardedObjective(TrainingObjective):
 
 
 class ReshardedMeanLoss:
-    """The mean of the training loss over the samples of all ranks, of which each evaluates its own at the same time.
+    """The mean of the training loss over the samples of all ranks, evaluated by all ranks at the same time.
 
     Args:
         objective: The loss.
         batches: This rank's batches.
         sharding: How the parameters are cut.
         ranks: All ranks.
-        collectives: Is told of all that the ranks do together in an evaluation.
+        collectives: Gets all that the ranks do together in an evaluation, before they do it.
 
     Attributes:
-        num_batches: How many batches the rank with most of them has; the others take part with what they have.
+        num_batches: The number of batches of the rank that has most. A rank with fewer evaluates its last one again
+            meanwhile, with weight 0, since FSDP's gathers need all ranks.
 
     Raises:
         MeasurementError: If a rank has no batch.
@@ -103,7 +106,7 @@ class ReshardedMeanLoss:
             if not batches:
                 raise MeasurementError("This rank has no batch, without which no rank can evaluate a sharded model.")
         self._own = len(batches)
-        counted = Ranks(lambda _: None)  # which asks for the numbers of samples
+        counted = Ranks(lambda _: None)  # sums over this rank alone; with ranks to sum over, samples are counted
         self._batches = FixedBatches(objective, batches, self._layout.space(), None, counted)
 
     def gradient(self, displacement: Tensor | None, batches: Sequence[int] | None = None) -> Tensor:
@@ -111,7 +114,7 @@ class ReshardedMeanLoss:
         shards = self._displaced(displacement)
         total, count = self._space.zeros(), 0.0
         for index in range(self.num_batches) if batches is None else batches:
-            self._ranks.meet()
+            self._ranks.meet()  # a rank that failed before has to say so here, and not in one of FSDP's gathers
             with (
                 self._collectives.followed("gradient"),
                 self._batches.evaluated(min(index, self._own - 1), shards) as evaluation,
@@ -120,7 +123,8 @@ class ReshardedMeanLoss:
                 self._collectives.note(lambda: self._ranks.sum_of(0.0))
                 weight = self._ranks.sum_of(own)
                 if evaluation.loss.requires_grad:
-                    (evaluation.loss * (own * self._num_ranks / weight)).backward()  # the ranks' mean is taken then
+                    # FSDP takes the plain mean over the ranks. The factor makes the mean over the samples of it.
+                    (evaluation.loss * (own * self._num_ranks / weight)).backward()
                 gradients = [leaf.grad for leaf in evaluation.leaves]
                 total.add_(self._layout.flatten(gradients), alpha=weight)
                 count += weight
@@ -145,7 +149,7 @@ class ReshardedMeanLoss:
         return sums[:-1] / sums[-1]
 
     def _weight(self, index: int) -> float:
-        """The samples of this rank's batch; none where it only takes part."""
+        """The number of samples of this rank's batch; 0 for one that it evaluates only to take part."""
         return self._batches.weight(index) if index < self._own else 0.0
 
     def _displaced(self, displacement: Tensor | None) -> list[Tensor] | None:
@@ -157,6 +161,7 @@ class ReshardedMeanLoss:
 
 def _largest(count: int, ranks: Ranks) -> int:
     """The largest of the ranks' numbers."""
+    # Sums are all that `Ranks` exchanges, and the numbers of batches are small.
     number = 0
     while ranks.sum_of(count > number):
         number += 1

@@ -1,29 +1,89 @@
-"""Vectors of the model's size in the states of callbacks: whole in a checkpoint, in parts where a model is sharded."""
+"""Vectors of the model's size in the states of callbacks.
 
-from collections.abc import Callable
-from typing import Any
+In a checkpoint each vector is whole, so that a run can be resumed on another number of ranks. In a running training of
+a sharded model each rank holds its part of every vector, which no other rank can use.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace
+from lyapunov_lightning.curvature.vectors.ranks import Ranks
+from lyapunov_lightning.curvature.vectors.space import VectorSpace
+from lyapunov_lightning.training.fsdp import put_away, space_of_parameters
+from lyapunov_lightning.training.replica.replica import trainable_parameters
 
 VECTORS = frozenset({"perturbation", "perturbations", "rows", "start", "vector", "vectors", "velocity"})
-"""The names under which a state has vectors of the model's size, one for each row, or dictionaries of these."""
+"""The names under which a state keeps vectors of the model's size: one, one in each row, or dictionaries of these."""
+
+
+class Stateful(Protocol):
+    """A part of a callback that continues where it was in a resumed run.
+
+    Its state keeps vectors of the model's size under the names `VECTORS` only, where they are found and gathered for
+    the checkpoint of a sharded model. Under another name the checkpoint would have the part of one rank.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept: tensors, numbers, strings, None, and lists and dictionaries of these."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def fitting_space(
+    pl_module: nn.Module, ranks: Ranks, before: VectorSpace | None, parts: Iterable[Stateful]
+) -> VectorSpace:
+    """The space of the vectors that the trainable parameters form now; all ranks have to ask together.
+
+    Args:
+        pl_module: The module.
+        ranks: All ranks.
+        before: The space that the parts' vectors belong to.
+        parts: Parts of a callback. Where the parameters of a sharded model were frozen or unfrozen since, they lose
+            all their vectors: a rank sees the length of its own part alone, which may be what it was, and with vectors
+            kept on some ranks and dropped on others the ranks would wait for each other forever.
+
+    """
+    if before is not None and not isinstance(before, ShardedSpace):
+        return before  # every rank has whole vectors, so the parts themselves see whether their vectors still fit
+    put_away(pl_module)
+    space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks)
+    if isinstance(before, ShardedSpace) and not space.is_like(before):
+        _convert(parts, without_vectors)
+    return space
+
+
+def cut_states(parts: Iterable[Stateful], space: VectorSpace | None) -> None:
+    """Let parts that were restored from a checkpoint continue with this rank's parts of the whole vectors in it."""
+    if isinstance(space, ShardedSpace):
+        _convert(parts, partial(converted_vectors, length=space.size, convert=partial(cut_vectors, space)))
+
+
+def gathered_state(state: dict[str, Any], space: VectorSpace | None) -> dict[str, Any]:
+    """A state as it belongs into a checkpoint, with whole vectors; all ranks have to ask together."""
+    if not isinstance(space, ShardedSpace):
+        return state
+    found: dict[str, Any] = converted_vectors(state, space.length, partial(gathered_vectors, space))
+    return found
 
 
 def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tensor], is_vector: bool = False) -> Any:
     """A state with other vectors in it; the state itself if there are none.
 
     Vectors of another length, such as those of a block of the parameters, are left out: whether vectors fit has to be
-    decided alike on all ranks, and of a sharded one each rank sees its own length.
+    decided alike on all ranks, and each rank of a sharded model sees only the length of its own part.
 
     Args:
         state: The state, or a part of it.
         length: The length of the vectors that are meant.
-        convert: Makes of the vectors, one for each row of a tensor, those that take their place.
-        is_vector: Whether it stands under one of the names `VECTORS`.
+        convert: Maps the vectors, one in each row of a tensor, to those that take their place.
+        is_vector: Whether `state` stands under one of the names `VECTORS`.
 
     """
     if isinstance(state, dict):
@@ -40,18 +100,19 @@ def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tenso
 
 
 def without_vectors(state: Any) -> Any:
-    """A state of which no vector is left."""
+    """A state from which all vectors are removed."""
     return converted_vectors(state, -1, lambda rows: rows)
 
 
 def gathered_vectors(space: ShardedSpace, rows: Tensor) -> Tensor:
-    """The whole vectors, on the CPU of the first rank, which writes the checkpoint; the others have none.
+    """The whole vectors, on the CPU of the first rank, which writes the checkpoint; the other ranks get none.
 
     All ranks have to ask together.
     """
     keeps = dist.get_rank() == 0
     whole = torch.empty(len(rows), space.size if keeps else 0, dtype=rows.dtype, device="cpu")
     for out, row in zip(whole, rows, strict=True):
+        # One vector at a time: a device that cannot hold the whole model can hold few of its vectors.
         found = space.whole(row.to(space.device, space.dtype))
         if keeps:
             out.copy_(found)
@@ -61,3 +122,12 @@ def gathered_vectors(space: ShardedSpace, rows: Tensor) -> Tensor:
 def cut_vectors(space: ShardedSpace, rows: Tensor) -> Tensor:
     """This rank's parts of whole vectors."""
     return torch.stack([space.cut(row) for row in rows]) if len(rows) else rows.new_empty(0, space.length)
+
+
+def _convert(parts: Iterable[Stateful], converted: Callable[[Any], Any]) -> None:
+    """Replace the vectors in the states of parts."""
+    for part in parts:
+        state = part.state_dict()
+        own = converted(state)
+        if own is not state:  # loading a state has effects of its own, such as marking a part as restored
+            part.load_state_dict(own)

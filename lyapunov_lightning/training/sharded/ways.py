@@ -1,4 +1,4 @@
-"""Which ways there are to a product of a sharded model, and the operator of each."""
+"""The ways to the Hessian-vector products of a sharded model, which of them to try, and the operator of each."""
 
 import math
 import os
@@ -19,6 +19,7 @@ from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace, Sharding
 from lyapunov_lightning.curvature.vectors.layout import local_of
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.training.distributed import any_rank, ranks_of
+from lyapunov_lightning.training.lightning_names import Trainer
 from lyapunov_lightning.training.replica.objective import Problem
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 from lyapunov_lightning.training.sharded.layerwise import LayerwiseObjective
@@ -26,19 +27,20 @@ from lyapunov_lightning.training.sharded.resharded import ReshardedMeanLoss, Res
 
 Way = Literal["gathered", "layerwise", "shards"]
 """How products of a sharded model are computed: with all parameters gathered for a measurement, with those of each
-layer gathered in the derivatives, or by finite differences of sharded gradients."""
+layer gathered within the derivatives, or by finite differences of sharded gradients."""
 
 
 _GATHERED, _LAYERWISE = 8, 5
-"""Vectors of the whole model that a product holds at a time, the parameters among them."""
+"""The memory that a product takes on each rank in the first two ways, in vectors of the whole model's size, with the
+gathered parameters."""
 
 
 _SHARE_OF_FREE = 0.5
-"""Share of the free memory that gathered parameters may take where nobody says how much."""
+"""The share of the free memory that gathered parameters may take, where `HessianConfig.max_gather_bytes` is None."""
 
 
 def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian:
-    """Exact products through one layer after the other, each gathered within the derivatives.
+    """Exact products through derivatives in which each layer is gathered on its own.
 
     Raises:
         MeasurementError: If the ranks have different numbers of batches, or none.
@@ -46,6 +48,7 @@ def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian
     """
     ranks, random = ranks_of(problem.trainer), RandomState.capture()
     objective: LayerwiseObjective = problem.objective(LayerwiseObjective, collectives=collectives)
+    # A rank with fewer batches than the others would leave them waiting in the gathers of an evaluation more.
     count = len(problem.batches)
     mean = float(ranks.agreed(torch.tensor([float(count)], dtype=torch.float64)))
     if any_rank(problem.trainer, count != mean or not count):
@@ -60,10 +63,11 @@ def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian
                 problem.batches,
                 method="double_backward",
                 weights=[1.0] * count,
-                # Which graphs are kept has to be the same on all ranks: one that holds all parameters, or none.
+                # A rank that keeps a graph skips the forward pass, and all gathers in it, so all ranks have to keep the
+                # same graphs. The memory for one, which holds all parameters, is counted in `_LAYERWISE`.
                 max_graph_bytes=2**62 if count == 1 else 0,
             )
-        hessian.raise_at_once()
+        hessian.raise_at_once()  # a second attempt on one rank would be an evaluation that the others take no part in
         return hessian
 
     parts = parts_of(problem, objective.parameters, ranks)
@@ -87,12 +91,12 @@ def shard_differences(problem: Problem, collectives: Collectives) -> LossHessian
 
 
 def parts_of(problem: Problem, parameters: Sequence[Tensor], ranks: Ranks) -> tuple[Any, ...]:
-    """The parameters, all parameters of the module, their sharding and the ranks, for a `ShardedHessian`."""
+    """The arguments of a `ShardedHessian`: trained parameters, all parameters, sharding of the first, and ranks."""
     return parameters, list(problem.pl_module.parameters()), Sharding(parameters), ranks
 
 
 def ways_of(problem: Problem) -> tuple[list[Way], str]:
-    """The ways to try, in their order, and why."""
+    """The ways to try, in their order, and the reason in words: the memory that they need and have."""
     config, trainer = problem.config, problem.trainer
     parameters = list(trainable_parameters(problem.pl_module).values())
     whole = sum(p.numel() for p in parameters) * Sharding(parameters).dtype.itemsize
@@ -104,7 +108,7 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
     def fits(vectors: int) -> bool:
         return not any_rank(trainer, vectors * whole + frozen > room)
 
-    # Differences of half-precision parameters are lost in their rounding.
+    # A step that crosses few kinks is smaller than the rounding of half-precision parameters.
     may_differ = config.method in ("auto", "finite_difference") and all(p.dtype.itemsize > 2 for p in parameters)
     on_shards: list[Way] = ["shards"] if may_differ else []
     if fits(_GATHERED):
@@ -124,9 +128,10 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
     return way + on_shards, needed
 
 
-def _free_bytes(device: torch.device, trainer: Any) -> float:
+def _free_bytes(device: torch.device, trainer: Trainer) -> float:
     """The memory that is free on a device, for each of the processes that share it."""
     if device.type == "cuda":
+        # What PyTorch has reserved and does not use counts as taken to the driver, and is free to us.
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "cpu" and hasattr(os, "sysconf"):
@@ -136,4 +141,4 @@ def _free_bytes(device: torch.device, trainer: Any) -> float:
 
 
 def count_samples(_: Tensor) -> None:
-    """What sums over the ranks for a rank by itself: with it an operator asks for the numbers of samples."""
+    """A `reduce` for the operator of one rank alone: it sums nothing, and makes the operator count its samples."""

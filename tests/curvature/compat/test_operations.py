@@ -6,7 +6,6 @@ The tests named ``test_pytorch_...`` speak of PyTorch alone: where one fails, it
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +27,8 @@ from lyapunov_lightning.curvature.compat.operations import (
     differentiated,
     twice_differentiable_kernels,
 )
-from lyapunov_lightning.curvature.loss import kept_graphs
+from lyapunov_lightning.curvature.loss.freshness import Freshness, LossInputs
 from lyapunov_lightning.curvature.loss.kept_graphs import graph_bytes
-from lyapunov_lightning.curvature.loss.sources import Sources
 from tests.curvature.helpers import (
     EXACT,
     METHODS,
@@ -530,8 +528,8 @@ class Allocated(TorchDispatchMode):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_memory_of_kept_graphs_is_what_they_have_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of batches that are views of one data set, with gaps between their numbers."""
-    monkeypatch.setattr(kept_graphs, "Fingerprint", lambda tensors: SimpleNamespace(tensors=list(tensors)))
-    monkeypatch.setattr(Sources, "fingerprints", [])
+    monkeypatch.setattr(Freshness, "remember", lambda *_: None)
+    monkeypatch.setattr(LossInputs, "tensors", [])
     problem = PROBLEMS[name]()
     inputs, labels = problem.batches[0]
     data = inputs.repeat_interleave(2, dim=0)
@@ -540,7 +538,7 @@ def test_the_memory_of_kept_graphs_is_what_they_have_taken(name: str, monkeypatc
     with Allocated() as allocated:
         product = operator.matvec(vector(operator.size))
     kept = allocated.bytes - product.untyped_storage().nbytes()
-    # A few scalars are hidden in the nodes, and without its fingerprints a BatchNorm's statistics are taken for new.
+    # A few scalars are hidden in the nodes, and where no inputs are found a BatchNorm's statistics are taken for new.
     assert abs(operator.graph_bytes - kept) <= 128 < operator.graph_bytes
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lyapunov_lightning.curvature import HessianOperator, lanczos
-from lyapunov_lightning.curvature.loss.fingerprints import Fingerprint
+from lyapunov_lightning.curvature.loss.freshness import Contents
 from tests.curvature.helpers import TOLERANCE, relative_error, vector
 
 Batch = dict[str, Any]
@@ -215,8 +215,8 @@ def test_graphs_belong_to_the_precision_in_which_they_were_built() -> None:
 def test_a_solver_looks_for_changes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can change anything while it is at work, and looking is a part of what a product of few samples costs."""
     looks: list[int] = []
-    is_changed = Fingerprint.is_changed
-    monkeypatch.setattr(Fingerprint, "is_changed", lambda self: looks.append(1) or is_changed(self))
+    is_changed = Contents.is_changed
+    monkeypatch.setattr(Contents, "is_changed", lambda self: looks.append(1) or is_changed(self))
     setting = Setting()
     direction = vector(setting.operator.size)
     setting.operator.matvec(direction)

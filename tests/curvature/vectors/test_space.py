@@ -157,6 +157,29 @@ def test_the_norm_of_what_is_not_finite_is_not_finite() -> None:
         assert not torch.isfinite(space(len(vector)).norm(vector))
 
 
+def few_large_numbers(count: int, size: int, seed: int) -> Tensor:
+    """Unit vectors that are as good as all in their first numbers, as those beside a large null space are."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = 1e-5 * torch.randn(count, size, generator=generator)
+    rows[:, :40] = torch.randn(count, 40, generator=generator)
+    return torch.linalg.qr(rows.double().T).Q.T.float().contiguous()
+
+
+@pytest.mark.parametrize("size", [1_000, 70_000, 400_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_tiny_numbers_are_not_lost_beside_large_ones(size: int, seed: int) -> None:
+    """Where one sum takes up all numbers, what is left of a component is 1e-5 and more of the larger sizes."""
+    rows = few_large_numbers(9, size, seed)
+    vector = few_large_numbers(1, size, seed + 10)[0]
+    exact = rows.double() @ vector.double()
+    assert float((space(size).inner(rows, vector) - exact).abs().max()) <= 1e-6
+    assert float(space(size).inner(rows[0], vector) - exact[0]) == pytest.approx(0, abs=1e-6)
+    components, norm = space(size).orthogonalise(vector, [rows[:8], rows[8:]])
+    assert float((components - exact).abs().max()) <= 1e-6
+    assert float((rows.double() @ vector.double()).abs().max()) <= 3e-7
+    assert float(norm) == pytest.approx(float(vector.double().norm()), rel=1e-7)
+
+
 @contextmanager
 def low_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
@@ -274,7 +297,7 @@ def test_random_numbers_are_the_same_in_any_pieces(parts: list[int], drawn: int)
         return RandomNumbers(lambda count: torch.randn(count, generator=generator, dtype=torch.float64), total)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vectors, "_DRAWN", drawn)
+        patch.setattr(vectors, "_DRAWN_AT_ONCE", drawn)
         whole = numbers().take(total)
         one_by_one = numbers()
         pieces = [one_by_one.take(part) for part in parts]

@@ -313,9 +313,9 @@ class Stored(Dataset):
 @pytest.mark.parametrize("batch_size", [4, None])
 def test_large_data_are_read_without_a_copy(monkeypatch, recwarn, kind, batch_size):
     refused: list[int] = []
-    affords = loaders._LoaderCopier._affords
+    affords = loaders.Limits.affords
     monkeypatch.setattr(
-        loaders._LoaderCopier, "_affords", lambda self, n: affords(self, n) if n != SIZE * 4 else refused.append(n)
+        loaders.Limits, "affords", lambda self, n: affords(self, n) if n != SIZE * 4 else refused.append(n)
     )
     dataset = Stored(kind=kind)
     batches = drawn(DataLoader(dataset, batch_size), num_batches=2)
@@ -328,9 +328,9 @@ def test_large_data_are_read_without_a_copy(monkeypatch, recwarn, kind, batch_si
 @pytest.mark.parametrize("kind", ["tensor", "array"])
 @pytest.mark.parametrize("num_bytes", [64, 2**20], ids=["large", "small"])
 def test_a_dataset_that_writes_to_its_data_is_copied_or_refused(monkeypatch, kind, num_bytes):
-    affords = loaders._LoaderCopier._affords
+    affords = loaders.Limits.affords
     monkeypatch.setattr(
-        loaders._LoaderCopier, "_affords", lambda self, n: affords(self, n) if num_bytes != 64 else n != SIZE * 4
+        loaders.Limits, "affords", lambda self, n: affords(self, n) if num_bytes != 64 else n != SIZE * 4
     )
     dataset = Stored(writes=True, kind=kind)
     loader = DataLoader(dataset, 4)

@@ -57,9 +57,9 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LightningCLI:
 def test_a_replica_leaves_the_command_line_alone(cli):
     copier = Copier()
     twin = copier(cli.model)
-    assert copier.has(cli.model.net)
+    assert copier.memo.has(cli.model.net)
     beside = [cli, cli.parser, cli.config, cli.config_init, cli.datamodule, *cli.trainer.callbacks]
-    assert [type(part).__name__ for part in beside if copier.has(part)] == []
+    assert [type(part).__name__ for part in beside if copier.memo.has(part)] == []
     assert isinstance(twin.optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.SGD)
 
 
@@ -68,7 +68,7 @@ def test_a_replica_leaves_callbacks_alone_that_the_module_holds():
     copier = Copier()
     twin = copier(watching)
     assert twin.watched == watching.watched
-    assert not any(copier.has(callback) for callback in watching.watched.values())
+    assert not any(copier.memo.has(callback) for callback in watching.watched.values())
 
 
 def test_replicas_do_not_grow_from_measurement_to_measurement():
@@ -79,8 +79,8 @@ def test_replicas_do_not_grow_from_measurement_to_measurement():
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             copier = Copier()
             copier(pl_module)
-            copied.append(len(copier._copies))
-            copier.discard()
+            copied.append(len(copier.memo.copies))
+            copier.memo.discard()
 
     watching = Watching()
     trainer = pl.Trainer(

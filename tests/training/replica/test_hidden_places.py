@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
-from lyapunov_lightning.training.replica.copier import Copier
-from lyapunov_lightning.training.replica.handlers import Exhausted
+from lyapunov_lightning.training.replica.copier import Copier, Exhausted
 from lyapunov_lightning.training.replica.replica import replica
 from tests.training.live import RememberingLogger, Task, mlp, replay, same
 from tests.training.replica.test_copier import Habit, Untidy, frozen
@@ -303,7 +302,7 @@ def test_what_was_written_to_an_object_without_attributes_goes():
     copied = copier([sentinel])[0]
     assert copied is sentinel
     copied.written = 1
-    copier.forget()
+    copier.memo.forget()
     assert not vars(sentinel)
 
 
@@ -325,7 +324,7 @@ def test_a_copy_that_goes_does_not_release_what_is_the_originals():
     copied = copier(handle)
     assert isinstance(copied, Handle)
     assert copied.resource == [1]
-    copier.discard()
+    copier.memo.discard()
     del copied
     assert Handle.closed == 0
     del handle
@@ -350,7 +349,7 @@ class Cached:
 def test_an_instance_that_its_class_keeps_is_left_as_it_is():
     cached, copier = Cached("a"), Copier()
     assert copier([cached])[0] is cached
-    copier.discard()
+    copier.memo.discard()
     assert vars(cached) == {"name": "a"}
 
 

@@ -105,7 +105,7 @@ def test_a_step_of_several_batches_has_their_mean(collect_every):
 
 
 def test_of_a_long_run_every_second_loss_is_kept_and_so_on(monkeypatch):
-    monkeypatch.setattr(losses, "_MOST", 8)
+    monkeypatch.setattr(losses, "_MOST_KEPT", 8)
     module, keeping = Telling(), Keeping(1)
     series = kept(module, keeping, callbacks=[keeping])
     assert series.steps == [0, 4, 8, 12, 16, 20]

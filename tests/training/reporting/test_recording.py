@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning import HessianConfig, SpectrumTracker
+from lyapunov_lightning import CurvatureProbe, HessianConfig, SpectrumTracker
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.reporting.recording import Recorder
 from lyapunov_lightning.training.results import Result, Results, ranked
@@ -253,6 +253,29 @@ def test_a_measurement_without_result_is_not_logged(fit, remembering_logger):
     assert not any("group" in tag for _, metrics in remembering_logger.entries for tag in metrics)
 
 
+def test_a_failure_at_the_end_of_a_batch_names_the_step_that_was_measured(fit, remembering_logger):
+    """There `trainer.global_step` has moved on already."""
+
+    class WithoutThird(pl.plugins.precision.Precision):
+        """Takes no third step, as a loss scaler does that finds an overflow."""
+
+        count = 0
+
+        def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count != 3:
+                return super().optimizer_step(optimizer, model, closure, **kwargs)
+            result = closure()
+            self._after_closure(model, optimizer)
+            return result
+
+    probe = CurvatureProbe(1, estimator="critical", hessian=HessianConfig(data="batch"))
+    with pytest.warns(CurvatureWarning, match="did not move the parameters") as caught:
+        fit(Learner(), batches(4), callbacks=(probe,), logger=remembering_logger, plugins=[WithoutThird()])
+    [said] = [str(warning.message) for warning in caught if "did not move" in str(warning.message)]
+    assert "the measurement at step 2 failed" in said
+
+
 def test_a_failed_measurement_is_logged_as_not_converged_and_warned_of_once_a_kind(fit, remembering_logger):
     recorder = Recorder("Owner", "group")
     errors = [ValueError("one"), ValueError("two"), torch.OutOfMemoryError("three"), ValueError("four")]
@@ -316,7 +339,7 @@ def test_results_come_back_from_what_a_checkpoint_may_hold():
 
 
 def test_of_a_very_long_run_the_whole_stays_in_view(monkeypatch):
-    monkeypatch.setattr("lyapunov_lightning.training.results._MOST", 8)
+    monkeypatch.setattr("lyapunov_lightning.training.results._MOST_KEPT", 8)
     results = Results(Found)
     for step in range(100):
         results.add(Found(step=step, epoch=0.0, numbers={}))

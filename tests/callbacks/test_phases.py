@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lyapunov_lightning.callbacks.phases import FirstStepDue, OnTrial, Seen, Stepping
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.training.optimizers.learning_rates import LearningRates
-from lyapunov_lightning.training.optimizers.phases import FirstStepDue, OnTrial, Seen, Stepping
 from lyapunov_lightning.training.optimizers.updates import SeenOnDevice
 
 

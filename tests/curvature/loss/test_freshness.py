@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.curvature.loss.fingerprints import Fingerprint
+from lyapunov_lightning.curvature.loss.freshness import Contents
 from tests.curvature.helpers import vector
 
 
@@ -49,9 +49,9 @@ TENSORS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_write_that_pytorch_does_not_count_is_noticed_wherever_it_is(name: str) -> None:
     tensor = TENSORS[name]()
-    fingerprint = Fingerprint([tensor, numbers(3)])
+    contents = Contents([tensor, numbers(3)])
     for _ in range(2):
-        assert not fingerprint.is_changed()
+        assert not contents.is_changed()
     places = tensor.data.view(-1) if tensor.is_contiguous() else tensor.data
     if name == "expanded":
         places = places[:, 0]
@@ -59,26 +59,26 @@ def test_a_write_that_pytorch_does_not_count_is_noticed_wherever_it_is(name: str
         before = places[place].clone()
         places[place] = ~before if before.dtype == torch.bool else other(before)
         assert tensor._version == 0
-        assert fingerprint.is_changed()
+        assert contents.is_changed()
         places[place] = before
-        assert not fingerprint.is_changed()
+        assert not contents.is_changed()
 
 
 @pytest.mark.parametrize("change", [torch.neg_, lambda x: x.mul_(2), lambda x: x.copy_(x.flip(0)), torch.zero_])
 @pytest.mark.parametrize("name", ["small", "large", "large_float32", "large_and_misaligned", "view_with_gaps"])
 def test_changes_of_the_whole_are_noticed(name: str, change: Callable[[Tensor], Tensor]) -> None:
     tensor = TENSORS[name]()
-    fingerprint = Fingerprint([tensor])
+    contents = Contents([tensor])
     change(tensor.data)
-    assert fingerprint.is_changed()
+    assert contents.is_changed()
 
 
 def test_rows_that_change_places_are_noticed() -> None:
     """Sums of the whole are blind to it."""
     array = np.random.default_rng(0).normal(size=(4096, 64))
-    fingerprint = Fingerprint([torch.from_numpy(array)])
+    contents = Contents([torch.from_numpy(array)])
     array[[5, 4000]] = array[[4000, 5]]
-    assert fingerprint.is_changed()
+    assert contents.is_changed()
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_rows_that_change_places_are_noticed() -> None:
 )
 def test_other_memory_and_counted_writes_are_noticed(change: Callable[[Tensor], object]) -> None:
     tensor = vector(5).requires_grad_()
-    fingerprint = Fingerprint([tensor])
+    contents = Contents([tensor])
     change(tensor)
-    assert fingerprint.is_changed()
+    assert contents.is_changed()
 
 
 def test_tensors_without_memory_of_their_own_are_let_be() -> None:
@@ -107,20 +107,20 @@ def test_tensors_without_memory_of_their_own_are_let_be() -> None:
         torch.eye(3).to_sparse_csr(),
         made_in_inference,
     ]
-    fingerprint = Fingerprint(tensors)
-    assert not fingerprint.is_changed()
+    contents = Contents(tensors)
+    assert not contents.is_changed()
     with torch.inference_mode():
         made_in_inference.add_(1)
-    assert fingerprint.is_changed()
+    assert contents.is_changed()
 
 
 def test_the_numbers_of_sparse_tensors_are_read() -> None:
     for tensor in (torch.eye(3).to_sparse().coalesce(), torch.eye(3).to_sparse_csr()):
-        fingerprint = Fingerprint([tensor])
+        contents = Contents([tensor])
         tensor.values().data.mul_(2)
-        assert fingerprint.is_changed()
+        assert contents.is_changed()
 
 
-def test_a_fingerprint_needs_little_memory() -> None:
-    fingerprint = Fingerprint([torch.zeros(2**22)])
-    assert sum(numbers.nbytes for numbers in fingerprint._numbers) <= 2**24 / 60
+def test_a_contents_needs_little_memory() -> None:
+    contents = Contents([torch.zeros(2**22)])
+    assert sum(numbers.nbytes for numbers in contents._numbers) <= 2**24 / 60

@@ -1,0 +1,127 @@
+"""Extreme eigenvalues from Hessian-vector products, by Lanczos's method and by power iteration."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+from typing_extensions import override
+
+from lyapunov_lightning.callbacks.estimators.base import Estimator, EstimatorSettings, MeasuredStep
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
+from lyapunov_lightning.curvature.tracking.extremes import ExtremeTracker, Solver
+from lyapunov_lightning.training.callback import Stateful
+from lyapunov_lightning.training.sharing import EigenRequest, SearchStart
+
+
+class Eigenvalues(Estimator):
+    """What both solvers have in common: two spectra may be asked for, and a result is made of their eigenpairs."""
+
+    solver: ClassVar[Solver]
+    """The one for the preconditioned Hessian."""
+
+    def __init__(self, settings: EstimatorSettings) -> None:
+        super().__init__(settings)
+        self._preconditioned = ExtremeTracker(self.solver, "largest", settings.tol, settings.seed)
+
+    @abstractmethod
+    def _pairs(self, at: MeasuredStep) -> Eigenpairs:
+        """The eigenpairs of the Hessian at the ends asked for, the largest one first."""
+
+    @override
+    def measure(self, at: MeasuredStep) -> ProbeResult:
+        stability = at.stability()
+        pairs = self._pairs(at)
+        top = None
+        # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H stays
+        # beside it: it is what other optimizers, other runs and the literature are compared by.
+        if pairs.num_largest and stability is not None and not stability.is_on_hessian:
+            with at.watched() as operator:
+                top = self._preconditioned.measure(stability.matrix(operator))
+        lambda_max = float(pairs.largest) if pairs.num_largest else None
+        residuals, errors = pairs.residuals.tolist(), pairs.value_errors.tolist()
+        is_both = self._settings.end == "both"
+        return ProbeResult(
+            step=at.step.index,
+            epoch=at.step.epoch,
+            lambda_max=lambda_max,
+            lambda_min=float(pairs.smallest) if len(pairs.smallest) else None,
+            residual=residuals[0],
+            residual_min=residuals[1] if is_both else None,
+            value_error=errors[0],
+            value_error_min=errors[1] if is_both else None,
+            converged=bool(pairs.converged.all()) and (top is None or bool(top.converged)),
+            matvecs=pairs.num_matvecs + (0 if top is None else top.num_matvecs),
+            # The paper's learning rate h0 is no learning rate where the loss curves down in every direction.
+            inverse_h0=H0_CONVENTION / lambda_max if lambda_max is not None and lambda_max > 0 else None,
+            preconditioned_lambda_max=None if top is None else float(top.largest),
+            preconditioned_residual=None if top is None else float(top.residuals[0]),
+            preconditioned_value_error=None if top is None else float(top.value_errors[0]),
+            **at.limits(stability),
+        )
+
+    @override
+    def parts(self) -> dict[str, Stateful]:
+        return {"preconditioned": self._preconditioned}
+
+
+class LanczosEigenvalues(Eigenvalues):
+    """``estimator="lanczos"``: exact Hessian-vector products in a Krylov space.
+
+    The space starts from the last probe's eigenvectors and a little noise, and grows until the eigenvalue is known to
+    `tol` by its own error estimate: the squared residual over the distance to the next eigenvalue seen. 4 to 10
+    products of about 2 gradients each, 8 to 20 for the first probe of a run. Both ends come from one space. Other
+    callbacks that want eigenpairs of the same Hessian share the search.
+
+    Where the optimizer's limit is one on the preconditioned Hessian (Adam and its kin, RMSprop, Adagrad, parameter
+    groups of different settings, ``maximize``), that one's largest eigenvalue is searched for as well.
+
+    """
+
+    solver = "lanczos"
+
+    def __init__(self, settings: EstimatorSettings) -> None:
+        super().__init__(settings)
+        largest, smallest = int(settings.end != "smallest"), int(settings.end != "largest")
+        self.request = EigenRequest(largest, smallest, settings.tol, values_only=True)
+        self._start = SearchStart()
+
+    @property
+    @override
+    def search_start(self) -> Tensor | None:
+        return self._start.vector
+
+    @override
+    def _pairs(self, at: MeasuredStep) -> Eigenpairs:
+        pairs = at.eigenpairs()
+        self._start.vector = pairs.start
+        return pairs
+
+    @override
+    def parts(self) -> dict[str, Stateful]:
+        return {**super().parts(), "start": self._start}
+
+
+class PowerEigenvalues(Eigenvalues):
+    """``estimator="power"``: power iteration, the classical baseline.
+
+    Stops when the residual is below `tol` times the eigenvalue, after tens of products. Each end is an iteration of its
+    own, started from the last probe's vector.
+
+    """
+
+    solver = "power"
+
+    def __init__(self, settings: EstimatorSettings) -> None:
+        super().__init__(settings)
+        self._power = ExtremeTracker("power", settings.end, settings.tol, settings.seed)
+
+    @override
+    def _pairs(self, at: MeasuredStep) -> Eigenpairs:
+        with at.watched() as operator:
+            return self._power.measure(operator)
+
+    @override
+    def parts(self) -> dict[str, Stateful]:
+        return {**super().parts(), "power": self._power}

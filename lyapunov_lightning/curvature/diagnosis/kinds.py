@@ -1,0 +1,47 @@
+"""Which kind of run it is: the rules, in the order in which they are tried."""
+
+from typing import Literal
+
+from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, RunFacts
+
+Kind = Literal[
+    "unknown",
+    "diverged",
+    "diverged_below",
+    "not_converged",
+    "few",
+    "below",
+    "left",
+    "limited",
+    "above",
+    "at_edge",
+]
+
+FEWEST = 3
+"""How many measurements it takes to judge a run."""
+
+_LEFT = 0.8
+"""The median of the last third of the ratios below which the run has left the limit."""
+
+_FAR_ABOVE = 1.5
+"""The median ratio above which a run is not at the limit but above it."""
+
+
+def classify(facts: RunFacts) -> Kind:
+    """The first of the kinds at the head of the room that fits."""
+    if not facts.readings:
+        return "unknown"
+    if facts.lost_at is not None:
+        return "diverged" if any(ratio >= AT_LIMIT for _, ratio in facts.before_lost) else "diverged_below"
+    if 2 * len(facts.converged) < len(facts.readings):
+        return "not_converged"
+    if len(facts.converged) < FEWEST:
+        return "few"
+    if facts.level is None or not facts.at_limit:
+        return "below"
+    if facts.last_level < _LEFT:
+        return "left"
+    # Where most of a run is near the limit most spikes are near it too, whatever causes them.
+    if facts.spikes and facts.num_near >= max(0.5, facts.share_near) * len(facts.spikes):
+        return "limited"
+    return "above" if facts.level > _FAR_ABOVE else "at_edge"

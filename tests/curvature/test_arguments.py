@@ -1,0 +1,27 @@
+"""A bad argument is an error that names argument and value."""
+
+from typing import Literal
+
+import pytest
+
+from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
+
+
+def test_a_choice_is_one_of_a_literals_values():
+    check_choice("end", "both", Literal["largest", "both"])
+    with pytest.raises(ValueError, match="`end` should be one of largest, both, got 'Both'"):
+        check_choice("end", "Both", Literal["largest", "both"])
+
+
+@pytest.mark.parametrize(("value", "least"), [(-1, 0), (0, 1), (2.0, 1), (True, 1), ("3", 1), (None, 0)])
+def test_a_count_is_an_int_that_is_large_enough(value, least):
+    check_int("k", least, least)
+    with pytest.raises(ValueError, match=f"`k` should be a {'positive' if least else 'non-negative'} int, got {value}"):
+        check_int("k", value, least)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_what_is_positive_is_a_number_above_zero(value):
+    check_positive("tol", 1e-3)
+    with pytest.raises(ValueError, match=f"`tol` should be a positive float, got {value}"):
+        check_positive("tol", value)
