@@ -18,7 +18,6 @@ from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
-from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
@@ -168,11 +167,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         super().on_train_start(trainer, pl_module)
         owner = type(self).__name__
         optimizer = check_steerable(owner, trainer, pl_module)
-        objection = self._rule.objection(optimizer)
-        if objection is not None and not self._force:
-            raise MisconfigurationException(
-                f"`{owner}(rule={self._rule_name!r})` {objection}, or `force=True` to see what comes of it."
-            )
+        if not self._force:
+            self._rule.check(owner, optimizer)
         self._release()
         self._steering.start(trainer, optimizer)
         self._losses.start(trainer)

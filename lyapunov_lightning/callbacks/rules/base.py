@@ -75,9 +75,17 @@ class Rule(ABC):
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def objection(self, optimizer: torch.optim.Optimizer) -> str | None:
-        """Why the rule is not made for an optimizer, with what to use instead, as the end of a sentence about it."""
-        return None
+    def check(self, owner: str, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027  (most rules suit all)
+        """Refuse an optimizer that the rule is not made for, unless the user insists.
+
+        Args:
+            owner: The name of the callback, for the message.
+            optimizer: The optimizer.
+
+        Raises:
+            MisconfigurationException: With the cause and the remedy.
+
+        """
 
     @abstractmethod
     def measure(self, given: Situation) -> Proposal:

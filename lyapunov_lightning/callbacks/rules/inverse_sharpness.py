@@ -10,6 +10,7 @@ from lyapunov_lightning.callbacks.rules.base import Proposal, Rule, Situation
 from lyapunov_lightning.curvature.acting.step_length import CheckedSharpness
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.optimizers.requirements import gain_of_momentum
 
 _DELTA_Q = 5e-2
@@ -32,13 +33,13 @@ class InverseSharpness(Rule):
         self._sharpness = CheckedSharpness(_DELTA_Q, seed)
 
     @override
-    def objection(self, optimizer: torch.optim.Optimizer) -> str | None:
-        if isinstance(optimizer, torch.optim.SGD):
-            return None
-        return (
-            "is the paper's rule for SGD: the largest eigenvalue of the Hessian says nothing of the steps of"
-            f" {type(optimizer).__name__}. Use `rule='along_update'`"
-        )
+    def check(self, owner: str, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.SGD):
+            raise MisconfigurationException(
+                f"`{owner}(rule='inverse_sharpness')` is the paper's rule for SGD: the largest eigenvalue of the"
+                f" Hessian says nothing of the steps of {type(optimizer).__name__}. Use `rule='along_update'`, or"
+                " `force=True` to see what comes of it."
+            )
 
     @override
     def measure(self, given: Situation) -> Proposal:

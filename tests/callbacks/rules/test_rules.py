@@ -18,6 +18,7 @@ from lyapunov_lightning.callbacks.rules import (
     Situation,
 )
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
+from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.optimizers.updates import SeenUpdate, Update
 
 CURVATURES = torch.tensor([4.0, 1.0], dtype=torch.float64)
@@ -107,11 +108,12 @@ def test_without_positive_curvature_nothing_is_proposed(is_first: bool) -> None:
     assert proposal == Proposal(None, {"converged": not is_first})
 
 
-def test_only_the_papers_rule_has_something_against_adam() -> None:
-    adam = Bowl(torch.optim.Adam).optimizer
-    assert AlongUpdate().objection(adam) is None
-    assert InverseSharpness().objection(Bowl().optimizer) is None
-    assert "steps of Adam" in (InverseSharpness().objection(adam) or "")
+def test_only_the_papers_rule_refuses_adam() -> None:
+    sgd, adam = Bowl().optimizer, Bowl(torch.optim.Adam).optimizer
+    for rule, optimizer in ((AlongUpdate(), sgd), (AlongUpdate(), adam), (InverseSharpness(), sgd)):
+        rule.check("Controller", optimizer)
+    with pytest.raises(MisconfigurationException, match=r"^`Controller\(rule='inverse_sharpness'\)`.*steps of Adam"):
+        InverseSharpness().check("Controller", adam)
 
 
 @pytest.mark.parametrize("name", RULES)
