@@ -44,7 +44,10 @@ def negative_curvature_step(
     """
     if not value < -residual:
         return 0.0
+    # Asked for only here: the slope is a gradient, which most steps of a training do not need.
     component = slope()
     if not math.isfinite(component):
         raise NonFiniteCurvatureError("The gradient at the present parameters is not finite.")
+    # The bound is on the length and not on the rate: along negative curvature the quadratic model has no minimum to
+    # stop at.
     return -math.copysign(min(lr * abs(component), max_step), component)
