@@ -44,7 +44,7 @@ def negative_curvature_step(
     """
     if not value < -residual:
         return 0.0
-    # Asked for only here: the slope is a gradient, which most steps of a training do not need.
+    # Only here: the slope costs a gradient, which is not needed as long as no negative eigenvalue is certain.
     component = slope()
     if not math.isfinite(component):
         raise NonFiniteCurvatureError("The gradient at the present parameters is not finite.")

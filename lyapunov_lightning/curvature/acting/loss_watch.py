@@ -88,7 +88,7 @@ class LossWatch:
 
     def see(self, loss: float) -> Verdict:
         """Judge the next loss."""
-        # Before it is remembered: a single NaN would make every later mean NaN, and NaN compares as no alarm.
+        # Before it is remembered: a single NaN would make the mean of every window that holds it NaN.
         if not math.isfinite(loss):
             self._suspects = 0
             return Verdict.LOST

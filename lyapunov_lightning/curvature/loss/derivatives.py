@@ -160,7 +160,8 @@ class Derivatives:
                         has_retried = True
                         continue
                     self._fall_back(error, index)  # raises if there is no other way
-                    # Begun anew, with the batches that did not fail: exact products and differences have no mean.
+                    # Anew for the batches that did not fail, too: the mean of products of two kinds belongs to no
+                    # matrix.
                     total.clear()
                     if self._lacks_step():
                         # It is found by evaluations of all ranks, and the others are in the middle of a product, which

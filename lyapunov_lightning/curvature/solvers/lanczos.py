@@ -240,8 +240,8 @@ def _search(basis: KrylovBasis, target: Target, max_matvecs: int, least: int) ->
         next_check = basis.length + max(1, basis.length // 16)
         if last or (num_matvecs >= _least(ritz, target, least) and challenge.is_met(ritz, num_matvecs)):
             return ritz, num_matvecs
-        # Without the challenge, and with all residuals within the tolerance, searches for 4 + 2 pairs missed copies of
-        # a triple eigenvalue on all of 12 operators; it took them 34 products, and those that found the copies 75.
+        # Without the challenge, searches for 4 + 2 pairs missed copies of a triple eigenvalue on all of 12 operators,
+        # with every residual within the tolerance, in 34 products; with it they found all in 75.
         if challenge.is_due(ritz):
             # With less room a restart would fall into the challenge: on 12 operators with a triple eigenvalue that took
             # 95 products in place of 39, and two searches did not converge.
