@@ -77,6 +77,7 @@ def parameters_of(
     entries: list[Any] = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
     named = bool(entries) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
     pairs = entries if named else [("", entry) for entry in entries]
+    # By identity: `==` of tensors compares their numbers, and two parameters with equal numbers are two parameters.
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in pairs:
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
@@ -98,7 +99,7 @@ class SymmetricOperator(ABC):
     - a list, a tuple or a dictionary with one tensor for each parameter, in that parameter's shape, where the vectors
       are made of parameters;
 
-    what comes back is of the same kind, with the operator's dtype and device, or those of each parameter. ``x @
+    what comes back is of the same kind, with the operator's dtype and device, or with each parameter's. ``x @
     operator`` is the same with rows for columns.
 
     SciPy cannot read an operator as it is, since it takes `dtype` for one of NumPy: give it ``operator.to_scipy()``.
@@ -200,6 +201,8 @@ class SymmetricOperator(ABC):
             columns = dense[:, start : start + _COLUMNS_AT_ONCE]
             block = torch.zeros_like(columns)
             block[start : start + _COLUMNS_AT_ONCE].fill_diagonal_(1)
+            # Each rank makes the whole columns and keeps its part: where an entry of a vector in parts is, only the
+            # space knows.
             own = torch.stack([self.space.cut(column) for column in block.T], dim=1)
             for column, product in zip(columns.T, self.matmat(own).T, strict=True):
                 column.copy_(self.space.whole(product))
@@ -229,6 +232,8 @@ class SymmetricOperator(ABC):
         def product(array: Any) -> Any:
             return self @ array
 
+        # The products of the transpose are the same ones. Vectors are float32 or float64, see `FlatLayout`: NumPy has
+        # no bfloat16.
         return linalg.LinearOperator(
             self.shape,
             matvec=product,
@@ -255,12 +260,14 @@ class SymmetricOperator(ABC):
         )
 
     def __rmatmul__(self, other: _Operand) -> _Operand:
+        # xA = (Axᵀ)ᵀ, by the symmetry of A. For a vector, a list or a dictionary there is nothing to transpose.
         if isinstance(other, (Tensor, np.ndarray)) and other.ndim == 2:
             return cast(_Operand, (self @ other.T).T)
         return self @ other
 
     def _times(self, tensor: Tensor) -> Tensor:
         length = self.space.length
+        # PyTorch would broadcast or cast these without a word, and drop an imaginary part with a warning.
         if tensor.is_complex() or tensor.ndim not in (1, 2) or len(tensor) != length:
             raise ValueError(
                 f"An operator of shape {self.shape} multiplies real vectors of shape ({length},) and blocks of"
@@ -282,6 +289,7 @@ class SymmetricOperator(ABC):
                 "A dictionary of tensors needs parameters with names. Give the operator `model.named_parameters()`, or"
                 " multiply a list."
             )
+        # In any order: a state's keys need not be in that of the parameters.
         if set(tensors) != set(self.names):
             raise ValueError(f"The tensors should be named {list(self.names)}, got {list(tensors)}.")
         return self.names
@@ -346,6 +354,8 @@ class ScaledOperator(SymmetricOperator):
     ) -> Tensor:
         """Scale and shift around a product with the operator itself."""
         product = times(vectors) if scale is None else times(vectors * scale) * scale
+        # The sign before the shift: weight decay adds to the curvature that the optimizer sees, also where it
+        # maximizes.
         if self._sign != 1:
             product = -product
         return product if shift is None else torch.addcmul(product, shift, vectors)

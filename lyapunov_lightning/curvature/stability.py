@@ -74,8 +74,8 @@ class StepMap:
     """What a step does along one direction, see the head of this module.
 
     Attributes:
-        now: What a gradient of 1 moves the parameter by in its own step; with `later` in units of the learning rate's.
-        later: What it moves it by in the next step.
+        now: By how much a gradient of 1 moves the parameter in its own step, the learning rate included.
+        later: By how much it moves it in the next step.
         memory: What is left of a momentum after a step.
         kept: What decoupled weight decay leaves of the parameter.
 
@@ -118,6 +118,7 @@ class StepMap:
             return 0.0
         roots = room.roots()
         real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
+        # The smallest: stability is lost there, and a room that is positive again beyond is never reached.
         positive = real[real > _NO_CURVATURE]
         return float(positive.min()) * unit if len(positive) else math.inf
 
@@ -174,8 +175,8 @@ class Stability:
         """
         if not 0 < agreement <= 1:
             raise ValueError(f"`agreement` should be in (0, 1], got {agreement}.")
-        # Groups whose momenta differ have no metric in common for all agreements. Each is held against its own limit in
-        # the classical metric, and the smallest limit counts, which is on the safe side.
+        # Groups whose momenta differ have no metric in common for all agreements. Each is compared with its own limit
+        # in the classical metric, and the smallest limit counts, which is on the safe side.
         limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps if ratio)
         return min(limits, default=math.inf)
 
@@ -209,10 +210,11 @@ def stability_of(
         layout: How they form a vector, such as `HessianOperator.layout`; made from the parameters if None.
 
     Returns:
-        The limit, or None where it is not known: for other optimizers than those of this module's table and subclasses
-        of them; for a learning rate of zero; for an adaptive optimizer before its first step; for a momentum above 1
-        and a decoupled weight decay of ``ηw ≥ 2``, which diverge whatever the curvature; and where some groups maximize
-        the loss that others minimize, which is a game, and no matrix is symmetric that decides on it.
+        The limit, or None where it is not known: for optimizers that are not in this module's table, subclasses of
+        those in it included; for a learning rate of zero; for an adaptive optimizer before its first step; for a
+        momentum above 1 and a decoupled weight decay of ``ηw ≥ 2``, which diverge whatever the curvature; and where
+        some groups maximize the loss that others minimize, which is a game, and no matrix is symmetric that decides on
+        it.
 
     Example::
 
@@ -223,7 +225,8 @@ def stability_of(
         38.0
 
     """
-    rule = _RULES.get(type(optimizer))
+    # By the very type: a subclass may make other steps, and a wrong limit is worse than none.
+    rule = _RULE_OF_OPTIMIZER.get(type(optimizer))
     if rule is None:
         return None
     layout = FlatLayout(parameters) if layout is None else layout
@@ -248,6 +251,8 @@ def stability_of(
     decays = [0.0 if move is None else move.decay for move in moves]
     paired = zip(moves, ratios, strict=True)
     maps = tuple(dict.fromkeys((move.map, ratio) for move, ratio in paired if move is not None))
+    # What is the same for all parameters is taken from the limit and not added to the matrix, which then is the Hessian
+    # itself. Not where the decay alone exceeds the limit: a limit has to be positive.
     if not rule.is_adaptive and len(set(ratios)) == len(set(decays)) == 1 and decays[0] < limit:
         return Stability(lr, limit - decays[0], None, None, sign, decays[0], maps)
     squares = _squares(rule, owners, states, ratios, parameters, layout)
@@ -258,7 +263,7 @@ def stability_of(
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the stability limit of this kind of optimizer is known at all."""
-    return type(optimizer) in _RULES
+    return type(optimizer) in _RULE_OF_OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -287,6 +292,7 @@ def _move(rule: "_Rule", group: _Group | None, state: _State) -> _Move | None:
     if group is None or not rule.has_started(state):
         return None
     map = rule.map(group, state)
+    # At a learning rate of 0; with a dampening of 1, too, for the momentum gets nothing then.
     if not map.pace:
         return None
     # What turns the sign of the gradient in the step, as a dampening above 1 does, turns that of the decay in it too.
@@ -296,12 +302,12 @@ def _move(rule: "_Rule", group: _Group | None, state: _State) -> _Move | None:
 
 
 class _Rule:
-    """SGD's, and what the other optimizers have of it."""
+    """The rule of SGD, and the base of the others."""
 
     is_adaptive = False
 
     def has_started(self, state: _State) -> bool:
-        """Whether the optimizer's state tells how it divides the gradient."""
+        """Whether the optimizer's state shows how it divides the gradient."""
         return True
 
     def map(self, group: _Group, state: _State) -> StepMap:
@@ -333,18 +339,19 @@ class _Rule:
     def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
         """What a gradient of 1 moves now and in the next step, per unit of the rate, and what the momentum keeps."""
         momentum: float = group["momentum"]
+        # PyTorch's step is η(g + m·b) with the buffer b ← m·b + g: 1 + m now, and m² of it in the next step.
         if group["nesterov"]:
             return 1 + momentum, momentum**2, momentum
         share = 1 - group["dampening"] if momentum else 1.0  # without momentum PyTorch does not dampen
         return share, momentum * share, momentum
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
-        """What each parameter's gradient is divided by in the update, for those of one group."""
+        """What each parameter's gradient is divided by in the update, for the parameters of one group."""
         raise NotImplementedError
 
 
 class _Adam(_Rule):
-    """The divisor is that of the next step but for that step's own gradient, which is not known yet."""
+    """The divisor is the next step's, without that step's own gradient, which is not known yet."""
 
     is_adaptive = True
 
@@ -357,6 +364,8 @@ class _Adam(_Rule):
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+        # Of Adam's corrections the one of the second moment (D. Kingma, J. Ba, 2015, Algorithm 1): at β2 = 0.999 the
+        # moment is a thousandth of the square of the gradient after the first step.
         corrections = [1 - group["betas"][1] ** state["step"] for state in states]
         return _rooted(torch._foreach_div([state[name].to(dtype) for state in states], corrections), group["eps"])
 
@@ -367,18 +376,20 @@ class _AdamW(_Adam):
 
 
 class _NAdam(_Adam):
-    """Its momentum grows with the steps, and what has gathered of it is applied one step ahead, as Nesterov's."""
+    """Its momentum grows with the steps, and is applied one step ahead, as Nesterov's is."""
 
     def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
         beta1: float = group["betas"][0]
         decay: float = group["momentum_decay"]
         step: float = state["step"]
+        # μ_t = β1 (1 - 0.96^(tψ) / 2) of T. Dozat, "Incorporating Nesterov momentum into Adam", 2016, for the next step
+        # and the one after it: the counter is that of the last step.
         now, ahead = (beta1 * (1 - 0.5 * math.pow(0.96, count * decay)) for count in (step + 1, step + 2))
         return 1 - now + ahead * (1 - beta1), ahead * beta1 * (1 - beta1), beta1
 
 
 class _RAdam(_Adam):
-    """Divides by nothing as long as its second moment is not worth anything, and by ever less later on."""
+    """Without a divisor in the first steps, whose second moment is too noisy; then with a rectified one."""
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         beta2: float = group["betas"][1]
@@ -386,6 +397,8 @@ class _RAdam(_Adam):
         divisors = []
         for state in states:
             step = state["step"] + 1
+            # The length of the approximated moving average, ρ_t of L. Liu et al., "On the variance of the adaptive
+            # learning rate and beyond", 2020. The paper rectifies from 4 on, PyTorch from 5.
             length = longest - 2 * step * beta2**step / (1 - beta2**step)
             moment = state["exp_avg_sq"].to(dtype)
             if length > 5:
@@ -402,6 +415,7 @@ class _Adamax(_Adam):
         return "exp_inf" in state
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
+        # PyTorch adds `eps` to each gradient before it takes the maximum: it is in there already.
         return [state["exp_inf"].to(dtype) for state in states]
 
 
@@ -428,9 +442,12 @@ class _Adagrad(_Rule):
     is_adaptive = True
 
     def has_started(self, state: _State) -> bool:
+        # The sum is there from the beginning, before any gradient.
         return "sum" in state and state["step"] > 0
 
     def rate(self, group: _Group, state: _State) -> float:
+        # PyTorch divides by 1 + (step - 1) · lr_decay with the step counted first: for the next step, by the steps so
+        # far.
         return super().rate(group, state) / (1 + float(state["step"] * group["lr_decay"]))
 
     def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
@@ -440,7 +457,7 @@ class _Adagrad(_Rule):
         return _rooted([state["sum"].to(dtype) for state in states], group["eps"])
 
 
-_RULES: dict[type[torch.optim.Optimizer], _Rule] = {
+_RULE_OF_OPTIMIZER: dict[type[torch.optim.Optimizer], _Rule] = {
     torch.optim.SGD: _Rule(),
     torch.optim.Adam: _Adam(),
     torch.optim.AdamW: _AdamW(),

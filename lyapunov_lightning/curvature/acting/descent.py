@@ -44,7 +44,10 @@ def negative_curvature_step(
     """
     if not value < -residual:
         return 0.0
+    # Only here: the slope costs a gradient, which is not needed as long as no negative eigenvalue is certain.
     component = slope()
     if not math.isfinite(component):
         raise NonFiniteCurvatureError("The gradient at the present parameters is not finite.")
+    # The bound is on the length and not on the rate: along negative curvature the quadratic model has no minimum to
+    # stop at.
     return -math.copysign(min(lr * abs(component), max_step), component)

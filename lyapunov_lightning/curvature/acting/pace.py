@@ -142,6 +142,8 @@ class Pace:
         """Fall to a proposed learning rate at once, or rise towards it by a bounded factor."""
         if self.is_stopped or not (math.isfinite(proposal) and proposal > 0):
             return
+        # Down at once, since too high a rate throws the parameters out within a few steps; too low a one costs time
+        # only.
         self._set(proposal if self.lr is None else min(proposal, self.lr * self.bounds.max_growth))
 
     def pass_step(self) -> None:

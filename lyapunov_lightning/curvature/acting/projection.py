@@ -50,6 +50,7 @@ def scaled_in_subspace(
         scaled -= shift
     # On the device, without waiting for it: with infinite coefficients 0 · inf would turn all of the vector into NaN.
     scaled = torch.where(coefficients.isfinite().all(), scaled, vector)
+    # By Pythagoras, from numbers: the difference of the two vectors would be one more vector of the model's size.
     total, within = space.inner(whole, whole), coefficients.square().sum()
     removed = (1 - inside) ** 2 * within + (1 - outside) ** 2 * (total - within).clamp_min(0)
     return scaled, removed / total.clamp_min(torch.finfo(total.dtype).tiny)

@@ -49,6 +49,7 @@ class _Bilinear(torch.autograd.Function):
     def jvp(cls, ctx: Any, first_tangent: Tensor | None, second_tangent: Tensor | None, _: None) -> Any:
         first, second = ctx.saved_tensors
         parts = []
+        # By the product rule, again by the map itself: forward over reverse has convolutions of the same kind.
         if first_tangent is not None:
             parts.append(cls.apply(first_tangent, second, ctx.geometry))
         if second_tangent is not None:
@@ -147,6 +148,7 @@ def convolution(
         paddings = [0] * dimensions if isinstance(padding, str) else _for_each(padding, dimensions)
     geometry = _Geometry(strides, paddings, dilations, groups, tuple(input.shape), tuple(weight.shape))
     output: Tensor = _Output.apply(input, weight, geometry)
+    # Added outside: with a bias the map would not be bilinear.
     return output if bias is None else output + bias.reshape(-1, *[1] * dimensions)
 
 

@@ -25,7 +25,7 @@ _NO_DERIVATIVE = re.compile(
     re.IGNORECASE,
 )
 
-_DEVICE = re.compile(
+_DEVICE_FAILURE = re.compile(
     r"\b(CUDA|cuDNN|cuBLAS(Lt)?|cuSOLVER|cuSPARSE|cuFFT|NCCL|HIP|MIOpen|rocBLAS|XPU|MPS|SYCL|oneDNN|mkldnn)\b[^.]*"
     r"\b(error|failure|failed)\b"
     r"|\b(CUDNN|CUBLAS|CUSOLVER|CUSPARSE|CUFFT|HIPBLAS|MIOPEN|NVRTC|NCCL)_(STATUS|ERROR|INTERNAL|EXEC)\w*"
@@ -34,7 +34,7 @@ _DEVICE = re.compile(
     re.IGNORECASE,
 )
 
-_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 _MARK = "_is_of_a_second_derivative"
@@ -46,6 +46,7 @@ def of_a_second_derivative() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # A mark and no error of its own: type, words and traceback stay those that the user can look up.
         setattr(error, _MARK, True)
         raise
 
@@ -63,11 +64,12 @@ def lacks_derivative(error: RuntimeError) -> bool:
 def _is_of_interest(error: RuntimeError) -> bool:
     # Finite differences do not help against a lack of memory. They would hide it, and give another number.
     is_own = isinstance(error, (MeasurementError, torch.OutOfMemoryError))
-    return not is_own and _MEMORY.search(str(error)) is None
+    return not is_own and _OUT_OF_MEMORY.search(str(error)) is None
 
 
 def _is_of_a_library(error: RuntimeError) -> bool:
-    return _is_of_interest(error) and not _says_so(error) and _DEVICE.search(str(error)) is not None
+    # The words on a derivative count first: what cuDNN says is "not implemented for" a dtype comes again every time.
+    return _is_of_interest(error) and not _says_so(error) and _DEVICE_FAILURE.search(str(error)) is not None
 
 
 def _says_so(error: RuntimeError) -> bool:

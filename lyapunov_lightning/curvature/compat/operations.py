@@ -99,6 +99,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _mse_loss(inputs: Tensor, target: Tensor, reduction: str = "mean", **legacy: Any) -> Tensor:
+    # Deprecated arguments and weights: PyTorch's own code has them, and warns of what it should.
     if any(value is not None for value in legacy.values()):
         return functional.mse_loss(inputs, target, reduction=reduction, **legacy)
     squares = (inputs - target).square()
@@ -124,11 +125,13 @@ def _triangular_solve(
 
 
 def _cholesky_inverse(L: Tensor, upper: bool = False) -> Tensor:  # noqa: N803
+    # (L Lᵀ)⁻¹ is the solution for the identity, and solving has right derivatives in both modes.
     identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     return torch.cholesky_solve(identity, L, upper=upper)
 
 
 def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    # Without `options`, which is where the chunks are asked for.
     loss: Tensor = functional.linear_cross_entropy(*args, **kwargs)
     return loss
 
@@ -189,6 +192,8 @@ def watched_checkpointing() -> Iterator[SavedTensorHooks]:
 @contextmanager
 def replaced(owner: type, name: str, value: Any) -> Iterator[None]:
     """Replace a class's attribute meanwhile, an inherited one too."""
+    # From `vars`, and deleted afterwards where it was inherited: `getattr` would bind it, or leave a copy on the
+    # subclass.
     before = {name: vars(owner)[name]} if name in vars(owner) else {}
     setattr(owner, name, value)
     try:
@@ -244,7 +249,7 @@ def differentiated(
 
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Keep hooks on the parameters' gradients, the user's own, from seeing and changing those of a measurement."""
+    """Keep the user's hooks on the parameters from seeing and changing the gradients of a measurement."""
     with torch._C.DisableTorchFunction():  # a mode would see each look at a parameter
         registered = [parameter._backward_hooks for parameter in parameters if parameter.is_leaf]
     # Emptied and filled again, and not replaced: a user's handle removes its hook from this very dictionary.

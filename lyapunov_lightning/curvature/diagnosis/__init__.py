@@ -26,7 +26,7 @@ is known only where it was measured: what rises and falls between two measuremen
 
 The room has four parts, and each knows only those before it: `losses` (what a series of losses shows by itself),
 `facts` (what was seen in a run), `kinds` (the rules above) and `sentences` (what is said of each kind). `watch` judges
-a run while it goes on. Nothing here knows the callback or how the ratios were measured.
+a run that is not over. Nothing here knows the callback or how the ratios were measured.
 
 References:
     J. Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability", 2021, for the edge

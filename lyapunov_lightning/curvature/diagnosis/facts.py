@@ -33,7 +33,7 @@ class RunFacts:
         converged: Those whose measurement met its tolerance.
         spikes: The steps at which the loss began to spike.
         lost_at: The step from which on the loss was lost, see `diverged_at`; None if it was not.
-        window: What *near* means, in steps.
+        window: Within how many steps of a measurement a spike counts as *near*.
         share_near: The share of the steps with a known loss that are near a measurement at the limit.
         learning_rate: The present one, if it is known.
 
@@ -64,7 +64,7 @@ class RunFacts:
 
     @property
     def level(self) -> float | None:
-        """The median ratio since the limit was met; that of the last half where it was not."""
+        """The median ratio since the limit was met, or over the last half of the measurements where it was not."""
         met_at = math.inf if self.met_at is None else self.met_at
         since = [ratio for step, ratio in self.converged if step >= met_at]
         since = since or [ratio for _, ratio in self.converged[len(self.converged) // 2 :]]
@@ -73,11 +73,13 @@ class RunFacts:
     @property
     def last_level(self) -> float:
         """The median of the last third of the converged ratios."""
+        # A median, and not the last ratio: on mini-batches single ratios differ by factors.
         return median(ratio for _, ratio in self.converged[-max(1, len(self.converged) // 3) :])
 
     @property
     def crossings(self) -> tuple[int, ...]:
         """The measured steps at which the ratio went above 1."""
+        # A run that is above 1 when it is first measured has crossed before that, which counts for its first step.
         before = [-math.inf, *(ratio for _, ratio in self.converged)]
         return tuple(step for (step, ratio), last in zip(self.converged, before, strict=False) if last < 1 <= ratio)
 
@@ -102,7 +104,7 @@ def facts_of(
     converged: Sequence[bool] | None = None,
     learning_rate: float | None = None,
 ) -> RunFacts:
-    """The facts about a run; the arguments are those of `diagnose`."""
+    """The facts about a run, from the arguments of `diagnose`."""
     converged = [True] * len(steps) if converged is None else converged
     known = [
         (Reading(step, ratio), is_converged)
@@ -111,6 +113,7 @@ def facts_of(
     ]
     sure = tuple(reading for reading, is_converged in known if is_converged)
     gaps = [later - earlier for earlier, later in pairwise(steps)]
+    # With measurements 100 steps apart, 20 steps around each would call most spikes far from all of them.
     window = max(NEAR, round(median(gaps)) if gaps else 0)
     at_limit = [step for step, ratio in sure if ratio >= AT_LIMIT]
     return RunFacts(
@@ -119,6 +122,7 @@ def facts_of(
         spikes=loss_spikes(*losses),
         lost_at=diverged_at(*losses),
         window=window,
+        # What chance alone would give: spikes that fall anywhere come near a measurement in this share.
         share_near=sum(_is_near(step, at_limit, window) for step in losses[0]) / max(1, len(losses[0])),
         learning_rate=learning_rate,
     )

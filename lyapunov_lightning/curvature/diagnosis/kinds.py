@@ -20,7 +20,7 @@ Kind = Literal[
 FEWEST = 3
 """How many measurements it takes to judge a run."""
 
-_LEFT = 0.8
+_LEFT_BELOW = 0.8
 """The median of the last third of the ratios below which the run has left the limit."""
 
 _FAR_ABOVE = 1.5
@@ -33,13 +33,15 @@ def classify(facts: RunFacts) -> Kind:
         return "unknown"
     if facts.lost_at is not None:
         return "diverged" if any(ratio >= AT_LIMIT for _, ratio in facts.before_lost) else "diverged_below"
+    # After the divergence, for which a ratio that did not converge is evidence enough, and before all that needs
+    # levels.
     if 2 * len(facts.converged) < len(facts.readings):
         return "not_converged"
     if len(facts.converged) < FEWEST:
         return "few"
     if facts.level is None or not facts.at_limit:
         return "below"
-    if facts.last_level < _LEFT:
+    if facts.last_level < _LEFT_BELOW:
         return "left"
     # Where most of a run is near the limit most spikes are near it too, whatever causes them.
     if facts.spikes and facts.num_near >= max(0.5, facts.share_near) * len(facts.spikes):

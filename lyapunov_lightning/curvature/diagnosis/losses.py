@@ -11,7 +11,7 @@ NORMAL_SPREAD = 1.4826
 _CALM = 20
 """How many losses the next one is compared with."""
 
-_SPREADS, _SHARE = 6.0, 0.3
+_SPREADS, _SHARE_OF_MEDIAN = 6.0, 0.3
 """How far a loss stands out: in spreads of the calm losses, and as a share of their median. The share is for smooth
 losses, whose spread is so small that any bend would be a spike."""
 
@@ -50,7 +50,7 @@ def loss_spikes(steps: Sequence[int], losses: Sequence[float]) -> tuple[int, ...
         if len(calm) >= _CALM // 2:
             centre = median(calm)
             spread = NORMAL_SPREAD * median(abs(other - centre) for other in calm)
-            if loss > centre + max(_SPREADS * spread, _SHARE * abs(centre)):
+            if loss > centre + max(_SPREADS * spread, _SHARE_OF_MEDIAN * abs(centre)):
                 out.append((step, loss))
                 if len(out) == _IN_A_ROW:
                     spikes.append(out[0][0])
@@ -97,4 +97,4 @@ def is_higher(lately: Sequence[float], before: Sequence[float]) -> bool:
     changes = [later - earlier for earlier, later in pairwise(before)]
     noise = NORMAL_SPREAD * median(abs(change - median(changes)) for change in changes) / math.sqrt(2)
     error = 1.25 * noise * math.sqrt(2 / len(before))  # a median's error is 1.25 times that of a mean
-    return median(lately) > median(before) + max(5 * error, _SHARE * abs(median(before)))
+    return median(lately) > median(before) + max(5 * error, _SHARE_OF_MEDIAN * abs(median(before)))

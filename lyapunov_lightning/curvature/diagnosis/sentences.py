@@ -11,7 +11,7 @@ TITLES: dict[Kind, str] = {
     "diverged": "diverged above the stability limit",
     "diverged_below": "diverged below the stability limit",
     "not_converged": "measurements did not converge",
-    "few": "too few measurements to tell",
+    "few": "too few measurements to judge",
     "below": "below the stability limit",
     "left": "above the stability limit for a while",
     "limited": "limited by the learning rate",
@@ -30,11 +30,11 @@ class Diagnosis:
         sharpness: The sentence on the sharpness.
         consequence: The sentence on what follows from it.
         met_at: The first measured step at which the ratio was at the limit, if there is one.
-        level: The median ratio since then; that of the last half where the limit was not met.
+        level: The median ratio since then, or over the last half of the measurements where the limit was not met.
         crossings: The measured steps at which the ratio went above 1.
         spikes: The steps at which the loss began to spike.
         num_near: How many of these came near a measurement at the limit.
-        window: What near means, in steps.
+        window: Within how many steps of a measurement a spike counts as near.
 
     """
 
@@ -107,13 +107,13 @@ def diagnose(
 
 def _unknown(facts: RunFacts) -> tuple[str, str]:
     return (
-        "No sharpness was measured against a stability limit.",
+        "No sharpness was compared with a stability limit.",
         "Whether the learning rate is to blame for anything cannot be said.",
     )
 
 
 def _diverged(facts: RunFacts) -> tuple[str, str]:
-    # The first of the ratios at the limit: the later ones are those of parameters that were already thrown about.
+    # The first of the ratios at the limit: the later ones were measured on parameters that were already thrown about.
     step, ratio = next(reading for reading in facts.before_lost if reading.ratio >= AT_LIMIT)
     return (
         f"The sharpness was {shown(ratio)} times the stability limit at step {step}, and the loss was lost from step"
@@ -146,7 +146,7 @@ def _few(facts: RunFacts) -> tuple[str, str]:
     return (
         f"The sharpness was measured {_times(len(facts.converged))}: {shown(ratio)} times the stability limit at step"
         f" {step}.",
-        "That is too few to tell more: measure more often.",
+        "That is too few to say more: measure more often.",
     )
 
 
@@ -166,6 +166,7 @@ def _room(facts: RunFacts, highest: Reading) -> str:
         return (
             f"The loss spiked {_times(len(facts.spikes))} all the same: look for another cause than the learning rate."
         )
+    # The rate at the limit would be negative or infinite.
     if highest.ratio <= 0:
         return "The loss did not spike, and no direction of positive curvature was seen."
     return f"The learning rate has room{where_the_limit_is(facts.learning_rate, highest.ratio)}."
@@ -236,6 +237,7 @@ def _unexplained_spikes(facts: RunFacts) -> str:
     """What is said of spikes that the limit does not explain; nothing if there are none."""
     if not facts.spikes:
         return ""
+    # If some did come near, they are no more than chance brings: else the kind would be `limited`.
     if not facts.num_near:
         return f"The loss spiked {_times(len(facts.spikes))}, but not near a measurement at the limit."
     return f"{_came_near(facts)}, no more than elsewhere."

@@ -1,4 +1,4 @@
-"""A warning while the run goes on: the sharpness stays above the limit, and the loss rises."""
+"""A warning during the run: the sharpness stays above the limit, and the loss rises."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -11,7 +11,7 @@ from lyapunov_lightning.curvature.diagnosis.sentences import shown, where_the_li
 
 
 class EdgeWatch:
-    """Notices, while a run goes on, that the sharpness stays above the limit and that the loss rises meanwhile.
+    """Notices, during a run, that the sharpness stays above the limit and that the loss rises meanwhile.
 
     Both must hold for three measurements and 20 steps at least: the ratio is above 1 at each measurement, and the
     median loss since then is higher than that of as many losses before, by 30 % and by more than their noise.
@@ -41,14 +41,18 @@ class EdgeWatch:
             The text of a warning, if both hold now.
 
         """
+        # Forgotten at one ratio below: at the edge of stability the ratio swings about 1, which is no reason to warn.
         if ratio is None or not ratio > 1:
             self._above = []
             return None
         self._above.append((step, ratio))
+        # Three measurements and 20 steps both: measured at every step, three are over before a loss can rise; measured
+        # every 100 steps, 20 steps hold one.
         since = next((at for at, _ in self._above[-FEWEST::-1] if at <= step - NEAR), None)
         if since is None:
             return None
         lately = [loss for at, loss in zip(*losses, strict=True) if at >= since]
+        # As many losses as lately: a loss that has fallen all the way from the beginning would hide a rise at its end.
         before = [loss for at, loss in zip(*losses, strict=True) if at < since][-len(lately) :]
         if not lately or len(before) < FEWEST or not is_higher(lately, before):
             return None

@@ -25,7 +25,7 @@ _FARTHEST = 2.0**20
 _LEAP, _LEAP_IN_NOISE = 4.0, 16.0
 """The factor to the next point where the losses do not show how far the crossing is, and where all are rounding."""
 
-_DISTINCT = 4.0
+_DISTINCT_LAST_PLACES = 4.0
 """How many units in the last place make a loss higher than another: a mean over batches is rounded several times."""
 
 _LINEAR, _NEARBY = 0.03, 0.1
@@ -136,7 +136,7 @@ class _Search:
         if not math.isfinite(base):
             raise NonFiniteCurvatureError(f"The loss is {base}, which is not finite, where the update begins.")
         self._base = base
-        self._noise = _DISTINCT * precision * abs(base)
+        self._noise = _DISTINCT_LAST_PLACES * precision * abs(base)
         self._points: list[_Point] = []
         self._count = 2
         self._keep(start, first)
@@ -205,6 +205,7 @@ class _Search:
     def _further_up(self, low: _Point) -> float:
         if len(self._points) == 1:
             return low[0] * 2  # also in noise, which is at the crossing too, where the last one was
+        # Where all is rounding, the losses show nothing, and the crossing may be many orders of magnitude away.
         if all(abs(rise) <= self._noise for _, rise in self._points):
             return low[0] * _LEAP_IN_NOISE
         if abs(low[1]) <= self._noise:
@@ -229,7 +230,7 @@ class _Search:
         return _crossing(first, second) if second[0] > 1.9 * first[0] else None
 
     def _between(self, low: _Point, high: _Point) -> float:
-        """A point beside the expected crossing, on the side on which more of the bracket is cut off."""
+        """A point next to the expected crossing, on the side on which more of the bracket is cut off."""
         middle = math.sqrt(low[0] * high[0])
         crossing = self._interpolated(low, high)
         if crossing is None:
@@ -244,6 +245,8 @@ class _Search:
         if others and math.isfinite(high[1]):
             third = min(others, key=lambda point: abs(math.log(point[0] * point[0] / (low[0] * high[0]))))
             etas = [low[0], high[0], third[0]]
+            # η as a quadratic function of rise/η, at 0: exact for a parabola, and one order better for what is nearly
+            # one.
             ratios = [rise / eta for eta, rise in (low, high, third)]
             if len(set(ratios)) == 3:
                 inverse = sum(
@@ -290,6 +293,7 @@ def _crossing(first: _Point, second: _Point) -> float | None:
     (near, rise), (far, higher) = first, second
     if not (math.isfinite(rise) and math.isfinite(higher)):
         return None
+    # The rise over the distance is -s + b·η/2 on a parabola: a straight line in η, whose zero is the crossing.
     slope, bend = rise / near, (higher / far - rise / near) / (far - near)
     crossing = near - slope / bend if bend > 0 else math.nan
     return crossing if crossing > 0 else None

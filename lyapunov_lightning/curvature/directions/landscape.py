@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.directions.line_search import LineSearch, LossAlong, first_minimum
 
-_DISTINCT = 4.0
+_DISTINCT_DEVIATIONS = 4.0
 """The number of standard deviations of the noise by which two losses have to differ to count as different. A search
 makes many comparisons, and a single wrong one ends it at a minimum that is none."""
 
@@ -139,6 +139,7 @@ def scan_line(
     """
     widths = [(scale, scale * unit) for scale in scales if scale * unit > 0]
     distances = [torch.linspace(-width, width, points, dtype=torch.float64) for _, width in widths]
+    # In one call, so that the operator goes through the data once for all windows.
     flat = loss_along(torch.cat(distances).tolist()) if widths else torch.zeros(0, dtype=torch.float64)
     losses = flat.split(points) if widths else ()
     windows = tuple(
@@ -151,6 +152,8 @@ def scan_line(
         )
         for (scale, _), where, values in zip(widths, distances, losses, strict=True)
     )
+    # For negative curvature too: no minimum is there, but the quadratic term is half of what the slope brings, so that
+    # the scale on which the line bends is the same.
     natural = slope / abs(curvature) if curvature else slope
     search = first_minimum(
         loss_along,
@@ -159,7 +162,7 @@ def scan_line(
         max_step=max_bracket * natural,
         slope=slope,
         curvature=curvature,
-        noise=_DISTINCT * start.noise,
+        noise=_DISTINCT_DEVIATIONS * start.noise,
     )
     return LineScan(windows, search)
 
@@ -193,9 +196,9 @@ def quadratic_fit(distances: Tensor, losses: Tensor, *, noise: float = 0.0) -> Q
 def noisy_loss(loss_along: LossAlong, spacing: float, *, precision: float) -> NoisyLoss:
     """The loss at distance 0 with the size of its rounding errors, from differences of its values at nearby points.
 
-    Over short distances the fourth differences of the loss itself all but vanish, and those of its errors stay (J. Moré
-    and S. Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33, 2011). Errors that happen to be the same at
-    all points do not show, so the noise is taken to be at least one unit in the last place of the loss.
+    Over short distances the fourth differences of the loss itself all but vanish, and those that stay are of its errors
+    (J. Moré and S. Wild, "Estimating computational noise", SIAM J. Sci. Comput. 33, 2011). Errors that happen to be the
+    same at all points do not show, so the noise is taken to be at least one unit in the last place of the loss.
 
     Args:
         loss_along: The loss at distances along a line.

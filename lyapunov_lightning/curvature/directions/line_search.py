@@ -22,7 +22,7 @@ _GROWTH = 2.0
 
 _MOST_EVALUATIONS = 100
 """The number of evaluations after which a search gives up: as many doublings span 30 orders of magnitude, more than
-float64 can tell apart."""
+float64 resolves."""
 
 
 _MODEL_ERROR = 0.1

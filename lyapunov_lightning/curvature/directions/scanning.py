@@ -114,6 +114,7 @@ def noisy_start(operator: LossHessian, gradient: Tensor) -> NoisyLoss:
 
     """
     norm = float(operator.space.norm(gradient))
+    # In relation to the parameters: it is their rounding, and that of what is computed with them, that is measured.
     size = parameter_norm(operator)
     start = noisy_loss(
         lambda distances: operator.values_along(gradient, distances),
@@ -170,6 +171,7 @@ def scan_direction(
     def loss_along(distances: Sequence[float]) -> Tensor:
         return operator.values_along(direction.vector, [downhill * distance for distance in distances])
 
+    # The curvature is the same in both directions of the line, so only the slope has been turned.
     line = scan_line(
         loss_along,
         start,
@@ -205,6 +207,7 @@ def scan_steps(
     """
     # All distances in one call: the operator goes through the data once for all of them.
     steps = [-lr * component for component in components]
+    # Of the moduli: steps to both sides cancel in a plain mean, which would be a distance of nearly 0.
     mean_length = sum(map(abs, steps)) / len(steps)
     distances = [multiple * step for multiple in multiples for step in steps]
     distances += [tick * mean_length for tick in SURFACE]
@@ -216,7 +219,7 @@ def scan_steps(
 def batch_components(
     operator: LossHessian, vector: Tensor, max_batches: int, *, rank: int = 0, world_size: int = 1
 ) -> list[float]:
-    """The components of mini-batch gradients along a vector, with those of the ranks in turn.
+    """The components of mini-batch gradients along a vector, the ranks in turn.
 
     Args:
         operator: The Hessian, whose batches are used.

@@ -160,10 +160,12 @@ class Derivatives:
                         has_retried = True
                         continue
                     self._fall_back(error, index)  # raises if there is no other way
+                    # Anew for the batches that did not fail, too: the mean of products of two kinds belongs to no
+                    # matrix.
                     total.clear()
                     if self._lacks_step():
                         # It is found by evaluations of all ranks, and the others are in the middle of a product, which
-                        # ends in one message: the flag in it tells them to come along.
+                        # ends in one message: by the flag in it they know that they have to join.
                         total.is_flagged = True
                         break
                     directions = list(map(self._way.prepared, rows))
@@ -190,6 +192,7 @@ class Derivatives:
         """Choose the length of the finite-difference step, with all ranks."""
         assert self._difference is not None
         with self._space.together():
+            # Within `together`, since a rank may fail in one of up to 15 gradients.
             longest = first_step(self._loss.parameters, self._space)
             self._difference.step = fitting_step(self._mean_difference, self.gradient(), longest, self._space)
 
@@ -213,6 +216,7 @@ class Derivatives:
         """
         if self._way is self._difference or not lacks_derivative(error):
             raise error
+        # Before finite differences: on the plain kernels the product is exact, if slow.
         if "rnn" in str(error).lower() and not self._plain_rnn:
             self._plain_rnn = True
             self._loss.batches.kernels = partial(twice_differentiable_kernels, plain_rnn=True)

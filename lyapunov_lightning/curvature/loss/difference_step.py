@@ -5,7 +5,7 @@ of the gradients over ``h``. Neither is known beforehand: on a sharp transformer
 of the best one on a small network. But with a quarter of the step 15/16 of the first error are gone, so that the
 difference changes by nearly all that was wrong with it: the changes from step to step say where the error is least.
 
-With kinks, such as those of ReLU, there is no best step. The fewer of them lie within the step, the more each of them
+With kinks, as ReLU has them, there is no best step. The fewer of them lie within the step, the more each of them
 counts, until suddenly none is left in this direction while some remain in others: the changes do not become smaller, or
 they do all at once, and no smaller after that. There the first, long step is kept.
 """
@@ -20,7 +20,7 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace
 FIRST_STEPS = {torch.float32: 5e-2, torch.float64: 4e-6}
 """The longest step to be tried, where parameters are neither very small nor very large; in float32 the papers' Δq."""
 
-_RATIO = 4
+_STEP_RATIO = 4
 """By how much a step is shorter than the one before it."""
 
 _MAX_CHANGES = 5
@@ -79,7 +79,7 @@ def fitting_step(
     steps, changes = [longest], []
     coarse = difference(direction, longest)
     for _ in range(_MAX_CHANGES):
-        steps.append(steps[-1] / _RATIO)
+        steps.append(steps[-1] / _STEP_RATIO)
         fine = difference(direction, steps[-1])
         length, change = space.agreed(torch.stack([space.norm(fine), space.norm(coarse.sub_(fine))])).tolist()
         coarse = fine
@@ -107,9 +107,9 @@ def _best(changes: list[float]) -> int:
     if lowest + 1 == len(changes):
         return lowest + 1
     # What goes with h² is known from the longer steps, what goes with 1/h from the shorter ones.
-    truncation = min([changes[lowest], *(change / _RATIO**2 for change in changes[:lowest][-1:])])
-    rounding = changes[lowest + 1] / _RATIO**2
-    return lowest + (max(truncation, rounding) > max(truncation / _RATIO**2, rounding * _RATIO))
+    truncation = min([changes[lowest], *(change / _STEP_RATIO**2 for change in changes[:lowest][-1:])])
+    rounding = changes[lowest + 1] / _STEP_RATIO**2
+    return lowest + (max(truncation, rounding) > max(truncation / _STEP_RATIO**2, rounding * _STEP_RATIO))
 
 
 def _is_sudden(changes: list[float], place: int) -> bool:

@@ -30,8 +30,8 @@ class Evaluation:
     Attributes:
         loss: The loss of one batch, a scalar.
         leaves: What it is to be differentiated with respect to, in the order of the parameters.
-        num_samples: Returns the number of samples that the loss is the mean of. A function, since a step may log its
-            batch size, and Lightning warns where it has to guess: nobody is asked who need not be.
+        num_samples: Returns the number of samples that the loss is the mean of. A function, to be called only where the
+            number is needed: Lightning warns where it has to guess it.
         owner: What has to live as long as the graph of the loss.
         is_recomputed: Whether layers are evaluated again when the loss is differentiated, which can happen only where
             the loss was evaluated.
@@ -58,7 +58,7 @@ class Objective(Protocol):
 
 
 class Total:
-    """A weighted sum over this rank's batches, and over those of all ranks once they have met.
+    """A weighted sum over this rank's batches, and over all ranks' batches once they have met.
 
     Args:
         buffer: The memory of the sum.
@@ -66,8 +66,8 @@ class Total:
     Attributes:
         sum: The sum, and the mean in its place once the ranks have met.
         weight: The sum of the weights.
-        is_flagged: A message to the other ranks, that this one needs something done before there can be a mean: set by
-            any of them, seen by all once they have met. There is no mean then.
+        is_flagged: A message to the other ranks: something has to be done together before there can be a mean. Any rank
+            may set it, and all see it once they have met. There is no mean then.
 
     """
 
@@ -167,6 +167,8 @@ class FixedBatches:
             MeasurementError: If the loss is not a scalar tensor.
 
         """
+        # The derivative is taken within the block, where checkpointed layers are evaluated again: so the generators are
+        # put back last, and until then kernels and modes stay as they were for the loss.
         with (
             preserved_randomness(self._random_states[index]),
             torch.enable_grad() if with_graph else without_graph(),
@@ -204,15 +206,18 @@ class FixedBatches:
         total = Total(buffer[:size])
         with self._ranks.summing(buffer):
             yield total
+            # Within the block: the caller finds out the weight while it evaluates.
             buffer[size] = total.weight
             buffer[size + 1] = total.is_flagged
         if not self._ranks.is_single:
             total.weight, num_flagged = buffer[size : size + 2].tolist()
             total.is_flagged = num_flagged > 0
+        # Without a word where the flag is up: all ranks see it, and all of them make the sum again.
         if total.is_flagged:
             return
         if total.weight == 0:
             raise MeasurementError("No rank has a batch to measure the curvature on.")
+        # One batch of a single rank has the weight 1, and needs no pass over a vector of the model's size.
         if total.weight != 1:
             total.sum.div_(total.weight)
 
@@ -257,6 +262,7 @@ def num_samples(batch: Any) -> int:
 def _members(batch: Any, seen: set[int] | None = None) -> Iterator[Any]:
     """The tensors and the arrays of a nested structure, in order; objects that hold each other are visited once."""
     seen = set() if seen is None else seen
+    # A class has a `__dict__` too, but the tensors in it are no data of this batch.
     if isinstance(batch, type) or id(batch) in seen:
         return
     seen.add(id(batch))
@@ -283,6 +289,7 @@ def _as_tensor(member: Any) -> Tensor | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of arrays that are read-only
+            # Not a copy: a later write to the array has to be seen in its memory.
             return torch.from_numpy(member)
     except (TypeError, ValueError):  # an array of strings, or one that is reversed
         return None

@@ -59,6 +59,7 @@ class Contents:
 
         Waits for each device that holds some of the tensors.
         """
+        # First what is known on the host; to read the memory of an accelerator is to wait for it.
         if self._present_places() != self._places:
             return True
         return not all(map(torch.equal, self._read(), self._numbers))
@@ -122,6 +123,8 @@ class LossInputs(TorchFunctionMode):
             if id(tensor) not in self._met and id(tensor) not in self._known and not self._is_made(tensor):
                 self._met[id(tensor)] = tensor, Contents(*_by_size([tensor]))
         result = func(*args, **kwargs)
+        # A result with a node in the graph is recognised by the number of that node. The others are noted by their id,
+        # weakly: to keep them would keep every intermediate tensor of the loss until its end.
         for tensor in _tensors_in((result,)):
             if tensor.grad_fn is None and id(tensor) not in self._met:
                 self._made[id(tensor)] = weakref.ref(tensor)
@@ -142,7 +145,7 @@ class LossInputs(TorchFunctionMode):
 
 
 class Freshness:
-    """Remembers what graphs were computed from, and tells whether it has changed.
+    """Remembers what graphs were computed from, and whether it has changed since.
 
     Args:
         parameters: What the gradients are taken with respect to.
@@ -171,6 +174,7 @@ class Freshness:
 
         """
         small, large = _by_size(inputs)
+        # What several batches share, above all the parameters, is read once and not once a batch.
         read = {id(tensor): tensor for tensor in (*self._parameters, *batch, *small) if id(tensor) not in self._read}
         unread = {id(tensor): tensor for tensor in large if id(tensor) not in self._unread}
         self._contents.append(Contents(read.values(), unread.values()))
@@ -180,6 +184,7 @@ class Freshness:
 
     def is_stale(self) -> bool:
         """Whether anything has changed since."""
+        # A layer that is gone cannot be in another mode. BatchNorm and Dropout in another mode are another function.
         if any((module := layer()) is not None and module.training != mode for layer, mode in self._modes.values()):
             return True
         if not self.is_in_force() or any(contents.is_changed() for contents in self._contents):
@@ -193,6 +198,7 @@ class Freshness:
         return self._precision == self._present_precision()
 
     def _present_precision(self) -> list[tuple[bool, torch.dtype]]:
+        # The CPU's too, whatever holds the parameters: a loss may compute a part there.
         kinds = dict.fromkeys(("cpu", *(parameter.device.type for parameter in self._parameters)))
         return [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
 
@@ -208,6 +214,7 @@ def _by_size(tensors: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the arguments or the results of an operation."""
     found: list[Tensor] = []
+    # No general tree walk: this runs for every operation of the loss, and operations take no other containers.
     pending = [*values]
     while pending:
         value = pending.pop()
@@ -264,11 +271,14 @@ def _numbers(pieces: Sequence[Tensor]) -> Tensor:
     numbers: list[Tensor] = []
     for piece in pieces:
         flat = piece if piece.is_contiguous() else piece.contiguous().view(-1).view(torch.uint8)
+        # A sum for each 512 bytes and not one for the whole: numbers that swap places far apart leave the latter the
+        # same.
         if len(flat) >= _SUMMED_BYTES and flat.storage_offset() % 8 == 0:  # or it cannot be viewed as int64
             whole = len(flat) - len(flat) % (8 * _INTEGERS_OF_A_SUM)
             numbers.append(flat[:whole].view(torch.int64).view(-1, _INTEGERS_OF_A_SUM).sum(1))
             flat = flat[whole:]
         small.append(flat)
+    # All small ones together are read in a few calls; padded, since eight bytes make an integer.
     missing = -sum(map(len, small)) % 8
     if missing:
         small.append(small[0].new_zeros(missing))

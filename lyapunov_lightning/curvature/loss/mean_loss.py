@@ -15,7 +15,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 
 
 class MeanLoss:
-    """The mean of a loss over all samples of fixed batches, those of all ranks.
+    """The mean of a loss over all samples of fixed batches, on all ranks.
 
     Args:
         batches: The loss with its batches.
@@ -63,6 +63,7 @@ class MeanLoss:
         """
         if not distances:
             return torch.zeros(0, dtype=torch.float64)
+        # One message for all points, so that the ranks do not wait for each other at each of them.
         with self.batches.mean(len(distances), self._sum_dtype) as total:
             self._add_values(total, (distance * direction for distance in distances))
         return total.sum.to("cpu", torch.float64)
@@ -76,6 +77,7 @@ class MeanLoss:
         """
         with self.batches.mean(self._layout.size) as total:
             for index in range(len(self.batches)):
+                # In this order: the evaluation may be what finds out the weight.
                 total.add(self.batch_gradient(index, displacement), self.batches.weight(index))
         return total.sum
 
@@ -118,6 +120,7 @@ class MeanLoss:
                 retain_graph=create_graph,
                 create_graph=create_graph,
             )
+        # For parameters that the graph does not reach the engine gives None. A zero shows that one was reached, too.
         if any(entry is not None for entry in gradient[len(trainable) :]):
             raise MeasurementError(_NOT_SUBSTITUTED)
         entries = iter(gradient)
@@ -185,6 +188,7 @@ class MeanLoss:
         """Make sure that a loss at other values of the parameters does not depend on the present ones."""
         own = {id(leaf) for leaf in evaluation.leaves}
         present = {id(parameter) for parameter in self.parameters} - own
+        # Of PyTorch's nodes only those that accumulate a gradient have a `variable`, their leaf.
         if any(id(getattr(node, "variable", None)) in present for node in nodes([evaluation.loss])):
             raise MeasurementError(_NOT_SUBSTITUTED)
 
@@ -209,6 +213,7 @@ def _unwritten_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
         before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
+    # Put aside and not compared afterwards: what a layer adds to a gradient in place leaves the tensor the same object.
     written = False
     try:
         yield

@@ -47,7 +47,7 @@ class Product(Protocol):
         """Drop what is out of date; to be called before the gradients of all batches."""
 
     def prepared(self, vector: Tensor) -> Any:
-        """What the products of all batches with a vector have in common; to be made right before them."""
+        """What the products of all batches with a vector have in common; to be called immediately before them."""
 
     def products(self, index: int, directions: Sequence[Any]) -> list[Tensor]:
         """The products of one batch's Hessian with prepared vectors, each of shape ``(size,)``."""

@@ -43,6 +43,7 @@ class RandomState:
         """The present states. Never initialises an accelerator that the process does not use."""
         return cls(
             python=random.getstate(),
+            # The old form of the state exists for NumPy's default generator alone: with another one NumPy warns.
             numpy=np.random.get_state(legacy=False),
             cpu=torch.get_rng_state(),
             accelerators={kind: tuple(map(module.get_rng_state, _devices(module))) for kind, module in _accelerators()},
@@ -93,7 +94,7 @@ def preserved_randomness(start: RandomState | None = None) -> Iterator[None]:
         start: The state to run the block from; the present one if None.
 
     """
-    # Also where the block fails: a run that goes on with other random numbers is another run.
+    # Also where the block fails: a run that continues with other random numbers is another run.
     before = RandomState.capture()
     if start is not None:
         start.restore()

@@ -51,6 +51,7 @@ class _Substitution(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # No result is looked at: what an operation returns is computed from substitutes already.
         keywords = {name: self._substitute(value) for name, value in (kwargs or {}).items()}
         return func(*map(self._substitute, args), **keywords)
 

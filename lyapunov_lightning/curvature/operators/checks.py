@@ -11,7 +11,7 @@ from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 
 @dataclass(frozen=True)
 class OperatorCheck:
-    """How far products are from those of one symmetric matrix ``A``.
+    """How far products are from the products of one symmetric matrix ``A``.
 
     Solvers for symmetric matrices find no residual below the asymmetry times the norm of ``A``. Where that is more than
     their tolerance they do not converge, or take the symmetric part that they see for the whole.
@@ -84,6 +84,8 @@ def check_operator(
     with space.together():
         u, v = space.random(generator), space.random(generator)
         of_u, of_v = operator.matvec(u), operator.matvec(v)
+        # Random vectors have next to nothing along the few leading eigenvectors among a million; w = Au lies along
+        # these.
         of_w = operator.matvec(of_u)
         if between is not None:
             between()
@@ -96,6 +98,7 @@ def check_operator(
             expected = reference(of_u)
             numbers = torch.stack([space.norm(expected - of_w), space.norm(expected)])
             inexactness = _ratio(*space.agreed(numbers).tolist())
+    # For standard normal u and v, uᵀ(A - Aᵀ)v is of the size of the Frobenius norm of A - Aᵀ, and ‖Av‖ of that of A.
     scale = max(norm_u, norm_v)
     asymmetries = [_ratio(abs(uv - vu), scale), _ratio(abs(uw - norm_u**2), norm_u**2)]
     return OperatorCheck(

@@ -128,6 +128,7 @@ class _LossOfOutputs:
                         "The outputs should be real, got a complex tensor. Use `torch.view_as_real`."
                     )
                 outputs.append(member)
+                # Leaves of their own: the loss is differentiated in these alone, and its graph ends here.
                 variables.append(member.detach().requires_grad_())
                 members[place] = variables[-1]
         loss = self._loss(pytree.tree_unflatten(members, structure), batch)
@@ -141,6 +142,7 @@ class _LossOfOutputs:
 
         """
         loss, variables = evaluation.loss, evaluation.variables
+        # A weight decay in the loss, for example: without its curvature the products would be wrong and look right.
         parameters = {id(parameter) for parameter in self._parameters}
         if any(id(getattr(node, "variable", None)) in parameters for node in nodes([loss])):
             raise MeasurementError(
@@ -152,6 +154,7 @@ class _LossOfOutputs:
         if not variables or not loss.requires_grad:
             return [None] * len(variables), lambda tangents: [None] * len(tangents)
         one = torch.ones_like(loss).requires_grad_(check_twice_differentiable(loss))
+        # With its graph, from which `inner` takes the second derivative in the outputs.
         slopes = differentiated((loss,), (one,), variables, retain_graph=True, create_graph=True)
 
         def inner(tangents: _Tensors) -> _Tensors:
@@ -232,6 +235,7 @@ class _ThroughOutputs(GraphProduct[_Linearised]):
     def gradient(self, index: int) -> Tensor:
         """The gradient of the loss for one batch."""
         kept = self.graphs[index]
+        # The graph of J has been kept with the loss's slopes in the outputs, and Jᵀ of these is the gradient.
         if kept is not None:
             return self._pulled_back(kept, kept.slopes, retain_graph=True)
         with self._loss.batches.evaluated(index) as evaluation:
@@ -306,6 +310,7 @@ class _ThroughOutputs(GraphProduct[_Linearised]):
         if length == 0:
             return
         tangents = self._pushed_forward(linearised, self._layout.split(pulled_back / length), retain_graph=True)
+        # In float32: a sum beyond 65,504 is infinite in float16, which would pass for a fault of the layer.
         found = sum(
             float((tangent.float() * cotangent.detach().float()).sum())
             for tangent, cotangent in zip(tangents, linearised.cotangents, strict=True)
@@ -482,5 +487,6 @@ class EmpiricalFisherOperator(_OutputOperator):
 def _paired(outputs: Sequence[Tensor], cotangents: _Tensors) -> Tensor:
     """``⟨z, u⟩``, whose gradient in the parameters is ``Jᵀu``."""
     pairs = [(z, u) for z, u in zip(outputs, cotangents, strict=True) if u is not None]
+    # The outputs may be on several devices, and of no outputs at all there has to be a zero.
     device = pairs[0][0].device if pairs else None
     return torch.stack([torch.zeros((), device=device), *((z * u).sum().to(device) for z, u in pairs)]).sum()

@@ -26,7 +26,7 @@ class HessianOperator(MeanOperator):
 
     The operator is that of ``L(θ) = Σ_b N_b L_b(θ) / Σ_b N_b`` with ``N_b`` samples in batch ``b``: the mean over the
     samples also where the last batch is smaller. Every evaluation of a batch sees the same random numbers, so that
-    dropout masks are those of one and the same function, and leaves the global generators as they were. Neither the
+    dropout masks belong to one and the same function, and leaves the global generators as they were. Neither the
     parameters nor their ``.grad`` are touched.
 
     Parameters that require no gradient, or that the loss does not depend on, are rows and columns of zeros. A parameter
@@ -43,8 +43,8 @@ class HessianOperator(MeanOperator):
     The loss is evaluated in the autocast region in which a method is called; its derivatives and all sums are taken
     outside of it, so that vectors keep their precision.
 
-    With a loss that holds a part constant (``detach``, ``torch.no_grad``) exact products are those of the loss with
-    this part held constant; finite differences, and `value` and `gradient` at a displacement, move it with the rest.
+    With a loss that holds a part constant (``detach``, ``torch.no_grad``) exact products hold this part constant.
+    Finite differences, and `value` and `gradient` at a displacement, move it with the rest.
 
     Args:
         loss: Maps a batch to its scalar mean loss, as a function of `parameters` at their present values. If it has a
@@ -60,8 +60,8 @@ class HessianOperator(MeanOperator):
             dimension of the batch's first tensor.
         step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
             distance to both sides. By default one that fits the loss, found by 7 to 15 gradients before the first such
-            product, and kept. In float32 it is at most 5e-2, where it stays if kinks, such as those of ReLU, leave no
-            better one, and the shorter the sharper the loss is.
+            product, and kept. In float32 it is at most 5e-2, where it stays if kinks, such as ReLU has, leave no better
+            one, and the shorter the sharper the loss is.
         max_graph_bytes: The most memory that kept gradient graphs may hold. Batches whose graph does not fit any more
             are differentiated anew for every product; 0 keeps none.
         reduce: Sums a flat buffer over all ranks of a distributed measurement, in place. It is called once a product,
@@ -112,6 +112,7 @@ class HessianOperator(MeanOperator):
             if weights is None and (len(batches) > 1 or reduce is not None):
                 weights = [float(num_samples(batch)) for batch in batches]
         self._loss = self._average_over(loss, batches, weights)
+        # Made in any case: `auto` falls back to it, and `check` compares with it.
         difference = FiniteDifference(self._loss, self.layout, step)
         way: Product = difference
         if method == "forward_over_reverse":
@@ -160,6 +161,7 @@ class HessianOperator(MeanOperator):
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
 
         """
+        # Tensors made in inference mode cannot be saved for a backward pass. Validation hooks of Lightning run in it.
         with torch.inference_mode(False):
             return self._loss.value(displacement)
 
@@ -217,6 +219,7 @@ class HessianOperator(MeanOperator):
         with self._batches.mean(size) as total:
             for gradient in self.batch_gradients(max_batches):
                 norm = torch.linalg.vector_norm(gradient)
+                # Whatever its size: the mean is over steps of SGD, and each step is one batch.
                 total.add(statistic(self.space.inner(vectors, gradient), norm), 1.0)
         return total.sum
 
@@ -235,6 +238,7 @@ class HessianOperator(MeanOperator):
         """
         self._derivatives.reset()
         self._loss.reset()
+        # Not the states of the generators: other dropout masks would make it another function.
         self._batches.forget_weights()
 
     def check(self, *, seed: int = 0, finite_difference: bool = False) -> OperatorCheck:
@@ -258,5 +262,6 @@ class HessianOperator(MeanOperator):
             (True, True)
 
         """
+        # Graphs are dropped between equal products: two products of one kept graph agree even if the loss is random.
         reference = self._derivatives.difference if finite_difference else None
         return check_operator(self, seed=seed, between=self._derivatives.drop_graphs, reference=reference)

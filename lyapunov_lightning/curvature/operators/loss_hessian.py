@@ -18,7 +18,7 @@ class LossHessian(LinearOperator, Protocol):
     """The Hessian of a mean loss, with the loss and its gradient: a `HessianOperator`, or one of a sharded model.
 
     Vectors are tensors of shape ``(space.length,)``: the whole vector, or this rank's part of it. Inner products and
-    norms are those of the space.
+    norms are taken by the space.
 
     """
 

@@ -15,9 +15,9 @@ from lyapunov_lightning.curvature.vectors.ranks import Ranks
 
 
 class MeanOperator(SymmetricOperator):
-    """The mean of a symmetric operator over all samples of fixed batches, those of all ranks.
+    """The mean of a symmetric operator over all samples of fixed batches, on all ranks.
 
-    It counts products and checks what is multiplied; the products themselves are those of its `Derivatives`, which a
+    It counts products and checks what is multiplied; the products themselves are computed by its `Derivatives`, which a
     subclass chooses.
 
     Args:
@@ -41,6 +41,7 @@ class MeanOperator(SymmetricOperator):
             raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
         self.parameters, names = parameters_of(parameters)
         layout = FlatLayout(self.parameters)
+        # On the device of the parameters: NCCL sums tensors on its own devices only.
         self._ranks = Ranks(reduce, layout.device)
         super().__init__(layout.space(self._ranks), layout, names)
         self.num_matvecs = 0
@@ -91,7 +92,9 @@ class MeanOperator(SymmetricOperator):
         """
         if block.ndim != 2 or len(block) != self.size:
             raise ValueError(f"`block` should have shape ({self.size}, k), got {tuple(block.shape)}.")
+        # An empty sum over the ranks is one message for nothing, and `torch.cat` refuses an empty list.
         if not block.shape[1]:
             return torch.zeros_like(block, dtype=self.dtype, device=self.device)
+        # Each column is a backward pass of its own; only the evaluation of the batches is shared.
         self.num_matvecs += block.shape[1]
         return self._derivatives.products(block.T).T

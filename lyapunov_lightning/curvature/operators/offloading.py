@@ -1,8 +1,8 @@
 """Vectors in the CPU's memory, for a model on an accelerator.
 
 A Krylov basis of 33 vectors takes 33 times the memory of the parameters, where a training with Adam takes four times.
-The CPU has more of it. What is done with vectors there takes a few passes over the basis for each product, so that it
-pays where a product takes long, which is where the room is needed.
+The CPU has more of it. Work on vectors there takes a few passes over the basis for each product. So it pays for large
+models, whose products take long and which need the room.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,8 @@ class OffloadedHessian(SymmetricOperator):
     layout: FlatLayout
 
     def __init__(self, hessian: LossHessian) -> None:
+        # Both on the CPU: solvers take basis, random vectors and sums from the space, and results are split by the
+        # layout.
         super().__init__(hessian.space.on(_CPU), FlatLayout(hessian.parameters, device=_CPU))
         self._hessian = hessian
 

@@ -35,6 +35,7 @@ class WatchedOperator(SymmetricOperator):
         """The operator's product."""
         product = self._operator.matvec(vector)
         self.num_matvecs += 1
+        # Not by the wall clock, which may be set while a search is under way.
         if time.perf_counter() > self._silent_until:
             self._report(self.num_matvecs)
         return product

@@ -1,8 +1,8 @@
 """What the two Hessians of a sharded model by exact products have in common.
 
 Each rank has a `HessianOperator` of its own: over its own samples, or with respect to its shards. It is valid as long
-as the parameters stay the same. The ranks agree on whether they did, since the shards of one rank may have changed and
-those of another not.
+as the parameters stay the same. The ranks agree on whether they did, since a change may show in the shards of one rank
+and not in another's.
 """
 
 from abc import abstractmethod
@@ -138,6 +138,7 @@ class ShardedHessian(SymmetricOperator):
                 self._own = self._make()
                 self._versions = versions
             self._trusted = solver
+        # Its own look for changes is then once a solver as well, not once a product.
         if self._own is not None:
             self._own.follow(solver)
         return self._own

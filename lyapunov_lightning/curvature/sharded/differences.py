@@ -2,7 +2,7 @@
 
 The gradient of a sharded model comes in shards, from a forward and a backward pass in which each layer is gathered only
 while it is computed. So the central difference of gradients along a vector in shards is a product in shards, and no
-rank ever holds more than a layer. As all finite differences these blur kinks, and are lost in the rounding of half
+rank ever holds more than a layer. Like all finite differences these blur kinks, and are lost in the rounding of half
 precision.
 """
 
@@ -72,6 +72,7 @@ class ShardDifferences(SymmetricOperator):
             raise ValueError(f"`vector` should have shape ({self.space.length},), got {tuple(vector.shape)}.")
         self.num_matvecs += 1
         with self.space.together():
+            # Found once, and by all ranks together: each of its gradients gathers every layer.
             if self.step is None:
                 longest = first_step(map(_detached_shard, self.parameters), self.space)
                 self.step = fitting_step(self._difference, self._loss.gradient(None), longest, self.space)
@@ -125,6 +126,7 @@ class ShardDifferences(SymmetricOperator):
         # Scaled to the norm of the vector: with a fixed multiple a long vector would leave the region in which the
         # gradient is linear, and a short one be lost in the rounding of the parameters.
         displacement = vector * (step / norm)
+        # Central: for one gradient more the error goes with the square of the step, and not with the step.
         ahead = self._loss.gradient(displacement)
         return ahead.sub_(self._loss.gradient(displacement.neg_())).mul_(norm / (2 * step))
 

@@ -33,6 +33,7 @@ class GatheredHessian(ShardedHessian):
         with self.space.together():
             own = self._present()
             whole = self.space.whole(direction)
+            # Sums over samples with their number, since ranks may have unequal shares; a rank without any adds zeros.
             sums = torch.zeros(len(distances) + 1, dtype=torch.float64, device="cpu")
             if own is not None:
                 sums[:-1] = own.values_along(whole, distances) * own.num_samples
@@ -84,6 +85,7 @@ class GatheredHessian(ShardedHessian):
         # Whether a rank has failed travels in the same message as the sum, so that no product has a further one.
         def scatter(has_failed: bool) -> int:
             nonlocal count
+            # A part that was computed before the failure must not reach the sum without its samples.
             mine = None if has_failed or not found else found[0]
             numbers = (float(has_failed), 0.0 if has_failed else count)
             part, (num_failed, count) = self._sharding.scattered_sum(mine, numbers, room)
@@ -104,6 +106,8 @@ class GatheredHessian(ShardedHessian):
         mine = gradient if gradient is not None else torch.zeros(self.size, dtype=self.dtype, device=self.device)
         rows = self._sharding.exchanged(mine)
         products = (rows @ vectors.T.to(rows)).double()
+        # Summed over all ranks, of all copies of the model: each copy has seen other samples, so each has a slot of its
+        # own.
         spread = torch.zeros(self._sharding.num_copies, num_parts, count, dtype=torch.float64, device="cpu")
         spread[self._sharding.copy] = products.cpu()
         sums = self._ranks.summed(spread.reshape(-1)).view(spread.shape)

@@ -28,6 +28,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sharding: Sharding, layout: FlatLayout, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.cut = sharding, layout
+        # One collective for all tensors of the layer: each has a cost of its own, whatever its size.
         return tuple(sharding.tensors_of(sharding.gathered(layout.flatten(shards))))
 
     @staticmethod
@@ -92,6 +93,8 @@ class LayerwiseHessian(ShardedHessian):
         with self.space.together():
             own = self._needed()
             with self._collectives.followed(("values", len(distances))):
+                # Each batch counts once in a rank's mean, whose parts are sums over samples: times the number of
+                # batches it is the sum over this rank's samples.
                 values = own.values_along(direction, distances) * self._num_batches
             return self._ranks.summed(values) / self._count()
 
@@ -104,6 +107,7 @@ class LayerwiseHessian(ShardedHessian):
             number = 0
             gradients = self._needed().batch_gradients(max_batches)
             while True:
+                # By number: a batch whose graph is kept gathers nothing, and another one may be over the memory bound.
                 with self._collectives.followed(("gradients", number, self.graph_bytes > 0)):
                     gradient = next(gradients, None)
                 if gradient is None:
@@ -117,10 +121,12 @@ class LayerwiseHessian(ShardedHessian):
     @override
     def _mean(self, vector: Tensor | None, compute: Compute) -> Tensor:
         own = self._needed()
+        # A rank that has failed before would be missing in the first gathering, where it could not say so.
         self._ranks.meet()
         # With a kept graph a product has only the collectives of the backward pass, so it is another kind.
         with self._collectives.followed((compute, vector is None, self.graph_bytes > 0)):
             found = compute(own, vector)
+        # Not summed over the ranks once more: each backward pass through a gathering has done that.
         return found * (self._num_batches / self._count())
 
     def _needed(self) -> HessianOperator:

@@ -21,7 +21,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import RandomNumbers, VectorSpace
 
-_NUMBERS = 2
+_EXTRA_NUMBERS = 2
 """Further numbers that are summed in the same message as a vector: whether a rank has failed, and its samples."""
 
 
@@ -127,7 +127,7 @@ class Sharding:
 
     def room(self) -> Tensor:
         """The memory for `scattered_sum`, for a caller that has to reserve it in time."""
-        return torch.empty(self.num_parts + 1, self.longest + _NUMBERS, dtype=self.dtype, device=self.device)
+        return torch.empty(self.num_parts + 1, self.longest + _EXTRA_NUMBERS, dtype=self.dtype, device=self.device)
 
     def scattered_sum(
         self, whole: Tensor | None, numbers: Sequence[float] = (0.0, 0.0), room: Tensor | None = None
@@ -150,6 +150,7 @@ class Sharding:
         if whole is not None:
             self._fill(every, whole)
         if self._collectives is not None:
+            # Before it is entered: one that fails in the middle has been entered by the others.
             self._collectives.note(lambda: self.scattered_sum(None))
         dist.reduce_scatter_tensor(own, every.view(-1), group=self._shards)
         if self._copies is not None:  # the copies of the model have seen different samples
@@ -182,6 +183,8 @@ class Sharding:
         So the numbers are the same for any number of ranks, and a search takes the same course.
         """
         parts = []
+        # Every rank draws all numbers, one tensor at a time, and keeps its part: a start that depended on the number of
+        # ranks would lead to other results.
         for index, (size, shape) in enumerate(zip(self._sizes, self.shapes, strict=True)):
             parts.append(self._part(numbers.take(size).view(shape), index, self.part).reshape(-1))
         return torch.cat(parts)
@@ -209,6 +212,7 @@ class Sharding:
 
     def _lengths_of(self, length: int) -> list[int]:
         """How much of a dimension each rank holds, as ``torch.chunk`` cuts it."""
+        # Rounded up, so that the last ranks get less or nothing: five rows on four ranks are 2, 2, 1 and 0.
         chunk = -(-length // self.num_parts)
         ends = [min(chunk * rank, length) for rank in range(self.num_parts + 1)]
         return [end - start for start, end in itertools.pairwise(ends)]
@@ -253,6 +257,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def norm(self, vector: Tensor) -> Tensor:
+        # Squares add up over the ranks, norms do not; in float64, in which the square of no float32 norm overflows.
         square = self._own_norm(vector).square()
         return self._summed(square.reshape(1))[0].sqrt().to(square)
 
@@ -271,6 +276,7 @@ class ShardedSpace(VectorSpace):
 
     @override
     def whole(self, vector: Tensor) -> Tensor:
+        # A gathering has no place for a failure, so that has to be known before.
         self._ranks.meet()
         return self._sharding.gathered(vector.to(self._sharding.device)).to(vector.device)
 

@@ -65,8 +65,8 @@ class RitzPairs:
         residuals: Bounds on the residuals.
         value_errors: Estimates of how far the values are from eigenvalues, at most the residuals.
         growing: The part of the residuals that further products can reduce: all but what was cut off.
-        converged: Which of them meet the tolerance, as far as further products can help it: the noise of the products
-            left out.
+        converged: Which of them meet the tolerance, not counting the noise of the products, which further products do
+            not reduce.
         negligible: Residual below which a pair counts as converged whatever its value.
         next_largest: Upper bound on the largest Ritz value that is not wanted, its residual included.
         next_smallest: Lower bound on the smallest Ritz value that is not wanted, its residual included.

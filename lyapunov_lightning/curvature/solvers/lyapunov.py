@@ -133,6 +133,8 @@ class LyapunovIteration:
             raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
         space = space_like(gradient_here) if space is None else space
         q = self._perturbation_like(gradient_here, space)
+        # One-sided, as the paper defines the exponent by the growth of one perturbation; a central difference would
+        # cost a second gradient.
         curvature_q = gradient(q) - gradient_here
         velocity: Tensor | None = None
         if self._map == "ascent":
@@ -153,6 +155,7 @@ class LyapunovIteration:
             paper = 1 / self.beta
         else:
             eigenvalue = (1 + momentum - growth - (momentum / growth if momentum and growth else 0.0)) / lr
+            # Without momentum the paper has no square (secs. 2 and 3): the table's formula at m = 0 would add -λ²/α.
             paper = -(exponent**2 * bool(momentum) + exponent * (1 - momentum)) / lr
             end = _end(self._map, growth)
         # The velocity is scaled alike: the map is linear in both together, and its multipliers are those of the pair.
@@ -172,7 +175,7 @@ class LyapunovIteration:
     def _measured(
         self, space: VectorSpace, q: Tensor, curvature_q: Tensor, moved: Tensor
     ) -> tuple[float, float, float, float]:
-        """The numbers that come of one iteration, in one transfer from the device.
+        """The numbers that one iteration gives, in one transfer from the device.
 
         Args:
             space: The space of the vectors.
@@ -190,12 +193,13 @@ class LyapunovIteration:
         rest = space.norm(curvature_q) / self._delta_q
         found = [rayleigh, rest, space.norm(moved), space.inner(moved, q)]
         values: list[float] = torch.stack([value.to(rest.dtype) for value in found]).tolist()
+        # Of the four numbers this one is enough: the perturbation has moved by the product, and holds what that does.
         if not math.isfinite(values[2]):
             raise _not_finite(self._delta_q)
         return values[0], values[1], values[2], values[3]
 
     def restart(self, direction: Tensor, space: VectorSpace | None = None) -> None:
-        """Continue with a perturbation along another direction, of shape ``(n,)``, and at rest."""
+        """Continue with a perturbation along another direction, of shape ``(n,)``, without velocity."""
         space = space_like(direction) if space is None else space
         self._perturbation = direction * (self._delta_q / space.norm(direction)).to(direction)
         self._velocity = None
@@ -215,6 +219,7 @@ class LyapunovIteration:
         if self._perturbation is None or self._perturbation.shape != gradient.shape:
             self.restart(space.random(torch.Generator().manual_seed(self._seed)), space)
             assert self._perturbation is not None
+        # A state that was loaded is on the CPU.
         self._perturbation = self._perturbation.to(gradient)
         if self._velocity is not None:
             self._velocity = self._velocity.to(gradient)
@@ -333,14 +338,17 @@ class LyapunovSpectrum:
             rayleigh = space.inner(direction, product)
             torch.add(direction, product, alpha=step, out=moved[index])
             rest = space.norm(product.sub_(rayleigh * direction))
+            # Against the rows ahead, which have moved already: the order makes the first the largest exponent.
             found += [rayleigh, rest, *_orthonormalised(space, moved, index, direction)]
         table = torch.stack([value.to(found[1].dtype) for value in found]).to("cpu", torch.float64).view(-1, 4)
         if not bool(torch.isfinite(table).all()):
             raise _not_finite(self._delta_q)
         rayleighs, rests, growth, turned = table.T
         exponents = growth.log()
+        # A length has no sign, the multiplier has: see `LyapunovIteration.step`.
         multipliers = growth.copysign(turned)
         eigenvalues = (multipliers - 1) / step
+        # Not before: a gradient that is not finite has to leave the state as it was.
         self._perturbations = moved
         if not bool(growth.all()):  # what vanishes altogether has no direction any more
             self._begin(space, growth == 0)
@@ -433,6 +441,7 @@ def controlled(beta: float, exponent: float) -> float:
     # A perturbation that shrinks, λ <= 0, says that β is too small or the curvature negative: the paper's rule would
     # make β negative and turn the map round; here β grows by the most that is allowed.
     inverse = 1 / exponent if exponent > 0 else math.inf
+    # Bounded, since without any curvature β grows tenfold at each iteration: after 39 of them no float32 would hold it.
     return min(max(beta * min(max(inverse, 1 / _MAX_RESCALING), _MAX_RESCALING), 1e-30), 1e30)
 
 

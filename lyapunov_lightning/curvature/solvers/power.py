@@ -84,10 +84,13 @@ def power_iteration(
             product = operator.matvec(vector)
             quotient = space.inner(vector, product)
             remainder = space.norm(product - quotient * vector)
+            # Agreed on, since all branches below depend on them: ranks that round differently would take different
+            # ones.
             raw, residual = space.agreed(torch.stack([quotient.to(remainder), remainder])).tolist()
             if not math.isfinite(raw + residual):
                 raise NonFiniteCurvatureError
             value = sign * raw  # the eigenvalue of ±A, whose upper end is wanted
+            # A residual below the rounding of the product shows nothing, and a `tol` below it would never be met.
             rounding = 10 * torch.finfo(space.dtype).eps * abs(value)
             converged = residual <= max(tol * abs(value), rounding)
             residuals.append(residual)
@@ -98,6 +101,8 @@ def power_iteration(
                 shift, residuals, converged = needed, [math.inf], False
                 vector = _blended(space, vector, noise)
                 continue
+            # Started at the second of two eigenvectors, with values 3 and 5, the residual met the tolerance after three
+            # products, at 3; the noise in the start needs some more to outgrow it.
             if (converged and num_matvecs >= min(_LEAST_PRODUCTS, space.size)) or num_matvecs == max_matvecs:
                 break
             if value + shift == 0 and residual == 0:
@@ -117,7 +122,7 @@ def power_iteration(
 
 
 def _needed_shift(value: float, residuals: Sequence[float]) -> float:
-    """By how much the spectrum is to be shifted for its upper end to be the one of largest modulus, as far as it shows.
+    """The shift that makes the upper end the one of largest modulus, as far as the products so far show.
 
     A negative value, converged or not, shows that the other end may be the larger one in modulus. With the shift by its
     modulus (and residual) the spectrum is non-negative there. Where both ends are alike in modulus, the vector swings
@@ -125,6 +130,8 @@ def _needed_shift(value: float, residuals: Sequence[float]) -> float:
     """
     if value < 0:
         return residuals[-1] - value
+    # Half-way between two ends of equal modulus the quotient is anywhere between them. Its square and that of the
+    # residual add up to the mean of A², which is the square of that modulus.
     if len(residuals) > _STALLED_AFTER and residuals[-1] > 2 / 3 * residuals[-_STALLED_AFTER]:
         return math.hypot(value, residuals[-1])
     return 0.0

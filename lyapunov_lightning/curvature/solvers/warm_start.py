@@ -1,4 +1,4 @@
-"""The start of a search for eigenvectors of which something is known already, such as those of the last search."""
+"""The start of a search for eigenvectors of which something is known already, such as the result of the last search."""
 
 from torch import Tensor
 

@@ -101,7 +101,7 @@ def spectral_density(
         operator: The symmetric operator.
         num_probes: How many random vectors.
         num_steps: Lanczos steps of each; polynomials up to degree ``2 · num_steps - 1`` are integrated exactly.
-        known: Eigenpairs, such as those of `lanczos`; those that have converged enter exactly, the others are left out.
+        known: Eigenpairs, as `lanczos` returns them. Converged ones enter exactly, the others are left out.
         seed: Seed of the random vectors.
 
     Returns:
@@ -131,12 +131,14 @@ def spectral_density(
     generator = torch.Generator().manual_seed(seed)
     with space.together():
         rows, values = converged_pairs(known, space)
+        # The complement of the known vectors ends there, and a step further would be made of rounding.
         num_steps = min(num_steps, space.size - len(values))
         entries: list[Tensor] = []
         for _ in range(num_probes if num_steps else 0):
             entries += _tridiagonal(operator, space, rows, generator, num_steps)
         table = read(entries, space).view(num_probes, 2 * num_steps) if entries else None
     exact = values.expand(num_probes, -1)
+    # Each known eigenvalue is one of n, and the random vectors share out the rest.
     nodes, weights = [exact], [torch.full_like(exact, 1 / space.size)]
     if table is not None:
         drawn, shares = _quadrature(table[:, :num_steps], table[:, num_steps:-1])
@@ -148,7 +150,7 @@ def spectral_density(
 def _tridiagonal(
     operator: LinearOperator, space: VectorSpace, known: Tensor, generator: torch.Generator, num_steps: int
 ) -> list[Tensor]:
-    """Lanczos steps from a random vector in the complement of known ones, orthogonalised against all vectors, twice.
+    """Lanczos steps from a random vector in the complement of known ones, with full reorthogonalisation, twice.
 
     Where the space that is reached from there ends, what is left is rounding: its norm, next to nothing, cuts the
     matrix in two, and what follows has no weight.
@@ -161,7 +163,7 @@ def _tridiagonal(
         num_steps: How many.
 
     Returns:
-        The entries on the diagonal, then as many beside it of which the last one is beyond the matrix; all of them
+        The entries on the diagonal, then as many next to it, of which the last one is beyond the matrix; all of them
         scalars on the device.
 
     """
@@ -172,6 +174,7 @@ def _tridiagonal(
     beside: list[Tensor] = []
     for step in range(num_steps):
         basis[step] = row
+        # A copy: an operator may return memory of its own, and the row is worked on in place.
         row = operator.matvec(basis[step]).clone()
         diagonal.append(space.inner(basis[step], row))
         beside.append(space.orthonormalise(row, [known], [basis[: step + 1]]))
@@ -182,4 +185,6 @@ def _quadrature(diagonals: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights of tridiagonal matrices, each of shape ``(num_probes, num_steps)``."""
     matrices = torch.diag_embed(diagonals) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     nodes, vectors = torch.linalg.eigh(matrices)
+    # The weights are the squares of the eigenvectors' first components (G. Golub and J. Welsch, "Calculation of Gauss
+    # quadrature rules", 1969).
     return nodes, vectors[:, 0].square()

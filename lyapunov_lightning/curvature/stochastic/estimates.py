@@ -90,6 +90,7 @@ def student_quantile(freedom: int) -> float:
 
 def _within(t: float, freedom: int) -> float:
     """The probability that Student's t is between -t and t."""
+    # The series of cosines for odd and for even degrees of freedom, 26.7.3 and 26.7.4.
     angle = math.atan(t / math.sqrt(freedom))
     is_odd = freedom % 2 == 1
     term = math.cos(angle) if is_odd else 1.0

@@ -79,7 +79,7 @@ def stochastic_moments(
     Args:
         operator: The symmetric operator.
         num_probes: How many random vectors.
-        known: Eigenpairs whose vectors the random ones are kept orthogonal to, such as those of `lanczos`. Those that
+        known: Eigenpairs whose vectors the random ones are kept orthogonal to, as `lanczos` returns them. The ones that
             have not converged take a product each.
         sketch: How many directions of large eigenvalues to look for in advance, at two products each: about as many as
             there are outliers that are not known.
@@ -214,6 +214,7 @@ class _Treated:
         """Add what the operator makes of some random vectors."""
         found: list[Tensor] = []
         for _ in range(min(count, self._space.size - len(self._rows))):
+            # Products turn random vectors towards the large eigenvalues, which make the variance (Hutch++).
             image = self._operator.matvec(self.project(self._space.random(generator))).clone()
             self.num_matvecs += 1
             self._space.orthonormalise(image, [self._rows], [torch.stack(found)] if found else [])

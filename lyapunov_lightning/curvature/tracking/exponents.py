@@ -19,7 +19,7 @@ class EndExponents:
         lambda_max: The largest eigenvalue.
         lambda_min: The smallest eigenvalue.
         exponent: The exponent of the map that was followed, of gradient ascent where both were.
-        exponent_sgd: That of the training map, where both were followed.
+        exponent_sgd: The exponent of the training map, where both were followed.
         inverse_h0: The inverse of the largest eigenvalue in the paper's convention.
         paper_lambda_min: The smallest eigenvalue in the paper's convention.
         estimates: The last iteration of each map.
@@ -44,8 +44,8 @@ class EndExponents:
 class ExponentTracker:
     """The outermost eigenvalue of one or both ends by finite-size Lyapunov exponents, followed through a training.
 
-    The largest end is that of gradient ascent, Algorithm 1 of the chaos-theory paper; the smallest end is that of the
-    training map.
+    The largest end is measured under gradient ascent, Algorithm 1 of the chaos-theory paper, and the smallest end under
+    the training map.
 
     Args:
         end: Which end of the spectrum.
@@ -84,6 +84,7 @@ class ExponentTracker:
         """
         ascent = training = None
         if self._ascent is not None:
+            # At the same parameters: each iteration turns the perturbation further towards its eigenvector.
             for _ in range(self._iterations):
                 ascent = self._ascent.step(gradient, here, space=space)
         if self._training is not None and lr > 0:
@@ -108,9 +109,11 @@ class ExponentTracker:
             lambda_min=lambda_min,
             exponent=estimates[0].exponent,
             exponent_sgd=None if ascent is None or training is None else training.exponent,
+            # In the paper h0 = 1/β, and what it plots is its inverse, in the unit of a learning rate.
             inverse_h0=None if ascent is None else 1 / ascent.paper_eigenvalue,
             paper_lambda_min=training.paper_eigenvalue if training is not None and training.end == "smallest" else None,
             estimates=estimates,
+            # Without the gradient at the present parameters, which the caller has taken.
             num_gradients=self._iterations * len(estimates),
         )
 

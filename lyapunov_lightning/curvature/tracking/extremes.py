@@ -81,5 +81,7 @@ class ExtremeTracker:
             converged=torch.cat([pairs.converged for pairs in found]),
             num_matvecs=sum(pairs.num_matvecs for pairs in found),
             num_largest=sum(pairs.num_largest for pairs in found),
+            # One vector, as `Eigenpairs.start` is, for whoever searches both ends at once. Here the rows of `vectors`
+            # are what the next search starts from.
             start=torch.stack([pairs.start for pairs in found]).sum(dim=0),
         )

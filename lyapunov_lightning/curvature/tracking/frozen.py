@@ -61,6 +61,7 @@ class FrozenDirections:
         found: dict[int, tuple[float, float]] = {}
         space = space_of(operator)
         for step, vectors in self._vectors.items():
+            # Moved to the device once, after a resume, and kept there.
             if vectors.shape[1] == space.length:
                 self._vectors[step] = here = vectors.to(operator.device, operator.dtype)
                 top, bottom = (float(space.inner(vector, operator.matvec(vector))) for vector in here)

@@ -41,6 +41,7 @@ class KeptSubspace:
         overlap = None
         if kept is not None and kept.shape[1] == vectors.shape[1]:
             overlap = subspace_overlap(kept, vectors, space)
+        # Rounded after the comparison: the three digits of bfloat16 are the error of one of the two spans only.
         if self._moves_on or overlap is None:
             self._vectors = vectors.to(torch.bfloat16)
         return overlap

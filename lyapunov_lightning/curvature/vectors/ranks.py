@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import PeerFailureError
 
-_MESSAGE = 64
+_MESSAGE_LENGTH = 64
 """Numbers in a message. The first two count the ranks that failed and the ranks that did not."""
 
 
@@ -66,7 +66,7 @@ class Ranks:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             with torch.inference_mode(False):
                 # Made in advance, since a rank that has no memory left still has to say so.
-                self._message = torch.zeros(_MESSAGE, dtype=dtype, device=device)
+                self._message = torch.zeros(_MESSAGE_LENGTH, dtype=dtype, device=device)
 
     @contextmanager
     def summing(self, buffer: Tensor) -> Iterator[None]:
@@ -234,7 +234,7 @@ class Ranks:
     def _exchange(self, numbers: list[float]) -> tuple[float, list[float]]:
         """How many ranks there are, and the sums of some numbers over them, in as many messages as it takes."""
         blocks = self._present_blocks()
-        room = _MESSAGE - 2
+        room = _MESSAGE_LENGTH - 2
         all_sums: list[float] = []
         for start in range(0, max(len(numbers), 1), room):
             num_failed = blocks[-1].num_failed if blocks else 0
@@ -254,7 +254,7 @@ class Ranks:
         # Ranks have to send from devices of one kind. Objects for the same ranks may differ in it, on offloaded vectors
         # for example, so the outermost block decides.
         message = (blocks[0].ranks if blocks else self)._message
-        padded = numbers + [0.0] * (_MESSAGE - len(numbers))
+        padded = numbers + [0.0] * (_MESSAGE_LENGTH - len(numbers))
         message.copy_(torch.tensor(padded, dtype=message.dtype, device="cpu"))
         self._sum(message)
         received: list[float] = message.tolist()
