@@ -23,7 +23,13 @@ from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.loaders import seeded
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import put_away
-from lyapunov_lightning.training.lightning_names import Callback, either, in_library_of
+from lyapunov_lightning.training.lightning_names import (
+    Callback,
+    LightningModule,
+    Trainer,
+    either,
+    in_library_of,
+)
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
@@ -50,7 +56,7 @@ def measure(
     lines: int = 0,
     hessian: HessianConfig | None = None,
     ckpt_path: str | None = None,
-    trainer: Any = None,
+    trainer: Trainer | None = None,
 ) -> SpectrumResult:
     """Measure the curvature of a LightningModule's training loss as it is now, or as it was in a checkpoint.
 
@@ -164,7 +170,7 @@ class _Once(Callback):
         self._started = time.perf_counter()
         self.result: SpectrumResult | None = None
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         config, owner = self._config, "measure"
         put_away(pl_module)
         check_objective(owner, trainer, pl_module, config)
@@ -175,7 +181,7 @@ class _Once(Callback):
         with torch.inference_mode(False), torch.enable_grad(), failing_together(trainer):
             self.result = self._measured(trainer, pl_module)
 
-    def _measured(self, trainer: Any, pl_module: Any) -> SpectrumResult:
+    def _measured(self, trainer: Trainer, pl_module: LightningModule) -> SpectrumResult:
         config = self._config
         assert config.mode is not None  # see `HessianConfig.filled`
         with seeded(config.seed):  # all ranks draw the same order of batches, of which each takes every n-th
@@ -251,17 +257,22 @@ class _Once(Callback):
 
 
 @contextmanager
-def _alone(trainer: Any, callback: Callback) -> Iterator[None]:
+def _alone(trainer: Trainer, callback: Callback) -> Iterator[None]:
     """Let a trainer run with one callback and no loggers; its own are back afterwards."""
-    callbacks, loggers = trainer.callbacks, trainer.loggers
-    trainer.callbacks, trainer.loggers = [callback], []
+    untyped: Any = trainer  # whose class does not declare its callbacks
+    callbacks, loggers = untyped.callbacks, trainer.loggers
+    # The user's callbacks would take this for a prediction, and a `BasePredictionWriter` would begin its files. A logger
+    # would get the module's hyperparameters, and with them a run that nothing else is logged to.
+    untyped.callbacks, trainer.loggers = [callback], []
     try:
         yield
     finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers
+        untyped.callbacks, trainer.loggers = callbacks, loggers
 
 
-def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> tuple[list[ProbeBatch], int]:
+def _batches(
+    trainer: Trainer, pl_module: LightningModule, data: Any, config: HessianConfig
+) -> tuple[list[ProbeBatch], int]:
     """This rank's batches, and how many all ranks have."""
     loader = _loader(trainer, pl_module, data)
     count = config.num_batches
@@ -280,11 +291,12 @@ def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> 
     return batches[trainer.global_rank :: trainer.world_size], len(batches)
 
 
-def _loader(trainer: Any, pl_module: Any, data: Any) -> Iterable[Any]:
+def _loader(trainer: Trainer, pl_module: LightningModule, data: Any) -> Iterable[Any]:
     """The iterable that gives the batches."""
     if isinstance(data, either("LightningDataModule")):
         # As `fit` does: without it Lightning would not find the hooks of the data that move batches to the device.
-        trainer._data_connector.attach_datamodule(pl_module, data)
+        connector: Any = trainer._data_connector
+        connector.attach_datamodule(pl_module, data)
         if trainer.local_rank == 0:
             data.prepare_data()
         trainer.strategy.barrier("prepare_data")

@@ -18,7 +18,7 @@ from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
-from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
 from lyapunov_lightning.training.optimizers.phases import FirstStepDue, Idle, OnTrial, Phase, Seen, Stepping
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
@@ -159,12 +159,12 @@ class QuasiNewtonLRController(CurvatureCallback):
         return self._generate_state_key(rule=self._rule_name, log_prefix=self._log_prefix)
 
     @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "the learning rate is one")
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         owner = type(self).__name__
         optimizer = check_steerable(owner, trainer, pl_module)
@@ -183,7 +183,7 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, optimizer))
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._steering.safeguard.before_batch(trainer, pl_module)
 
@@ -214,7 +214,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         return self._result(step, proposal)
 
     @override
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not before the step: NudgedSGDHook may have changed the gradient by then, and the slope would be that
         # of another loss.
         last = self._update.known
@@ -227,7 +227,9 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._phase = Seen(seen, last.lr)
 
     @override
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         self._steering.set(trainer)
         if isinstance(self._phase, FirstStepDue):
             self._phase = self._phase.step_on_trial(self._steering.rates)
@@ -238,7 +240,9 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._update.begin(list(trainable_parameters(pl_module).values()))
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._losses.see(trainer, outputs)
         loss = loss_in(outputs)
         phase = self._phase
@@ -263,13 +267,13 @@ class QuasiNewtonLRController(CurvatureCallback):
                 self._steering.follow(trainer, lengths)
 
     @override
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses.collect(trainer)
         super().on_train_end(trainer, pl_module)
         self._release()
 
     @override
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._release()
 
@@ -279,7 +283,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         return {**super()._stateful(), **self._steering.parts(), **own}
 
     @override
-    def _keep(self, trainer: Any, record: Record) -> None:
+    def _keep(self, trainer: Trainer, record: Record) -> None:
         super()._keep(trainer, record)
         self._losses.collect(trainer)
 
@@ -306,7 +310,7 @@ class QuasiNewtonLRController(CurvatureCallback):
             **proposal.found,
         )
 
-    def _after_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _after_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Keep the update for the next batch, right after the optimizer has taken its step."""
         if isinstance(self._phase, OnTrial):
             first, self._phase = self._phase, Idle()
@@ -314,7 +318,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         else:
             self._update.end(self._steering.rates.highest)
 
-    def _find_first_lr(self, trainer: Any, first: OnTrial) -> None:
+    def _find_first_lr(self, trainer: Trainer, first: OnTrial) -> None:
         """Take the first step back, find its learning rate, and take it again at this one."""
         rates, taken, lr = self._steering.rates, self._steering.rates.highest, first.own_lr
         displacement = first.observed.rewind()

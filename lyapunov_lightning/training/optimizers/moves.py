@@ -1,7 +1,6 @@
 """Moving the parameters in an optimizer's place, and scaling the gradients that it is about to see."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.distributed import any_rank, sum_over_ranks
 from lyapunov_lightning.training.fsdp import is_sharded
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 
 
@@ -71,7 +71,7 @@ def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     return FlatLayout(parameters).flatten(pieces)
 
 
-def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -> bool:
+def move_parameters(trainer: Trainer, pl_module: LightningModule, displacement: Tensor | None) -> bool:
     """Add a displacement to the trainable parameters.
 
     All ranks have to call this together. They move by the mean of their displacements, so that their parameters stay

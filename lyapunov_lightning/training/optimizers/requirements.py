@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.training.lightning_names import MisconfigurationException, either
+from lyapunov_lightning.training.lightning_names import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+    either,
+)
 
 
 def check_training_map(owner: str, optimizers: Sequence[torch.optim.Optimizer], *, momentum: bool = True) -> None:
@@ -62,7 +68,7 @@ def check_uniform_sgd(
         )
 
 
-def check_unscaled(owner: str, trainer: Any) -> None:
+def check_unscaled(owner: str, trainer: Trainer) -> None:
     """Refuse gradients that carry a loss scale until the optimizer's step.
 
     Raises:
@@ -91,7 +97,7 @@ def check_movable(owner: str, optimizers: Sequence[torch.optim.Optimizer]) -> No
         )
 
 
-def check_steerable(owner: str, trainer: Any, pl_module: Any) -> torch.optim.Optimizer:
+def check_steerable(owner: str, trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
     """Refuse what keeps a callback from steering the learning rate.
 
     Returns:
@@ -137,7 +143,7 @@ def check_steerable(owner: str, trainer: Any, pl_module: Any) -> torch.optim.Opt
             f"`{owner}` cannot steer {type(optimizer).__name__}, which {cause}. Use SGD, Adam or any other optimizer"
             " that moves by learning rate times update, or take the callback out."
         )
-    if any(isinstance(callback, either("callbacks.StochasticWeightAveraging")) for callback in trainer.callbacks):
+    if any(isinstance(callback, either("callbacks.StochasticWeightAveraging")) for callback in callbacks_of(trainer)):
         raise MisconfigurationException(
             f"`{owner}` sets the learning rate, and so does StochasticWeightAveraging. Use one of the two, or"
             " WeightAveraging, which leaves the learning rate alone."

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lyapunov_lightning.curvature.acting.loss_watch import LossWatch, Verdict
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 
 _STEPS_BETWEEN_COPIES = 10
@@ -40,7 +41,7 @@ class Safeguard:
         self._copy.clear()
         self._copied_at = None
 
-    def before_batch(self, trainer: Any, pl_module: Any) -> None:
+    def before_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the training at every tenth step; `after_batch` keeps the copy if the loss of its batch is good."""
         step = trainer.global_step
         # With gradient accumulation there are several batches before one step: one copy is enough.

@@ -52,7 +52,7 @@ class ReshardedObjective(TrainingObjective):
         """
         sharded = [p for p in self._pl_module.parameters() if local_of(p) is not p]
         # On "meta" a replica of a model that fits on no device takes no memory until it is sharded.
-        empty = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
+        empty: dict[Tensor, Tensor] = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
         others = {} if values is None else dict(zip(self.parameters, values, strict=True))
         with replica(self._trainer, self._pl_module, self._mode, empty) as twin:
             leaves = shard_again(self._pl_module, twin.module, twin.copier.memo, self._collectives)
