@@ -118,14 +118,19 @@ def measure(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+    # On a copy: `predict` moves the module to the device of the trainer, makes that its trainer, and with `ckpt_path`
+    # overwrites its weights.
     copier = Copier()
     if module._trainer is not None:
+        # A module that was trained leads to its Trainer, and from there to the data, the loggers and the processes.
         copier.memo.note(module._trainer, None)
     twin = copier(module)
     twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
     once = _Once(data, config, largest, smallest, density, lines, twin)
     try:
         with _alone(trainer, once):
+            # Not `fit`, which would make optimizers and train, and not `validate` or `test`, for which the module may
+            # have no step.
             trainer.predict(twin, dataloaders=_NoBatches(), ckpt_path=ckpt_path, return_predictions=False)
     finally:
         copier.memo.forget()
@@ -141,6 +146,7 @@ class _NoBatches:
     """Data for `Trainer.predict`, which is to set everything up and then to predict nothing."""
 
     def __len__(self) -> int:
+        # Of an empty loader Lightning skips the whole loop, and `on_predict_start` with it.
         return 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -178,6 +184,7 @@ class _Once(Callback):
         check_size(owner, pl_module, self._largest + self._smallest)
         for inner, is_training in self._modes.items():  # which `predict` has switched to evaluation
             inner.training = is_training
+        # `predict` turns gradients off, and tensors made in inference mode could not be part of a graph later either.
         with torch.inference_mode(False), torch.enable_grad(), failing_together(trainer):
             self.result = self._measured(trainer, pl_module)
 
@@ -195,6 +202,7 @@ class _Once(Callback):
         lines = self._along(hessian, gradient, pairs)
         return SpectrumResult(
             values=pairs.values.cpu(),
+            # `torch.stack` refuses an empty list, which is what a density without eigenpairs has.
             vectors=torch.stack([hessian.space.whole(row).cpu() for row in pairs.vectors])
             if len(pairs.vectors)
             else torch.empty(0, hessian.size),
@@ -236,7 +244,10 @@ class _Once(Callback):
         if not of_largest + of_smallest:
             return {}
         places = [*range(of_largest), *range(self._largest, self._largest + of_smallest)]
+        # Once for all lines: the noise is that of the loss, and its measurement takes nine evaluations.
         start = noisy_start(hessian, gradient)
+        # In proportion to the parameters, so that the same share of a large and of a small network is seen; 1 for a
+        # network of zeros.
         reach = _REACH * parameter_norm(hessian) or 1.0
         found: dict[str, ScannedLine] = {}
         for name, place in zip(direction_names(of_largest, of_smallest), places, strict=True):
@@ -286,6 +297,8 @@ def _batches(
     batches = [ProbeBatch(batch, index, False) for index, batch in enumerate(islice(loader, count))]
     if not batches:
         raise ValueError(f"`data` should give at least one batch, got a {type(data).__name__} that gives none.")
+    # Such a loader gives each rank other batches already. Of any other loader all ranks have read the same ones, and
+    # each takes every n-th: unequal shares are weighted by their samples.
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         return batches, len(batches) * trainer.world_size
     return batches[trainer.global_rank :: trainer.world_size], len(batches)
@@ -297,6 +310,7 @@ def _loader(trainer: Trainer, pl_module: LightningModule, data: Any) -> Iterable
         # As `fit` does: without it Lightning would not find the hooks of the data that move batches to the device.
         connector: Any = trainer._data_connector
         connector.attach_datamodule(pl_module, data)
+        # As Lightning does with `prepare_data_per_node`: one process of a machine downloads, and the others wait.
         if trainer.local_rank == 0:
             data.prepare_data()
         trainer.strategy.barrier("prepare_data")
@@ -304,6 +318,8 @@ def _loader(trainer: Trainer, pl_module: LightningModule, data: Any) -> Iterable
         loader: Iterable[Any] = data.train_dataloader()
         return loader
     if isinstance(data, Dataset):
+        # With the last, smaller batch, so that every sample counts, and once. Batches are weighted by their samples:
+        # how large they are does not matter in evaluation mode.
         return DataLoader(data, _BATCH_SIZE)
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise TypeError(

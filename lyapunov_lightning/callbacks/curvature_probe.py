@@ -188,6 +188,8 @@ class CurvatureProbe(CurvatureCallback):
         self._losses.start(trainer)
         optimizer = self._estimator.start(trainer, type(self).__name__)
         if optimizer is not None:
+            # Not by `on_train_batch_end`: there a scheduler has already set the next learning rate, and another
+            # callback may have moved the parameters, so that neither the update nor its rate could be seen.
             self._step_hook.attach(optimizer, partial(self._measure_at, trainer, "update"))
 
     @override
@@ -259,6 +261,9 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The first backward pass after `measure` is that of the measured batch. With accumulation, ``.grad`` holds no
+        # other batch yet: a step is measured before its first one, and Lightning has set the gradients to zero in
+        # between.
         self._measure_at(trainer, "gradient")
 
     @override
@@ -271,6 +276,8 @@ class CurvatureProbe(CurvatureCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # Before anything can return from here: every rank has to see every batch, or they would collect at different
+        # times.
         self._losses.see(trainer, outputs)
         is_stepping, self._is_stepping = self._is_stepping, False
         if self._waiting is None:
@@ -302,6 +309,8 @@ class CurvatureProbe(CurvatureCallback):
             self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
         warning = self._edge.see(
             result.step,
+            # A ratio that is not known to the tolerance may be above 1 by its error alone, and the warning is given
+            # once only.
             ratio if result.converged else None,
             self._losses.series,
             learning_rate=result.learning_rate,

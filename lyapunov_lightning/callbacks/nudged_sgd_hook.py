@@ -234,6 +234,7 @@ class NudgedSGDHook(CurvatureCallback):
             removed = scale_gradients(
                 optimizer, parameters, vectors, self._space, inside=self._inside, outside=self._outside
             )
+        # At the logger's interval and not at every step: reading the number waits until the GPU has finished.
         every = log_interval(trainer)
         if every and trainer.global_step % every == 0 and math.isfinite(removed):
             self._recorder.log(trainer, {"nudge/removed_fraction": float(removed)})

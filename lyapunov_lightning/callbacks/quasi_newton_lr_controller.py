@@ -139,6 +139,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         if annealing is not None and not 0 <= annealing <= 1:
             raise ValueError(f"`annealing` should be in [0, 1], got {annealing}.")
         if schedule is None:
+            # Into one schedule with the rule's first steps, and None for the base class, which refuses both arguments
+            # at once.
             every = kind.every_n_steps if every_n_steps is None else every_n_steps
             schedule, every_n_steps = Schedule(every, first_n_steps=kind.first_n_steps), None
         super().__init__(
@@ -176,6 +178,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._release()
         self._steering.start(trainer, optimizer)
         self._losses.start(trainer)
+        # Vectors of a checkpoint are on the CPU, where a dot product with the first gradient would fail.
         self._update.to(trainer.strategy.root_device)
         if self._rule.follows_updates:
             # A hook of the optimizer and not of Lightning: other callbacks may move the parameters after the step,
@@ -220,6 +223,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         last = self._update.known
         if last is None or isinstance(self._phase, FirstStepDue):
             return
+        # This hook comes before Lightning unscales: under fp16 ``.grad`` is 65,536 times the gradient at first.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         seen = self._update.seen(list(trainable_parameters(pl_module).values()), trainer.optimizers[0], loss_scale)
@@ -230,6 +234,7 @@ class QuasiNewtonLRController(CurvatureCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        # In the last hook before the optimizer reads its groups: what is set here acts in this very step.
         self._steering.set(trainer)
         if isinstance(self._phase, FirstStepDue):
             self._phase = self._phase.step_on_trial(self._steering.rates)
@@ -260,6 +265,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         # One reduction and one transfer for all of them: this is done at every step.
         value, *seen = mean_over_ranks(trainer, torch.stack(numbers)).tolist()
         if self._steering.see_loss(trainer, value, self._recorder.warn_once) is Verdict.LOST:
+            # The parameters are those of an earlier step now, so the next gradient says nothing of where this update
+            # ended.
             self._update.forget()
         elif isinstance(phase, Stepping):
             lengths = self._rule.follow(SeenUpdate(*seen), phase.lr)

@@ -29,6 +29,7 @@ def fail(error: BaseException | str) -> NoReturn:
         SystemExit: With exit status 2.
 
     """
+    # Lightning starts the other ranks as processes of this same command, and each reports its error to one terminal.
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = f" (rank {rank})" if rank else ""
     sys.stderr.write(f"{PROGRAM}{where}: error: {' '.join(str(error).split())}\n")

@@ -61,6 +61,7 @@ def learning_rate_figure(
     panels = stacked(picture, [1.0, 1.0] if losses is None else [1.0, 1.0, 1.0])
     rates, lengths = floats(learning_rates), floats(step_lengths)
     curve(panels[0], steps, rates, color=TEAL, label="learning rate")
+    # A rate that doubles or halves is a step of one height on this axis, early and late. Zero has no place on it.
     if np.isfinite(rates).any() and np.nanmin(rates) > 0:
         log_axis(panels[0], "y")
     panels[0].set_ylabel("learning rate")

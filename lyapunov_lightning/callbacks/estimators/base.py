@@ -98,6 +98,8 @@ class MeasuredStep:
         """The stability limit of the first optimizer as it is set now; None if it is not known."""
         if not self.step.trainer.optimizers:
             return None
+        # There are several under manual optimization only, as for a GAN: which of them descends the measured loss
+        # nobody knows, and the first is taken.
         optimizer = self.step.trainer.optimizers[0]
         if not is_known(optimizer):
             self.warn_once(

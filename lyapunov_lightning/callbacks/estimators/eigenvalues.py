@@ -84,6 +84,8 @@ class LanczosEigenvalues(Eigenvalues):
     def __init__(self, settings: EstimatorSettings) -> None:
         super().__init__(settings)
         largest, smallest = int(settings.end != "smallest"), int(settings.end != "largest")
+        # By values: the probe logs no vector, and an eigenvalue's error is about the square of its residual. It is
+        # known to 2 % at a residual of 14 % where no other eigenvalue is near.
         self.request = EigenRequest(largest, smallest, settings.tol, values_only=True)
         self._start = SearchStart()
 

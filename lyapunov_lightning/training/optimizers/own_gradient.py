@@ -35,6 +35,8 @@ class OwnGradient:
             own *= trainer.accumulate_grad_batches
         if self._fits:
             return own
+        # Compared in the first probe only: two evaluations of the same function on the same batch differ by the order
+        # of sums, up to 1e-5, while another dropout mask or a loss scale changes the gradient as a whole.
         computed = operator.gradient()
         distance, norm = torch.linalg.vector_norm(own - computed), torch.linalg.vector_norm(computed)
         self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)

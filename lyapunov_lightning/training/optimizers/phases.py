@@ -70,6 +70,8 @@ class FirstStepDue:
         """The optimizer is about to take the step: copy the parameters, and see to it that the step will be visible."""
         observed, own_lr = ObservedUpdate(self.hessian), rates.highest
         if own_lr < _OBSERVABLE_LR:
+            # A float32 parameter near 1 is rounded by up to 6e-8: of a step of 1e-6 that is 6 %, of one of 1e-8
+            # everything. The step is taken back in any case before the training continues.
             rates.set(1.0)
         return OnTrial(self.hessian, self.step, observed, own_lr)
 

@@ -58,6 +58,7 @@ class Safeguard:
         """
         verdict = self.watch.see(loss)
         if verdict is Verdict.LOST:
+            # Whether or not there is a copy to go back to: the losses that went up are no measure for those to come.
             self.watch.go_back()
             self._times_lost += 1
             restored = self._copy.restore(optimizer)
@@ -67,6 +68,8 @@ class Safeguard:
             self._times_lost = 0
             self._copy.confirm()
         else:
+            # A loss that is neither good nor lost yet may be the first of a divergence: a copy of it would be gone back
+            # to again and again.
             self._copy.reject()
         return verdict, None
 

@@ -61,6 +61,8 @@ class Steering:
         """Begin a run."""
         self.rates.start(optimizer)
         self.release()
+        # Read once, here: Lightning's property may load the training dataloader. It is infinite for `max_epochs=-1`,
+        # whose learning rate is then never annealed.
         self._num_steps = trainer.estimated_stepping_batches
 
     def release(self) -> None:

@@ -140,6 +140,7 @@ class LastUpdate:
         """After the step, of which `begin` was told."""
         if isinstance(self._last, _UnderWay):
             parameters, before = self._last.parameters, self._last.before
+            # In place in what follows: this is done at every step, and each further vector is as large as the model.
             after = FlatLayout(parameters).flatten(parameters)
             self.take(after.sub_(before).div_(lr), lr, parameters)
 
@@ -167,6 +168,8 @@ class LastUpdate:
             None if no update is known, or if other parameters are trained than when it was made.
 
         """
+        # By the size on all ranks and not by the length of this rank's vector: frozen parameters may be another rank's
+        # alone, and ranks that answer differently here would wait for each other in the mean over them.
         if not isinstance(self._last, _Known) or self._last.size != _size_of(parameters):
             return None
         vector = self._last.update.vector
@@ -178,6 +181,7 @@ class LastUpdate:
         if decay is not None:
             gradient += decay * layout.flatten(parameters)
         size = torch.stack([local_of(p).detach().abs().sum().to(gradient) for p in parameters]).sum()
+        # Scalars on the device: this is done at every step, and reading one of them would wait for the backward pass.
         found = (-(gradient @ vector), vector @ vector, vector.abs().sum(), size)
         # Of sharded parameters each rank has a part of every sum, and the mean over the ranks, which is taken later, is
         # too small by the number of parts.
