@@ -72,7 +72,7 @@ def measure(
         smallest: How many of the smallest.
         density: Whether to estimate the density of all eigenvalues too, for 320 products.
         lines: Along how many eigenvectors of each end to evaluate the loss.
-        hessian: Which Hessian. By default that of all of the data in evaluation mode, as without dropout.
+        hessian: Which Hessian. By default that of all of the data in evaluation mode, so without dropout.
         ckpt_path: A checkpoint whose weights are measured in place of the module's.
         trainer: Its devices, strategy and precision are used; its callbacks and loggers are not. By default one device,
             a GPU if there is one, in the precision of the module's weights.
@@ -272,8 +272,8 @@ def _alone(trainer: Trainer, callback: Callback) -> Iterator[None]:
     """Let a trainer run with one callback and no loggers; its own are back afterwards."""
     untyped: Any = trainer  # whose class does not declare its callbacks
     callbacks, loggers = untyped.callbacks, trainer.loggers
-    # The user's callbacks would take this for a prediction, and a `BasePredictionWriter` would begin its files. A logger
-    # would get the module's hyperparameters, and with them a run that nothing else is logged to.
+    # The user's callbacks would take this for a prediction, and a `BasePredictionWriter` would begin its files. A
+    # logger would get the module's hyperparameters, and with them a run that nothing else is logged to.
     untyped.callbacks, trainer.loggers = [callback], []
     try:
         yield

@@ -202,7 +202,7 @@ class CurvatureProbe(CurvatureCallback):
         return {"at_a_glance": self._at_a_glance}
 
     def diagnosis(self) -> Diagnosis:
-        """What the run tells of its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
+        """What the run says about its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
 
         With ``"critical"`` it says nothing of the room for a larger one, which takes an eigenvalue.
 
@@ -225,6 +225,8 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # First the losses of all ranks, while all of them are here. `conclude` also serves a run that breaks off, and
+        # takes those of this rank alone.
         self._losses.collect(trainer)
         super().on_train_end(trainer, pl_module)
         self._release()

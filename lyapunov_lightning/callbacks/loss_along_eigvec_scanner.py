@@ -212,6 +212,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             fits = torch.stack([_matrix(result.curvature_fits) for result in results])
             by_scale = {f"{scale:g}": fits[..., place] for place, scale in enumerate(self._scales)}
             figures["curvature_fit"] = partial(curvature_fit_figure, curvatures, by_scale, steps=steps)
+        # A scan without a learning rate has no surface, and a matrix of rows of two lengths cannot be made.
         with_steps = [result for result in results if result.surface]
         if with_steps:
             epochs = [result.epoch for result in with_steps]
@@ -282,6 +283,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         if pairs is not None:
             names = [*map(str, range(1, self._largest + 1)), *(f"min_{i}" for i in range(1, self._smallest + 1))]
             yield from zip(names, map(Direction, pairs.values.tolist(), pairs.vectors), strict=True)
+        # The same ones at every scan, drawn from the configured seed: between two scans only the loss has changed.
         for i, direction in enumerate(random_directions(hessian, self._random, self.config.seed), 1):
             yield f"random_{i}", direction
 

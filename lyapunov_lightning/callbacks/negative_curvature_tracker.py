@@ -158,7 +158,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         if descent is not None and not isinstance(descent, Descent):
             raise ValueError(f"`descent` should be a Descent or None, got {descent!r}.")
         online = online_schedule if online_schedule is not None else Schedule(every_n_steps=1)
-        # The moves of "online" come from its own products, so that the eigenpairs beside it act on nothing.
+        # The moves of "online" come from its own products, so that the shared eigenpairs act on nothing.
         acts = descent is not None and estimator == "lanczos"
         super().__init__(
             every_n_steps,

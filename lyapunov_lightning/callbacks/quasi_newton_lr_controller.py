@@ -79,7 +79,7 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     The same is in ``controller.results`` as `LearningRateResult`, and drawn as ``quasi_newton/learning_rate``.
 
-    Cost of a measured step, in gradients of its batch besides its own: about 2.5 (``along_update``) or 3.3
+    Cost of a measured step, in gradients of its batch, on top of its own: about 2.5 (``along_update``) or 3.3
     (``inverse_sharpness``). Memory: two vectors of the model's size for ``along_update``; for the safeguard one copy of
     parameters, buffers and optimizer state, and a second one during every tenth step.
 
@@ -275,6 +275,8 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # First the losses of all ranks, while all of them are here. `conclude` also serves a run that breaks off, and
+        # takes those of this rank alone.
         self._losses.collect(trainer)
         super().on_train_end(trainer, pl_module)
         self._release()

@@ -108,7 +108,7 @@ def _no_such_callback(name: str) -> str:
 
     near = difflib.get_close_matches(name, _known_callbacks(), n=1, cutoff=0)
     return (
-        f"There is no callback {name!r}. Did you mean {near[0]}? Those of this package are"
+        f"There is no callback {name!r}. Did you mean {near[0]}? This package has"
         f" {', '.join(callbacks.__all__)}; others are named by their import path, such as"
         " lightning.pytorch.callbacks.EarlyStopping."
     )

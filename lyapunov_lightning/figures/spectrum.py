@@ -125,7 +125,9 @@ def alignment_figure(
     label_ends(upper, ends, 1.9)
     upper.set_ylabel("|cosine| with\neigenvector")
     curve(lower, steps, inside, color=RED, label="gradient")
+    # A random vector has a share of k/n in k of n directions: compared with that, 1 % of a gradient may be much.
     lower.axhline(baseline, color=INK, linewidth=1.0, linestyle="--", label="random vector")
+    # With the baseline, which lies orders of magnitude below.
     _log_if_positive(lower, np.append(floats(inside), baseline))
     lower.set_ylabel("share in\ntop subspace")
     key(lower)
@@ -308,6 +310,7 @@ def _draw_ranks(panel: Axes, values: Floats, errors: Floats, num_largest: int) -
         panel.errorbar(
             place, values[index], yerr=error, fmt="o", color=colour, markersize=4.5, capsize=2.5, elinewidth=1
         )
+    # Where all have one sign and span far the axis is logarithmic, and has no zero to mark.
     if panel.get_yscale() != "log":
         panel.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
     # Eight names fit below a panel. Of more only the ends of both groups are named, from which the others are counted.

@@ -231,7 +231,7 @@ def key(panel: Axes, **options: Any) -> None:
 
 
 def _width_of_key(handles: Sequence[Any], columns: int) -> float:
-    """About how wide a legend of so many columns is, in points: besides its text each entry has a line and gaps."""
+    """About how wide a legend of so many columns is, in points: an entry has its text, a line and gaps."""
     # Estimated: the true width is known after drawing, and laying a figure out takes half a second. A letter is about
     # 0.6 of the font size wide.
     widths = [TICK_SIZE * (0.6 * len(str(handle.get_label())) + 4.0) for handle in handles]

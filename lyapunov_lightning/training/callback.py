@@ -92,7 +92,7 @@ class CurvatureCallback(Callback):
             raise ValueError(f"`schedule` should be a Schedule, got {schedule!r}.")
         if every_n_steps is not None:
             if schedule is not None:
-                raise ValueError("`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.")
+                raise ValueError("`every_n_steps` is itself a schedule, so `schedule` should be None.")
             schedule = Schedule(every_n_steps=every_n_steps)
         # Filled in once, here: callbacks share an operator where their configurations are equal, and one that left
         # `data` open would not be equal to one that names its default.
@@ -262,6 +262,8 @@ class CurvatureCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # After an exception, Ctrl+C included, Lightning calls neither `on_train_end` nor `teardown`: what these do is
+        # done here.
         if self._shared is not None:  # the training broke off, and its last measurements may show why
             self.conclude(trainer)
         self._shared = None

@@ -18,7 +18,7 @@ from lyapunov_lightning.training.callback import Stateful
 from lyapunov_lightning.training.lightning_names import MisconfigurationException, Trainer
 
 _ROUNDED = 2.0
-"""Length of a step, in last places of the parameters, up to which its direction is rather that of their rounding."""
+"""Length of a step, in units in the last place of the parameters, up to which it is mostly their rounding errors."""
 
 
 class CriticalLearningRate(Estimator):

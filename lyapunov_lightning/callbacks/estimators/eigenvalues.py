@@ -34,8 +34,8 @@ class Eigenvalues(Estimator):
         stability = at.stability()
         pairs = self._pairs(at)
         top = None
-        # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H stays
-        # beside it: it is what other optimizers, other runs and the literature are compared by.
+        # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H is
+        # measured as well: it is what other optimizers, other runs and the literature are compared by.
         if pairs.num_largest and stability is not None and not stability.is_on_hessian:
             with at.watched() as operator:
                 top = self._preconditioned.measure(stability.matrix(operator))

@@ -61,7 +61,7 @@ class Rule(ABC):
     """The default interval between two measurements."""
 
     first_n_steps: ClassVar[int] = 0
-    """How many of the first steps are measured by default besides."""
+    """How many of the first steps are measured in addition, by default."""
 
     annealing: ClassVar[float] = 0.0
     """The default share of the training over which the learning rate falls to zero."""
@@ -76,7 +76,7 @@ class Rule(ABC):
         self._seed = seed
 
     def objection(self, optimizer: torch.optim.Optimizer) -> str | None:
-        """Why the rule is not made for an optimizer, with what to use instead, as the end of a sentence about it."""
+        """Why the rule does not fit an optimizer and what to use instead, as the end of a sentence; None if it fits."""
         return None
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Rule(ABC):
         """Judge the last update after the gradient of the next batch, once a step, if the rule follows updates.
 
         Args:
-            seen: How the update looks to that gradient.
+            seen: Slope and size of the update, by that gradient.
             lr: The learning rate of the update.
 
         Returns:

@@ -20,7 +20,7 @@ _MAX_WARMUP = 50
 
 
 class InverseSharpness(Rule):
-    """The paper's ``1/h0``, where every estimate is held against the curvature along the gradient.
+    """The paper's ``1/h0``, where every estimate is compared with the curvature along the gradient.
 
     "A chaos theory approach to understand neural network optimization", sec. 3.1 and Algorithm 1.
     """

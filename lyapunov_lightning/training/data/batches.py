@@ -196,7 +196,7 @@ class ProbeData:
         return None
 
 
-_ELSEWHERE = "the training dataloader of another rank cannot be read beside the training"
+_ELSEWHERE = "the training dataloader of another rank cannot be read a second time"
 
 
 def _what_prevents_a_copy(loader: Any) -> str | None:
@@ -205,7 +205,7 @@ def _what_prevents_a_copy(loader: Any) -> str | None:
         return f"the training data are a {type(loader).__name__}, of which only a single `DataLoader` can be read twice"
     if isinstance(loader.dataset, IterableDataset):
         # It may read from a stream, which gives each sample once: a copy would take them from the training.
-        return f"an IterableDataset, {type(loader.dataset).__name__}, cannot be read beside the training"
+        return f"an IterableDataset, {type(loader.dataset).__name__}, cannot be read a second time"
     return None
 
 
@@ -215,4 +215,4 @@ def _said(error: Exception) -> str:
     # PyTorch puts "Caught KeyError in DataLoader worker process 0." and the traceback before what a worker has raised.
     said = lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")
     kind = "" if isinstance(error, MeasurementError) else f"{type(error).__name__}: "
-    return f"the training dataloader cannot be read beside the training ({kind}{said})"
+    return f"the training dataloader cannot be read a second time ({kind}{said})"

@@ -9,7 +9,7 @@ from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.training.lightning_names import Trainer
 
 _ROUNDING_DISTANCE = 1e-5
-"""Relative distance up to which two gradients are taken for the same, computed in another order."""
+"""Relative distance up to which two gradients count as the same one, summed in another order."""
 
 
 class OwnGradient:

@@ -1,4 +1,4 @@
-"""In which phase of a step a callback is that steers the learning rate: one value, and the ways from one to the next.
+"""The phases of a step for a callback that steers the learning rate: one value, and the ways from one to the next.
 
 Where the last update is known, a step goes from `Idle` over `Seen` and `Stepping` back to `Idle`. The first step is
 another one: nobody knows a learning rate before the optimizer has made an update, so the step is taken on trial, at the
@@ -23,10 +23,10 @@ class Idle:
 
 @dataclass(frozen=True)
 class Seen:
-    """The gradient of this batch has been computed, and shows the last update from where it ended.
+    """The gradient of this batch has been computed, where the last update ended, and gives the slope along it.
 
     Attributes:
-        update: How the update looks.
+        update: Its slope and size.
         lr: Its learning rate.
 
     """
@@ -44,7 +44,7 @@ class Stepping:
     """The optimizer takes its step, or has taken it, and the batch is not over.
 
     Attributes:
-        update: How the update before this one looks.
+        update: Slope and size of the update before this one.
         lr: Its learning rate.
 
     """

@@ -66,9 +66,9 @@ def check_uniform_sgd(
     cause = _not_uniform_sgd(optimizers, parameters)
     if cause is not None:
         raise MisconfigurationException(
-            f"`{owner}` gives directions that cut across all parameters a learning rate of their own, which takes one"
-            f" `torch.optim.SGD` with the same learning rate for all of them, but {cause}. Use such an optimizer, or"
-            " remove the callback."
+            f"`{owner}` gives directions that cut across all parameters a learning rate of their own, which requires"
+            f" one `torch.optim.SGD` with the same learning rate for all of them, but {cause}. Use such an optimizer,"
+            " or remove the callback."
         )
 
 
@@ -100,8 +100,8 @@ def check_movable(owner: str, optimizers: Sequence[torch.optim.Optimizer]) -> No
     # step, and enters its approximation of the Hessian as curvature that is not there.
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise MisconfigurationException(
-            f"`{owner}` moves the parameters beside the optimizer, which LBFGS would take for a change of the gradient"
-            " along its own step. Use another optimizer, or do not ask for the descent."
+            f"`{owner}` moves the parameters between the optimizer's steps, which LBFGS would take for a change of the"
+            " gradient along its own step. Use another optimizer, or do not ask for the descent."
         )
 
 

@@ -183,7 +183,7 @@ class TrainingObjective:
         return module.training_step(batch)
 
     def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
-        """The size of a batch: as `batch_size_fn` says, as the step told `self.log`, or as Lightning reads it."""
+        """The size of a batch: by `batch_size_fn`, as the step passed it to `self.log`, or as Lightning reads it."""
         if self._batch_size_fn is not None:
             return self._batch_size_fn(batch)
         if logged:

@@ -23,7 +23,7 @@ from lyapunov_lightning.training.replica.namespaces import replaced_namespaces
 from lyapunov_lightning.training.replica.trainer_view import view_of
 
 _OUTGOING = ("log", "log_dict", "print")
-"""Methods by which a LightningModule tells others of a step: loggers, the progress bar, the user's terminal."""
+"""Methods by which a LightningModule reports on a step: loggers, the progress bar, the user's terminal."""
 
 
 @dataclass

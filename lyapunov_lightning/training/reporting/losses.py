@@ -10,7 +10,7 @@ from lyapunov_lightning.training.distributed import mean_over_ranks
 from lyapunov_lightning.training.lightning_names import Trainer
 
 _MOST_KEPT = 10_000
-"""Losses that are kept: of longer runs those of every second step, of still longer ones of every fourth, and so on."""
+"""How many losses are kept. Longer runs keep every second step's, still longer ones every fourth's, and so on."""
 
 _PENDING = 100
 """Number of batches after which their losses are fetched from the device, in one transfer."""

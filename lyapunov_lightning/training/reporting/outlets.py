@@ -28,7 +28,7 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder:
         folder: The folder of the file.
 
     Returns:
-        The file, if one was written: ``group-name.png``, in place of the one of an earlier step.
+        The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
 
     """
     outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]

@@ -57,7 +57,7 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
 @contextmanager
 def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows a count in a bar; the bar comes up when it is first called, and goes with the block."""
+    """A function that shows a count in a bar; the bar appears at the first call and disappears with the block."""
     bar: _Bar | None = None
 
     def show(count: int) -> None:

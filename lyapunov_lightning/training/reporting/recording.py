@@ -215,7 +215,8 @@ class Recorder:
         """Charts in the form that TensorBoard's custom scalars require."""
         return {
             # TensorBoard reads tags as regular expressions: a prefix such as "run.1" is to match itself only.
-            title: ["Multiline", [f"^{re.escape(self._prefix)}{tag}" for tag in tags]] for title, tags in charts.items()
+            title: ["Multiline", [f"^{re.escape(self._prefix)}{tag}" for tag in tags]]
+            for title, tags in charts.items()
         }
 
     def warn_once(self, kind: str, message: str, *, everywhere: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The training loss of a sharded model, evaluated on replicas that are sharded like it.
 
-The parameters of a replica have no memory at first. ``fully_shard`` cuts them as it has cut those of the module, and
+The parameters of a replica have no memory at first. ``fully_shard`` cuts them as it has cut the module's own, and
 each rank fills in its own shards, at any displacement. So FSDP gathers and drops layer after layer in the replica's own
 forward and backward pass. The module in training stays as it is, with its shards, its gradients and what it has
 gathered.

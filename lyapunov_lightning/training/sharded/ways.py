@@ -26,8 +26,8 @@ from lyapunov_lightning.training.sharded.layerwise import LayerwiseObjective
 from lyapunov_lightning.training.sharded.resharded import ReshardedMeanLoss, ReshardedObjective
 
 Way = Literal["gathered", "layerwise", "shards"]
-"""How products of a sharded model are computed: with all parameters gathered for a measurement, with those of each
-layer gathered within the derivatives, or by finite differences of sharded gradients."""
+"""How products of a sharded model are computed: with all parameters gathered for a measurement, with one layer's
+gathered at a time within the derivatives, or by finite differences of sharded gradients."""
 
 
 _GATHERED, _LAYERWISE = 8, 5
