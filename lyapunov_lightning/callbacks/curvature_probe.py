@@ -79,9 +79,9 @@ class CurvatureProbe(CurvatureCallback):
 
     The figure ``curvature/at_a_glance`` has sharpness and stability limit, and the training loss below. It is drawn at
     the end of epochs with a new value, as far as that takes 2 % of the time, and at the end of the training or where it
-    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file beside
-    the log. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame: on
-    the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
+    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file in the
+    log folder. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame:
+    on the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
     above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both at any time.
 
     The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
@@ -204,7 +204,7 @@ class CurvatureProbe(CurvatureCallback):
     def diagnosis(self) -> Diagnosis:
         """What the run says about its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
 
-        With ``"critical"`` it says nothing of the room for a larger one, which takes an eigenvalue.
+        With ``"critical"`` it does not say whether a larger one would be stable, which takes an eigenvalue.
 
         Example::
 

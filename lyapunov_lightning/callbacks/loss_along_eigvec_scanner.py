@@ -196,6 +196,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         results: list[ScanResult] = self.results
         curvatures = _matrix(result.curvatures for result in results)
         steps = [result.step for result in results]
+        # One of each kind: there is a row of panels for each, and twenty directions would make a picture of 54 inches.
         first_of_each = {name: self._last[name] for name in ("1", "min_1", "random_1") if name in self._last}
         figures: Figures = {
             "optimal_step": partial(

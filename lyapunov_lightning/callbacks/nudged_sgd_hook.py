@@ -55,9 +55,9 @@ class NudgedSGDHook(CurvatureCallback):
     Parameters whose ``.grad`` is None keep it, and count as zeros. A gradient that is not finite is left alone, for
     the loss scaler to skip.
 
-    Only eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones are used
-    further, and as long as there are none the gradient is left alone. If parameters are frozen or unfrozen during the
-    run, the eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each of
+    Only eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones stay in
+    use, and as long as there are none the gradient is left alone. If parameters are frozen or unfrozen during the run,
+    the eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each of
     these cases is warned of once. What it does depends on its own measurement only, whatever other callbacks measure;
     callbacks that measure the same Hessian at the same step share the operator.
 

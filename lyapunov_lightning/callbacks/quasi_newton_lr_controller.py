@@ -1,4 +1,4 @@
-"""A learning rate from the curvature of the loss, in place of one that somebody tuned."""
+"""A learning rate from the curvature of the loss, in place of one that is tuned by hand."""
 
 from functools import partial
 from itertools import pairwise

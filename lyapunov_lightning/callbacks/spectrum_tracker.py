@@ -213,6 +213,8 @@ class SpectrumTracker(CurvatureCallback):
             if self._training is not None:
                 check_training_map(owner, trainer.optimizers, momentum=False)
         names = trainable_parameters(pl_module)
+        # At the start, when the names of the parameters are known: a misspelt pattern would else be missing in the log
+        # without a word.
         for block, members in parameter_blocks(names, self._groups).items():
             if not members:
                 raise MisconfigurationException(
@@ -242,6 +244,7 @@ class SpectrumTracker(CurvatureCallback):
             baseline = last.gradient_in_random_subspace
             figures["gradient_alignment"] = partial(alignment_figure, steps, cosines, inside, baseline)
         if self.density is not None:
+            # Those that enter the density exactly; all others in it are estimated.
             known = torch.cat([largest[-1], smallest[-1]])
             figures["density"] = partial(
                 density_figure,

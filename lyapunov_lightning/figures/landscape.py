@@ -69,6 +69,7 @@ def loss_profiles_figure(
             if not keyed:
                 key(panel)
                 keyed = True
+        # The legend of the first panel stands above it, and would be overwritten by the titles.
         pad = 20 if row[0].get_legend() else 6  # titles of a row stand in one line
         for panel, window in zip(row, windows, strict=False):
             panel.set_title(f"scale {number_label(window.scale)}", loc="right", color=GREY, fontsize=9, pad=pad)
@@ -253,6 +254,8 @@ def loss_surface_figure(
     surface: Any = picture.add_subplot(projection="3d")
     known = curvatures[np.isfinite(curvatures)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    # Every n-th with n rounded up, so that there are never more than the most; rounded down, 119 scans would all be
+    # drawn.
     for index in range(0, len(epochs), -(-len(epochs) // _MOST_IN_A_SURFACE)):
         share = (curvatures[index] - low) / (high - low) if high > low and np.isfinite(curvatures[index]) else 0.5
         there = np.full(len(where), float(epochs[index]))
@@ -310,6 +313,7 @@ def _scatter_against_eigenvalues(
     known = np.isfinite(x) & np.isfinite(y)
     x, y, colours = x[known], y[known], colours[known]
     low, high = _ends(moments)
+    # With the ends of all measurements, and not of those that are known here: panels side by side share one colour bar.
     panel.scatter(x, y, c=colours, s=18, cmap=IN_TIME, vmin=low, vmax=high, linewidths=0, alpha=0.9, zorder=3)
     # Both axes have one scale where there is a diagonal, so that it is straight.
     fitting_axis(panel, "x", np.concatenate([x, y]) if quadratic else x)
@@ -335,7 +339,7 @@ def _ends(moments: Floats) -> tuple[float, float]:
 
 
 def _moments_bar(picture: Picture, panels: Any, moments: Floats, steps: Sequence[float] | None) -> None:
-    """The key of the colours, if there is more than one."""
+    """A colour bar for the times of the measurements, if there is more than one."""
     low, high = _ends(moments)
     if low < high:
         colour_bar(picture, panels, low, high, "measurement" if steps is None else "step", whole=True)

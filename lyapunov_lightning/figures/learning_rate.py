@@ -71,6 +71,7 @@ def learning_rate_figure(
 
     lower = panels[1]
     curve(lower, steps, lengths, color=OCHRE, linewidth=1.2)
+    # The two lengths by which a curve of step lengths is read: f(α) = −α + α²/2 is lowest at 1 and back at 0 at 2.
     for length, meaning, style in ((1.0, "1: bottom of the parabola", "--"), (2.0, "2: nothing gained", ":")):
         lower.axhline(length, color=INK, linewidth=1.1, linestyle=style, label=meaning, zorder=3)
     key(lower)

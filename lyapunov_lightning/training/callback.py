@@ -191,7 +191,7 @@ class CurvatureCallback(Callback):
         # shards the model.
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
-        elif not self.results:  # whoever tests after a training does not expect more of the callback
+        elif not self.results:  # no warning for a test that follows a training
             running = trainer.state.fn
             assert running is not None  # within `setup`
             self._recorder.warn_once(

@@ -1,4 +1,4 @@
-"""One measurement for all callbacks that ask for the same.
+"""One measurement for all callbacks that ask for the same one.
 
 The callbacks of a trainer share one `SharedMeasurements`. At each batch it asks all of them whether they are due. Those
 that are due and have equal configurations get one operator, and its eigenpairs are computed once, for the largest

@@ -153,7 +153,7 @@ class LoaderCopy:
             del vars(self._loader)["_get_iterator"]
             try:
                 if isinstance(iterator, types.GeneratorType):
-                    iterator.close()  # first, since what the user does in its `finally` may still need the workers
+                    iterator.close()  # first, since the user's `finally` may still need the workers
             finally:
                 for inner in made:
                     getattr(inner, "_shutdown_workers", lambda: None)()

@@ -1,8 +1,8 @@
 """The phases of a step for a callback that steers the learning rate: one value, and the ways from one to the next.
 
-Where the last update is known, a step goes from `Idle` over `Seen` and `Stepping` back to `Idle`. The first step is
-another one: nobody knows a learning rate before the optimizer has made an update, so the step is taken on trial, at the
-optimizer's own learning rate, and goes from `FirstStepDue` over `OnTrial` to `Idle`.
+Where the last update is known, a step goes from `Idle` through `Seen` and `Stepping` back to `Idle`. The first step
+differs: a learning rate can be found only after the optimizer has made an update, so this step is taken on trial, at
+the optimizer's own learning rate, and goes from `FirstStepDue` through `OnTrial` to `Idle`.
 """
 
 from dataclasses import dataclass
