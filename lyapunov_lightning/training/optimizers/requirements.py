@@ -30,8 +30,8 @@ def check_training_map(owner: str, optimizers: Sequence[torch.optim.Optimizer], 
     """
 
     def is_followed(optimizer: torch.optim.Optimizer) -> bool:
-        # Not `isinstance`: a subclass of SGD may step in any way (LARS, SAM), and an exponent of plain SGD's map would
-        # be logged as that of the training.
+        # Not `isinstance`: a subclass may change the step, and an exponent of plain SGD's map would be logged as that
+        # of the training.
         if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
             return False
         group = optimizer.param_groups[0]

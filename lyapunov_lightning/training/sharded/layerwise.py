@@ -47,7 +47,7 @@ class LayerwiseObjective(TrainingObjective):
             The mean loss of this rank's samples times their number, as a function of the shards.
 
         """
-        # Detached, since these are the training's own shards: only the leaves made of them are to gather gradients.
+        # Detached, since these are the training's own shards: gradients are to end in the leaves that are made of them.
         shards = {parameter: local_of(parameter).detach() for layer, _ in self._layers for parameter in layer}
         own = [shards[p].requires_grad_() for p in self.parameters] if values is None else list(values)
         shards.update(zip(self.parameters, own, strict=True))
