@@ -23,7 +23,13 @@ from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.loaders import seeded
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import put_away
-from lyapunov_lightning.training.lightning_names import Callback, either, in_library_of
+from lyapunov_lightning.training.lightning_names import (
+    Callback,
+    LightningModule,
+    Trainer,
+    either,
+    in_library_of,
+)
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
@@ -50,7 +56,7 @@ def measure(
     lines: int = 0,
     hessian: HessianConfig | None = None,
     ckpt_path: str | None = None,
-    trainer: Any = None,
+    trainer: Trainer | None = None,
 ) -> SpectrumResult:
     """Measure the curvature of a LightningModule's training loss as it is now, or as it was in a checkpoint.
 
@@ -66,7 +72,7 @@ def measure(
         smallest: How many of the smallest.
         density: Whether to estimate the density of all eigenvalues too, for 320 products.
         lines: Along how many eigenvectors of each end to evaluate the loss.
-        hessian: Which Hessian. By default that of all of the data in evaluation mode, as without dropout.
+        hessian: Which Hessian. By default that of all of the data in evaluation mode, so without dropout.
         ckpt_path: A checkpoint whose weights are measured in place of the module's.
         trainer: Its devices, strategy and precision are used; its callbacks and loggers are not. By default one device,
             a GPU if there is one, in the precision of the module's weights.
@@ -112,14 +118,19 @@ def measure(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+    # On a copy: `predict` moves the module to the device of the trainer, makes that its trainer, and with `ckpt_path`
+    # overwrites its weights.
     copier = Copier()
     if module._trainer is not None:
+        # A module that was trained leads to its Trainer, and from there to the data, the loggers and the processes.
         copier.memo.note(module._trainer, None)
     twin = copier(module)
     twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
     once = _Once(data, config, largest, smallest, density, lines, twin)
     try:
         with _alone(trainer, once):
+            # Not `fit`, which would make optimizers and train, and not `validate` or `test`, for which the module may
+            # have no step.
             trainer.predict(twin, dataloaders=_NoBatches(), ckpt_path=ckpt_path, return_predictions=False)
     finally:
         copier.memo.forget()
@@ -135,6 +146,7 @@ class _NoBatches:
     """Data for `Trainer.predict`, which is to set everything up and then to predict nothing."""
 
     def __len__(self) -> int:
+        # Of an empty loader Lightning skips the whole loop, and `on_predict_start` with it.
         return 1
 
     def __iter__(self) -> Iterator[Any]:
@@ -164,7 +176,7 @@ class _Once(Callback):
         self._started = time.perf_counter()
         self.result: SpectrumResult | None = None
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         config, owner = self._config, "measure"
         put_away(pl_module)
         check_objective(owner, trainer, pl_module, config)
@@ -172,10 +184,11 @@ class _Once(Callback):
         check_size(owner, pl_module, self._largest + self._smallest)
         for inner, is_training in self._modes.items():  # which `predict` has switched to evaluation
             inner.training = is_training
+        # `predict` turns gradients off, and tensors made in inference mode could not be part of a graph later either.
         with torch.inference_mode(False), torch.enable_grad(), failing_together(trainer):
             self.result = self._measured(trainer, pl_module)
 
-    def _measured(self, trainer: Any, pl_module: Any) -> SpectrumResult:
+    def _measured(self, trainer: Trainer, pl_module: LightningModule) -> SpectrumResult:
         config = self._config
         assert config.mode is not None  # see `HessianConfig.filled`
         with seeded(config.seed):  # all ranks draw the same order of batches, of which each takes every n-th
@@ -189,6 +202,7 @@ class _Once(Callback):
         lines = self._along(hessian, gradient, pairs)
         return SpectrumResult(
             values=pairs.values.cpu(),
+            # `torch.stack` refuses an empty list, which is what a density without eigenpairs has.
             vectors=torch.stack([hessian.space.whole(row).cpu() for row in pairs.vectors])
             if len(pairs.vectors)
             else torch.empty(0, hessian.size),
@@ -230,7 +244,10 @@ class _Once(Callback):
         if not of_largest + of_smallest:
             return {}
         places = [*range(of_largest), *range(self._largest, self._largest + of_smallest)]
+        # Once for all lines: the noise is that of the loss, and its measurement takes nine evaluations.
         start = noisy_start(hessian, gradient)
+        # In proportion to the parameters, so that the same share of a large and of a small network is seen; 1 for a
+        # network of zeros.
         reach = _REACH * parameter_norm(hessian) or 1.0
         found: dict[str, ScannedLine] = {}
         for name, place in zip(direction_names(of_largest, of_smallest), places, strict=True):
@@ -251,17 +268,22 @@ class _Once(Callback):
 
 
 @contextmanager
-def _alone(trainer: Any, callback: Callback) -> Iterator[None]:
+def _alone(trainer: Trainer, callback: Callback) -> Iterator[None]:
     """Let a trainer run with one callback and no loggers; its own are back afterwards."""
-    callbacks, loggers = trainer.callbacks, trainer.loggers
-    trainer.callbacks, trainer.loggers = [callback], []
+    untyped: Any = trainer  # whose class does not declare its callbacks
+    callbacks, loggers = untyped.callbacks, trainer.loggers
+    # The user's callbacks would take this for a prediction, and a `BasePredictionWriter` would begin its files. A
+    # logger would get the module's hyperparameters, and with them a run that nothing else is logged to.
+    untyped.callbacks, trainer.loggers = [callback], []
     try:
         yield
     finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers
+        untyped.callbacks, trainer.loggers = callbacks, loggers
 
 
-def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> tuple[list[ProbeBatch], int]:
+def _batches(
+    trainer: Trainer, pl_module: LightningModule, data: Any, config: HessianConfig
+) -> tuple[list[ProbeBatch], int]:
     """This rank's batches, and how many all ranks have."""
     loader = _loader(trainer, pl_module, data)
     count = config.num_batches
@@ -275,16 +297,20 @@ def _batches(trainer: Any, pl_module: Any, data: Any, config: HessianConfig) -> 
     batches = [ProbeBatch(batch, index, False) for index, batch in enumerate(islice(loader, count))]
     if not batches:
         raise ValueError(f"`data` should give at least one batch, got a {type(data).__name__} that gives none.")
+    # Such a loader gives each rank other batches already. Of any other loader all ranks have read the same ones, and
+    # each takes every n-th: unequal shares are weighted by their samples.
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         return batches, len(batches) * trainer.world_size
     return batches[trainer.global_rank :: trainer.world_size], len(batches)
 
 
-def _loader(trainer: Any, pl_module: Any, data: Any) -> Iterable[Any]:
+def _loader(trainer: Trainer, pl_module: LightningModule, data: Any) -> Iterable[Any]:
     """The iterable that gives the batches."""
     if isinstance(data, either("LightningDataModule")):
         # As `fit` does: without it Lightning would not find the hooks of the data that move batches to the device.
-        trainer._data_connector.attach_datamodule(pl_module, data)
+        connector: Any = trainer._data_connector
+        connector.attach_datamodule(pl_module, data)
+        # As Lightning does with `prepare_data_per_node`: one process of a machine downloads, and the others wait.
         if trainer.local_rank == 0:
             data.prepare_data()
         trainer.strategy.barrier("prepare_data")
@@ -292,6 +318,8 @@ def _loader(trainer: Any, pl_module: Any, data: Any) -> Iterable[Any]:
         loader: Iterable[Any] = data.train_dataloader()
         return loader
     if isinstance(data, Dataset):
+        # With the last, smaller batch, so that every sample counts, and once. Batches are weighted by their samples:
+        # how large they are does not matter in evaluation mode.
         return DataLoader(data, _BATCH_SIZE)
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise TypeError(

@@ -110,6 +110,8 @@ class SpectrumResult:
             value, residual, error, is_converged = row
             lines.append(f"{name:8}{value:14.6g}{error:11.1e}{residual:11.1e}  {'yes' if is_converged else 'no'}")
         if self.density is not None:
+            # The density is that of one eigenvalue drawn at random: its first moment is the mean of all n, the trace
+            # divided by n.
             mean, size = self.density.moment(1), self.num_parameters
             negative = self.density.negative_mass()
             lines += [
@@ -126,6 +128,7 @@ class SpectrumResult:
 
     def plot(self) -> "Picture":
         """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured."""
+        # Here and not above: Matplotlib takes longer to import than everything else in this file.
         from lyapunov_lightning.figures import spectrum_overview_figure
 
         return spectrum_overview_figure(
@@ -145,6 +148,7 @@ class SpectrumResult:
 
         """
         try:
+            # By name, so that type checkers do not ask for a package that few have installed.
             pandas = import_module("pandas")
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
@@ -155,6 +159,8 @@ class SpectrumResult:
 
     def save(self, path: str | Path) -> None:
         """Write all of it to a file that `load` reads. The file is a dictionary, which ``torch.load`` can read too."""
+        # Plain dictionaries and tensors: ``torch.load(weights_only=True)`` refuses classes, and without it a file from
+        # elsewhere could run code.
         state = {name: value for name, value in vars(self).items() if name not in ("density", "lines")}
         state["density"] = None if self.density is None else vars(self.density)
         state["lines"] = {name: asdict(line) for name, line in self.lines.items()}

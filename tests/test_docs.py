@@ -220,7 +220,7 @@ _PUT_TOGETHER = {
     "lyapunov_lightning/training/callback.py": [
         "The fixed data of … are the … of this training, kept on the way, since …",
         "the training data are a …, of which only a single DataLoader can be read twice",
-        "an IterableDataset, …, cannot be read beside the training",
+        "an IterableDataset, …, cannot be read a second time",
     ],
     "lyapunov_lightning/training/reporting/recording.py": [],  # hands on what the others say
 }

@@ -79,9 +79,9 @@ class CurvatureProbe(CurvatureCallback):
 
     The figure ``curvature/at_a_glance`` has sharpness and stability limit, and the training loss below. It is drawn at
     the end of epochs with a new value, as far as that takes 2 % of the time, and at the end of the training or where it
-    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file beside
-    the log. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame: on
-    the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
+    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file in the
+    log folder. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame:
+    on the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
     above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both at any time.
 
     The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
@@ -188,6 +188,8 @@ class CurvatureProbe(CurvatureCallback):
         self._losses.start(trainer)
         optimizer = self._estimator.start(trainer, type(self).__name__)
         if optimizer is not None:
+            # Not by `on_train_batch_end`: there a scheduler has already set the next learning rate, and another
+            # callback may have moved the parameters, so that neither the update nor its rate could be seen.
             self._step_hook.attach(optimizer, partial(self._measure_at, trainer, "update"))
 
     @override
@@ -200,9 +202,9 @@ class CurvatureProbe(CurvatureCallback):
         return {"at_a_glance": self._at_a_glance}
 
     def diagnosis(self) -> Diagnosis:
-        """What the run tells of its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
+        """What the run says about its learning rate so far, by the rules of `lyapunov_lightning.curvature.diagnosis`.
 
-        With ``"critical"`` it says nothing of the room for a larger one, which takes an eigenvalue.
+        With ``"critical"`` it does not say whether a larger one would be stable, which takes an eigenvalue.
 
         Example::
 
@@ -223,6 +225,8 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # First the losses of all ranks, while all of them are here. `conclude` also serves a run that breaks off, and
+        # takes those of this rank alone.
         self._losses.collect(trainer)
         super().on_train_end(trainer, pl_module)
         self._release()
@@ -259,6 +263,9 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The first backward pass after `measure` is that of the measured batch. With accumulation, ``.grad`` holds no
+        # other batch yet: a step is measured before its first one, and Lightning has set the gradients to zero in
+        # between.
         self._measure_at(trainer, "gradient")
 
     @override
@@ -271,6 +278,8 @@ class CurvatureProbe(CurvatureCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # Before anything can return from here: every rank has to see every batch, or they would collect at different
+        # times.
         self._losses.see(trainer, outputs)
         is_stepping, self._is_stepping = self._is_stepping, False
         if self._waiting is None:
@@ -302,6 +311,8 @@ class CurvatureProbe(CurvatureCallback):
             self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
         warning = self._edge.see(
             result.step,
+            # A ratio that is not known to the tolerance may be above 1 by its error alone, and the warning is given
+            # once only.
             ratio if result.converged else None,
             self._losses.series,
             learning_rate=result.learning_rate,

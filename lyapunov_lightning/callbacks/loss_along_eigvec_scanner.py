@@ -196,6 +196,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         results: list[ScanResult] = self.results
         curvatures = _matrix(result.curvatures for result in results)
         steps = [result.step for result in results]
+        # One of each kind: there is a row of panels for each, and twenty directions would make a picture of 54 inches.
         first_of_each = {name: self._last[name] for name in ("1", "min_1", "random_1") if name in self._last}
         figures: Figures = {
             "optimal_step": partial(
@@ -212,6 +213,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             fits = torch.stack([_matrix(result.curvature_fits) for result in results])
             by_scale = {f"{scale:g}": fits[..., place] for place, scale in enumerate(self._scales)}
             figures["curvature_fit"] = partial(curvature_fit_figure, curvatures, by_scale, steps=steps)
+        # A scan without a learning rate has no surface, and a matrix of rows of two lengths cannot be made.
         with_steps = [result for result in results if result.surface]
         if with_steps:
             epochs = [result.epoch for result in with_steps]
@@ -226,6 +228,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
     @override
     def measure(self, hessian: LossHessian, step: Step) -> ScanResult:
         pairs = None if self.request is None else self.shared.eigenpairs(step, self)
+        # After the eigenpairs: where their last product has kept its graph the gradient costs nothing.
         gradient = hessian.gradient()
         # Once for all directions: the noise is that of the loss, and its measurement takes nine evaluations.
         start = noisy_start(hessian, gradient)
@@ -233,6 +236,8 @@ class LossAlongEigvecScanner(CurvatureCallback):
         in_steps: StepScan | None = None
         for name, direction in self._directions(hessian, pairs):
             if not scans and self._sgd_steps:  # along the first direction, the sharpest one
+                # Of one direction only, the sharpest: its mini-batch gradients and its surface take some 30 evaluations
+                # more.
                 in_steps = self._in_sgd_steps(hessian, step, direction.vector, start.value)
             scans[name] = scan_direction(
                 hessian,
@@ -246,6 +251,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             )
         self._last = scans
         lines = [scan.line for scan in scans.values()]
+        # A search that ran into the end of its range has found no minimum, however low the loss is there.
         minima = [line.search if line.search.bracketed else None for line in lines]
         passes = start.num_evaluations + sum(line.num_evaluations for line in lines)
         return ScanResult(
@@ -269,6 +275,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
             residual=float(pairs.residuals.max()) if pairs else None,
             converged=float(pairs.converged.double().mean()) if pairs else None,
             forward_passes=passes + (in_steps.num_evaluations if in_steps else 0),
+            # A random direction's curvature is one product; an eigenvector's is its eigenvalue.
             matvecs=self._random + (pairs.num_matvecs if pairs else 0),
         )
 
@@ -277,6 +284,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         if pairs is not None:
             names = [*map(str, range(1, self._largest + 1)), *(f"min_{i}" for i in range(1, self._smallest + 1))]
             yield from zip(names, map(Direction, pairs.values.tolist(), pairs.vectors), strict=True)
+        # The same ones at every scan, drawn from the configured seed: between two scans only the loss has changed.
         for i, direction in enumerate(random_directions(hessian, self._random, self.config.seed), 1):
             yield f"random_{i}", direction
 
@@ -289,6 +297,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
                 "no learning rate", "the optimizer has no learning rate, so `scan/expected_change_...` is left out."
             )
             return None
+        # Of the ranks in turn: with two ranks five mini-batches of each, and not the same ten of the first one on both.
         components = batch_components(
             hessian, vector, _GRADIENT_BATCHES, rank=trainer.global_rank, world_size=trainer.world_size
         )

@@ -158,7 +158,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         if descent is not None and not isinstance(descent, Descent):
             raise ValueError(f"`descent` should be a Descent or None, got {descent!r}.")
         online = online_schedule if online_schedule is not None else Schedule(every_n_steps=1)
-        # The moves of "online" come from its own products, so that the eigenpairs beside it act on nothing.
+        # The moves of "online" come from its own products, so that the shared eigenpairs act on nothing.
         acts = descent is not None and estimator == "lanczos"
         super().__init__(
             every_n_steps,
@@ -177,6 +177,7 @@ class NegativeCurvatureTracker(CurvatureCallback):
         self._running = self.schedule_state  # of the running estimate; without eigenpairs it is the only schedule
         if smallest:
             self._running = ScheduleState(online if estimator == "online" else None, self._recorder.say)
+        # Which of three schedules asked for the present measurement, from `advance` to `measure`.
         self._solves = self._freezes = self._updates = False
         self._frozen = FrozenDirections()
         self._online = OnlineEigenpair(seed=self.config.seed)
@@ -197,6 +198,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
         super().on_train_start(trainer, pl_module)
         self._move = None
         self._freezing.start()
+        # With `smallest=0` the two are one object, which the base class has started: a second start would forget the
+        # checkpoint's steps.
         if self._running is not self.schedule_state:
             self._running.start()
         if self._descent is not None:
@@ -283,6 +286,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
         if self._move is None or trainer.global_step == self._move.step:
             return  # the batch is one of several of a step
         move, self._move = self._move, None
+        # After the optimizer's step, and in Lightning's first hook after it, so that a validation at the end of this
+        # batch sees the parameters that the training continues with.
         moved = move_parameters(trainer, pl_module, move.displacement)
         if move.displacement is not None and not moved:
             self._recorder.warn_once(
@@ -296,6 +301,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
 
     @override
     def _spend(self, seconds: float) -> None:
+        # To the schedule that asked, since each bounds a share of the time of its own: an update of the running
+        # estimate takes one product, a search tens.
         (self.schedule_state if self._solves else self._running).record(seconds)
 
     @override
@@ -327,6 +334,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
             frozen=frozen,
             matvecs=pairs.num_matvecs + 2 * len(frozen),
         )
+        # Row 0 is the largest pair, row 1 the most negative one. Its own residual decides on a move, and not the
+        # largest of all pairs.
         return result, OnlineEstimate(result.lambda_min[0], float(pairs.residuals[1]), pairs.vectors[1], age=0)
 
 

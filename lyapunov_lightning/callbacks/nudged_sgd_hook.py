@@ -55,9 +55,9 @@ class NudgedSGDHook(CurvatureCallback):
     Parameters whose ``.grad`` is None keep it, and count as zeros. A gradient that is not finite is left alone, for
     the loss scaler to skip.
 
-    Only eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones are used
-    further, and as long as there are none the gradient is left alone. If parameters are frozen or unfrozen during the
-    run, the eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each of
+    Only eigenpairs that met `tol` are acted upon. If none did, or the measurement failed, the last good ones stay in
+    use, and as long as there are none the gradient is left alone. If parameters are frozen or unfrozen during the run,
+    the eigenvectors do not fit them any more, and the gradient is left alone until they are measured anew. Each of
     these cases is warned of once. What it does depends on its own measurement only, whatever other callbacks measure;
     callbacks that measure the same Hessian at the same step share the operator.
 
@@ -74,7 +74,7 @@ class NudgedSGDHook(CurvatureCallback):
 
     It holds `k` vectors of the model's size, in float32 or wider, and so does the checkpoint; a resumed run continues
     bit by bit. A measurement takes the memory of its Krylov basis, ``max(32, 2k + 16) + 1`` vectors at most, and an
-    update that of about four.
+    update the memory of about four vectors.
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps. Without it and `schedule` the
@@ -176,6 +176,7 @@ class NudgedSGDHook(CurvatureCallback):
 
     @override
     def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        # The schedule is asked in any case, and first: it has to see every batch to know which steps have passed.
         is_done = self._frozen and self._directions.vectors is not None
         return super().advance(trainer, batch_idx) and not is_done
 
@@ -234,6 +235,7 @@ class NudgedSGDHook(CurvatureCallback):
             removed = scale_gradients(
                 optimizer, parameters, vectors, self._space, inside=self._inside, outside=self._outside
             )
+        # At the logger's interval and not at every step: reading the number waits until the GPU has finished.
         every = log_interval(trainer)
         if every and trainer.global_step % every == 0 and math.isfinite(removed):
             self._recorder.log(trainer, {"nudge/removed_fraction": float(removed)})
@@ -245,9 +247,9 @@ class NudgedSGDHook(CurvatureCallback):
     def _eigenpairs(self, hessian: LossHessian, trainer: Trainer, start: Tensor | None) -> Eigenpairs:
         """The eigenpairs, on every rank or on none: with different ones the parameters would drift apart."""
         with failing_together(trainer), watched(hessian, trainer, type(self).__name__) as operator:
-            seed = (
-                self.config.seed + trainer.global_step
-            )  # with another seed a search sees what the last one overlooked
+            # A start without a component along an eigenvector never finds it, however long the search. With another
+            # seed at each step, what one search overlooks the next one sees.
+            seed = self.config.seed + trainer.global_step
             return lanczos(operator, largest=self._k, tol=self._tol, start=start, seed=seed)
 
     def _check_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:

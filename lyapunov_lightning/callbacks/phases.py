@@ -1,8 +1,8 @@
-"""In which phase of a step a callback is that steers the learning rate: one value, and the ways from one to the next.
+"""The phases of a step for a callback that steers the learning rate: one value, and the ways from one to the next.
 
-Where the last update is known, a step goes from `Idle` over `Seen` and `Stepping` back to `Idle`. The first step is
-another one: nobody knows a learning rate before the optimizer has made an update, so the step is taken on trial, at the
-optimizer's own learning rate, and goes from `FirstStepDue` over `OnTrial` to `Idle`.
+Where the last update is known, a step goes from `Idle` through `Seen` and `Stepping` back to `Idle`. The first step
+differs: a learning rate can be found only after the optimizer has made an update, so this step is taken on trial, at
+the optimizer's own learning rate, and goes from `FirstStepDue` through `OnTrial` to `Idle`.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Idle:
 
 @dataclass(frozen=True)
 class Seen:
-    """The gradient of this batch has been computed, and shows the last update from where it ended.
+    """The gradient of this batch has been computed, where the last update ended, and gives the slope along it.
 
     Attributes:
-        update: How the update looks.
+        update: Its slope and size.
         lr: Its learning rate.
 
     """
@@ -44,7 +44,7 @@ class Stepping:
     """The optimizer takes its step, or has taken it, and the batch is not over.
 
     Attributes:
-        update: How the update before this one looks.
+        update: Slope and size of the update before this one.
         lr: Its learning rate.
 
     """
@@ -70,6 +70,8 @@ class FirstStepDue:
         """The optimizer is about to take the step: copy the parameters, and see to it that the step will be visible."""
         observed, own_lr = ObservedUpdate(self.hessian), rates.highest
         if own_lr < _OBSERVABLE_LR:
+            # A float32 parameter near 1 is rounded by up to 6e-8: of a step of 1e-6 that is 6 %, of one of 1e-8
+            # everything. The step is taken back in any case before the training continues.
             rates.set(1.0)
         return OnTrial(self.hessian, self.step, observed, own_lr)
 

@@ -1,4 +1,4 @@
-"""A learning rate from the curvature of the loss, in place of one that somebody tuned."""
+"""A learning rate from the curvature of the loss, in place of one that is tuned by hand."""
 
 from functools import partial
 from itertools import pairwise
@@ -18,6 +18,7 @@ from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
@@ -78,7 +79,7 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     The same is in ``controller.results`` as `LearningRateResult`, and drawn as ``quasi_newton/learning_rate``.
 
-    Cost of a measured step, in gradients of its batch besides its own: about 2.5 (``along_update``) or 3.3
+    Cost of a measured step, in gradients of its batch, on top of its own: about 2.5 (``along_update``) or 3.3
     (``inverse_sharpness``). Memory: two vectors of the model's size for ``along_update``; for the safeguard one copy of
     parameters, buffers and optimizer state, and a second one during every tenth step.
 
@@ -138,6 +139,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         if annealing is not None and not 0 <= annealing <= 1:
             raise ValueError(f"`annealing` should be in [0, 1], got {annealing}.")
         if schedule is None:
+            # Into one schedule with the rule's first steps, and None for the base class, which refuses both arguments
+            # at once.
             every = kind.every_n_steps if every_n_steps is None else every_n_steps
             schedule, every_n_steps = Schedule(every, first_n_steps=kind.first_n_steps), None
         super().__init__(
@@ -158,12 +161,12 @@ class QuasiNewtonLRController(CurvatureCallback):
         return self._generate_state_key(rule=self._rule_name, log_prefix=self._log_prefix)
 
     @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "the learning rate is one")
 
     @override
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         owner = type(self).__name__
         optimizer = check_steerable(owner, trainer, pl_module)
@@ -172,12 +175,13 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._release()
         self._steering.start(trainer, optimizer)
         self._losses.start(trainer)
+        # Vectors of a checkpoint are on the CPU, where a dot product with the first gradient would fail.
         self._update.to(trainer.strategy.root_device)
         if self._rule.follows_updates:
             self._step_hook.attach(optimizer, partial(self._after_step, trainer, optimizer))
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._steering.safeguard.before_batch(trainer, pl_module)
 
@@ -208,12 +212,13 @@ class QuasiNewtonLRController(CurvatureCallback):
         return self._result(step, proposal)
 
     @override
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not before the step: NudgedSGDHook may have changed the gradient by then, and the slope would be that
         # of another loss.
         last = self._update.known
         if last is None or isinstance(self._phase, FirstStepDue):
             return
+        # This hook comes before Lightning unscales: under fp16 ``.grad`` is 65,536 times the gradient at first.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         seen = self._update.seen(list(trainable_parameters(pl_module).values()), trainer.optimizers[0], loss_scale)
@@ -221,7 +226,10 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._phase = Seen(seen, last.lr)
 
     @override
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # In the last hook before the optimizer reads its groups: what is set here acts in this very step.
         self._steering.set(trainer)
         if isinstance(self._phase, FirstStepDue):
             self._phase = self._phase.step_on_trial(self._steering.rates)
@@ -232,7 +240,9 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._update.begin(list(trainable_parameters(pl_module).values()))
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._losses.see(trainer, outputs)
         loss = loss_in(outputs)
         phase = self._phase
@@ -250,6 +260,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         # One reduction and one transfer for all of them: this is done at every step.
         value, *seen = mean_over_ranks(trainer, torch.stack(numbers)).tolist()
         if self._steering.see_loss(trainer, value, self._recorder.warn_once) is Verdict.LOST:
+            # The parameters are those of an earlier step now, so the next gradient says nothing of where this update
+            # ended.
             self._update.forget()
         elif isinstance(phase, Stepping):
             lengths = self._rule.follow(SeenUpdate(*seen), phase.lr)
@@ -257,13 +269,15 @@ class QuasiNewtonLRController(CurvatureCallback):
                 self._steering.follow(trainer, lengths)
 
     @override
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # First the losses of all ranks, while all of them are here. `conclude` also serves a run that breaks off, and
+        # takes those of this rank alone.
         self._losses.collect(trainer)
         super().on_train_end(trainer, pl_module)
         self._release()
 
     @override
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._release()
 
@@ -273,7 +287,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         return {**super()._stateful(), **self._steering.parts(), **own}
 
     @override
-    def _keep(self, trainer: Any, record: Record) -> None:
+    def _keep(self, trainer: Trainer, record: Record) -> None:
         super()._keep(trainer, record)
         self._losses.collect(trainer)
 
@@ -298,7 +312,7 @@ class QuasiNewtonLRController(CurvatureCallback):
             **proposal.found,
         )
 
-    def _after_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _after_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Keep the update for the next batch, right after the optimizer has taken its step."""
         if isinstance(self._phase, OnTrial):
             first, self._phase = self._phase, Idle()
@@ -306,7 +320,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         else:
             self._update.end(self._steering.rates.highest)
 
-    def _find_first_lr(self, trainer: Any, first: OnTrial) -> None:
+    def _find_first_lr(self, trainer: Trainer, first: OnTrial) -> None:
         """Take the first step back, find its learning rate, and take it again at this one."""
         rates, taken, lr = self._steering.rates, self._steering.rates.highest, first.own_lr
         displacement = first.observed.rewind()

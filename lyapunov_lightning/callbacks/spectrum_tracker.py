@@ -213,6 +213,8 @@ class SpectrumTracker(CurvatureCallback):
             if self._training is not None:
                 check_training_map(owner, trainer.optimizers, momentum=False)
         names = trainable_parameters(pl_module)
+        # At the start, when the names of the parameters are known: a misspelt pattern would else be missing in the log
+        # without a word.
         for block, members in parameter_blocks(names, self._groups).items():
             if not members:
                 raise MisconfigurationException(
@@ -242,6 +244,7 @@ class SpectrumTracker(CurvatureCallback):
             baseline = last.gradient_in_random_subspace
             figures["gradient_alignment"] = partial(alignment_figure, steps, cosines, inside, baseline)
         if self.density is not None:
+            # Those that enter the density exactly; all others in it are estimated.
             known = torch.cat([largest[-1], smallest[-1]])
             figures["density"] = partial(
                 density_figure,
@@ -271,6 +274,7 @@ class SpectrumTracker(CurvatureCallback):
             # The first rank alone writes. A full disk would leave the others waiting for it in what follows.
             with failing_together(step.trainer):
                 self._save(self._vectors_dir, step, pairs, hessian.space)
+        # Of mini-batches and not of the whole gradient, since a mini-batch's is what SGD steps along.
         alignment = gradient_alignment(hessian, pairs, _GRADIENT_BATCHES)
         estimates = {"matvecs": pairs.num_matvecs, "negative_mass": pairs.negative_mass}
         return TrackedSpectrum(
@@ -298,6 +302,7 @@ class SpectrumTracker(CurvatureCallback):
         return {**super()._stateful(), **{name: part for name, part in parts.items() if part is not None}}
 
     def _save(self, folder: Path, step: Step, pairs: Eigenpairs, space: VectorSpace) -> None:
+        # On all ranks: of a sharded model `whole` gathers, although the first rank alone writes.
         vectors = torch.stack([space.whole(row).cpu() for row in pairs.vectors])
         if step.trainer.is_global_zero:
             path = folder / f"eigenvectors-step{step.index:08d}.safetensors"
@@ -307,6 +312,8 @@ class SpectrumTracker(CurvatureCallback):
         """The largest eigenvalue of each diagonal block: a Hessian with respect to the block's parameters only."""
         found: dict[str, Eigenpairs] = {}
         for name, members in parameter_blocks(trainable_parameters(step.pl_module), self._groups).items():
+            # An operator of its own: a diagonal block has derivatives with respect to its parameters only, and so costs
+            # less than a product of the whole Hessian of which most is thrown away.
             block = self.shared.block(step, self.config, members) if members else None
             if block is not None:
                 with watched(block, step.trainer, f"{type(self).__name__} {name}") as operator:

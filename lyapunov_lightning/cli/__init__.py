@@ -58,6 +58,8 @@ def main(args: list[str] | None = None) -> "LightningCLI | None":
     """
     given = sys.argv[1:] if args is None else args
     try:
+        # LightningCLI takes `--config` in front of the subcommand too. Everything else is answered without importing
+        # Lightning, which takes seconds.
         if given and (given[0] in TRAINER_COMMANDS or given[0].startswith("--config") or given[0] == "-c"):
             return _run_lightning(given, args)
         options = _parser().parse_args(given)
@@ -79,6 +81,7 @@ def _run_lightning(given: list[str], args: list[str] | None) -> "LightningCLI":
     try:
         from lyapunov_lightning.cli.command_line import CommandLine
     except ModuleNotFoundError as error:
+        # A module that the user's own code lacks is no reason to install ours.
         if error.name not in ("jsonargparse", "docstring_parser"):
             raise
         raise ModuleNotFoundError(
@@ -86,6 +89,8 @@ def _run_lightning(given: list[str], args: list[str] | None) -> "LightningCLI":
         ) from error
     from lyapunov_lightning.cli.help import print_callback_help
 
+    # `python -m` has the current directory on its path, a console script has not: `examples.models...` of a
+    # configuration would not be found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     print_callback_help(given)

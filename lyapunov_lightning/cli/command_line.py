@@ -56,6 +56,7 @@ class MeasuringTrainer(Trainer):
             raise MisconfigurationException(
                 "`measure` does not know on which data to measure. Name them in the configuration, or with `--data`."
             )
+        # A path with a protocol is opened by fsspec, which is the only one to know whether it exists.
         if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {ckpt_path}.")
         result = measure(
@@ -69,6 +70,7 @@ class MeasuringTrainer(Trainer):
             ckpt_path=ckpt_path,
             trainer=self,
         )
+        # Every rank has the whole result, and one picture is enough.
         if self.is_global_zero:
             picture, *_ = result.plot().save(out)
             print(f"\n{result.summary()}\n\nThe picture: {picture}")
@@ -80,6 +82,7 @@ class Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # Whoever parses from Python, as tests and notebooks do, wants the exception and not the end of the process.
         if not self.exit_on_error:
             super().error(message, ex)
         short = explained(message)

@@ -29,6 +29,7 @@ def fail(error: BaseException | str) -> NoReturn:
         SystemExit: With exit status 2.
 
     """
+    # Lightning starts the other ranks as processes of this same command, and each reports its error to one terminal.
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = f" (rank {rank})" if rank else ""
     sys.stderr.write(f"{PROGRAM}{where}: error: {' '.join(str(error).split())}\n")
@@ -107,7 +108,7 @@ def _no_such_callback(name: str) -> str:
 
     near = difflib.get_close_matches(name, _known_callbacks(), n=1, cutoff=0)
     return (
-        f"There is no callback {name!r}. Did you mean {near[0]}? Those of this package are"
+        f"There is no callback {name!r}. Did you mean {near[0]}? This package has"
         f" {', '.join(callbacks.__all__)}; others are named by their import path, such as"
         " lightning.pytorch.callbacks.EarlyStopping."
     )

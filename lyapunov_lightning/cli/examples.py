@@ -27,6 +27,8 @@ def write_examples(dest: str | Path) -> None:
         if path.suffix in _SUFFIXES
     }
     folder = Path(dest) / "examples"
+    # Looked for before the first file is written: a user's changed configuration is never overwritten, and no half of
+    # the examples is left next to it.
     there = next((folder / path for path in texts if (folder / path).exists()), None)
     if there is not None:
         raise FileExistsError(f"{there} is there already. Remove it, or name another folder to write to.")

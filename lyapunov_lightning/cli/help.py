@@ -33,6 +33,7 @@ def print_callback_help(args: list[str]) -> None:
             summary = reflowed(_description(name).split("\n\n")[0], _width() - 4)
             print(f"\n  {name}\n{textwrap.indent(summary, '    ')}")
         raise SystemExit(0)
+    # `--option=NAME` and `--option NAME` are the same to argparse, and so to whoever types them.
     option, _, name = args[-1].partition("=") if "=" in args[-1] else (args[-2:][0], "", args[-1])
     name = name.removeprefix("lyapunov_lightning.").removeprefix("callbacks.")
     if option == _OPTION and name in callbacks.__all__:
@@ -48,6 +49,8 @@ def callback_help(name: str) -> str:
 
     """
     parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    # By jsonargparse, which reads types, defaults and descriptions from the signature and the docstring: the help
+    # cannot differ from what is parsed.
     parser.add_class_arguments(getattr(callbacks, name), "trainer.callbacks", as_group=False)
     arguments = plain(parser.format_help()).replace("options:", "Arguments:", 1)
     return f"{name}\n\n{reflowed(_description(name), _width())}\n\n{arguments}"
@@ -64,6 +67,8 @@ def reflowed(text: str, width: int) -> str:
     """The paragraphs and lists of a docstring, filled to a width."""
     blocks = []
     for block in re.split(r"\n\s*\n", text.strip()):
+        # A list keeps its lines, each filled for itself: as one paragraph the tags of `CurvatureProbe` would run
+        # together.
         items = re.split(r"\n(?=- )", block)
         blocks.append("\n".join(_filled(item, width) for item in items))
     return "\n\n".join(blocks)

@@ -69,6 +69,7 @@ def loss_profiles_figure(
             if not keyed:
                 key(panel)
                 keyed = True
+        # The legend of the first panel stands above it, and would be overwritten by the titles.
         pad = 20 if row[0].get_legend() else 6  # titles of a row stand in one line
         for panel, window in zip(row, windows, strict=False):
             panel.set_title(f"scale {number_label(window.scale)}", loc="right", color=GREY, fontsize=9, pad=pad)
@@ -143,6 +144,7 @@ def optimal_step_figure(
         The figure.
 
     """
+    # A minimum at distance 0 has no inverse. It comes out infinite, which no panel draws, and would warn the user.
     with np.errstate(divide="ignore"):
         inverses = 1 / floats(optimal_steps)
     return _against_eigenvalues(eigenvalues, inverses, "1 / optimal step", steps, title, quadratic=True)
@@ -252,6 +254,8 @@ def loss_surface_figure(
     surface: Any = picture.add_subplot(projection="3d")
     known = curvatures[np.isfinite(curvatures)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    # Every n-th with n rounded up, so that there are never more than the most; rounded down, 119 scans would all be
+    # drawn.
     for index in range(0, len(epochs), -(-len(epochs) // _MOST_IN_A_SURFACE)):
         share = (curvatures[index] - low) / (high - low) if high > low and np.isfinite(curvatures[index]) else 0.5
         there = np.full(len(where), float(epochs[index]))
@@ -265,6 +269,8 @@ def loss_surface_figure(
 def draw_profile(panel: Axes, distances: Tensor, losses: Tensor, model: Tensor) -> None:
     """The loss along a line and its quadratic model, both from the loss at distance 0."""
     where, values, quadratic = floats(distances), floats(losses), floats(model)
+    # Read off the model and not off the losses: a window may have no point at distance 0, and the model passes through
+    # the loss there exactly.
     start = _at_zero(where, quadratic)
     curve(panel, where, values - start, color=RED, linewidth=1.7, label="loss", zorder=3)
     curve(panel, where, quadratic - start, color=BLUE, linestyle="--", linewidth=1.3, label="quadratic model", zorder=4)
@@ -279,6 +285,7 @@ def _at_zero(distances: Floats, quadratic: Floats) -> float:
     width = np.abs(distances[known]).max(initial=0.0)
     if len(np.unique(distances[known])) < 3 or not width:
         return 0.0
+    # Through all points, where three would do: each has its rounding.
     return float(np.polynomial.polynomial.polyfit(distances[known] / width, quadratic[known], 2)[0])
 
 
@@ -306,11 +313,14 @@ def _scatter_against_eigenvalues(
     known = np.isfinite(x) & np.isfinite(y)
     x, y, colours = x[known], y[known], colours[known]
     low, high = _ends(moments)
+    # With the ends of all measurements, and not of those that are known here: panels side by side share one colour bar.
     panel.scatter(x, y, c=colours, s=18, cmap=IN_TIME, vmin=low, vmax=high, linewidths=0, alpha=0.9, zorder=3)
     # Both axes have one scale where there is a diagonal, so that it is straight.
     fitting_axis(panel, "x", np.concatenate([x, y]) if quadratic else x)
     fitting_axis(panel, "y", np.concatenate([x, y]) if quadratic else y)
     if quadratic and len(x):
+        # A single point gives the diagonal no length: some is added on both sides, by a factor, as on a logarithmic
+        # axis.
         ends = [x.min(), x.max()] if x.min() < x.max() else sorted([0.7 * x[0], 1.4 * x[0]])
         panel.plot(ends, ends, color=INK, linewidth=1.0, linestyle="--", zorder=1, label="quadratic loss")
     panel.set_xlabel("eigenvalue")
@@ -329,7 +339,7 @@ def _ends(moments: Floats) -> tuple[float, float]:
 
 
 def _moments_bar(picture: Picture, panels: Any, moments: Floats, steps: Sequence[float] | None) -> None:
-    """The key of the colours, if there is more than one."""
+    """A colour bar for the times of the measurements, if there is more than one."""
     low, high = _ends(moments)
     if low < high:
         colour_bar(picture, panels, low, high, "measurement" if steps is None else "step", whole=True)
@@ -341,6 +351,8 @@ def _dress_surface(surface: Any) -> None:
     surface.set_zlabel("loss")
     for axis in (surface.xaxis, surface.yaxis, surface.zaxis):
         axis.set_pane_color("white")
+        # Private: a three-dimensional panel can turn its grid on and off, and has no way to its colour.
         axis._axinfo["grid"].update(color="#dddddd", linewidth=0.6)
+        # Losses of 2.3010 to 2.3025 would be labelled 0.0010 to 0.0025, with the 2.3 in a corner.
         axis.get_major_formatter().set_useOffset(False)
     surface.view_init(elev=28, azim=-58)

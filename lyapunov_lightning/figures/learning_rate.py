@@ -61,6 +61,7 @@ def learning_rate_figure(
     panels = stacked(picture, [1.0, 1.0] if losses is None else [1.0, 1.0, 1.0])
     rates, lengths = floats(learning_rates), floats(step_lengths)
     curve(panels[0], steps, rates, color=TEAL, label="learning rate")
+    # A rate that doubles or halves is a step of one height on this axis, early and late. Zero has no place on it.
     if np.isfinite(rates).any() and np.nanmin(rates) > 0:
         log_axis(panels[0], "y")
     panels[0].set_ylabel("learning rate")
@@ -70,6 +71,7 @@ def learning_rate_figure(
 
     lower = panels[1]
     curve(lower, steps, lengths, color=OCHRE, linewidth=1.2)
+    # The two lengths by which a curve of step lengths is read: f(α) = −α + α²/2 is lowest at 1 and back at 0 at 2.
     for length, meaning, style in ((1.0, "1: bottom of the parabola", "--"), (2.0, "2: nothing gained", ":")):
         lower.axhline(length, color=INK, linewidth=1.1, linestyle=style, label=meaning, zorder=3)
     key(lower)

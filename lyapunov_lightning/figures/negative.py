@@ -72,6 +72,8 @@ def frozen_figure(
             label = f"of step {step}"
             curve(panel, times, values, color=colour, marker="o", markersize=5, markevery=[0], label=label)
             drawn.append(values)
+        # Only where everything is positive: along an old eigenvector the curvature may change its sign, and that
+        # crossing is what the figure is looked at for.
         if is_wide(np.concatenate(drawn)):
             log_axis(panel, "y")
         panel.set_ylabel(f"curvature along\n{'top' if panel is panels[0] else 'bottom'} eigenvectors")
@@ -111,6 +113,7 @@ def negative_figure(
     picture = new_picture(WIDTH, 4.8, title)
     upper, lower = stacked(picture, [1.5, 1.0])
     values = floats(lambda_min)
+    # What is positive is left out: its modulus on this axis would look like negative curvature.
     moduli = np.where(values < 0, -values, np.nan)
     names = [f"|{name}|" for name in rank_names(0, moduli.shape[1])]
     ends = draw_family(upper, steps, moduli, names, "viridis")
@@ -123,6 +126,7 @@ def negative_figure(
     largest = floats(lambda_max)
     ratio = np.full(len(largest), np.nan)
     if moduli.shape[1]:
+        # Only where the largest eigenvalue is positive: a ratio of two negative ends measures nothing.
         np.divide(moduli[:, 0], largest, out=ratio, where=largest > 0)
     curve(lower, steps, ratio, color=PURPLE)
     if np.isnan(ratio).all():

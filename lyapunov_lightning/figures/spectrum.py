@@ -125,7 +125,9 @@ def alignment_figure(
     label_ends(upper, ends, 1.9)
     upper.set_ylabel("|cosine| with\neigenvector")
     curve(lower, steps, inside, color=RED, label="gradient")
+    # A random vector has a share of k/n in k of n directions: compared with that, 1 % of a gradient may be much.
     lower.axhline(baseline, color=INK, linewidth=1.0, linestyle="--", label="random vector")
+    # With the baseline, which lies orders of magnitude below.
     _log_if_positive(lower, np.append(floats(inside), baseline))
     lower.set_ylabel("share in\ntop subspace")
     key(lower)
@@ -205,6 +207,7 @@ def spectrum_overview_figure(
     """
     along = lines or {}
     count = bool(len(values)) + (density is not None) + len(along)
+    # One row of up to three panels, then two rows, then rows of three: no panel gets narrower than its labels.
     columns = count if count < 4 else (count + 1) // 2 if count < 7 else 3
     rows = -(-count // max(columns, 1))
     picture = new_picture(max(WIDTH if columns > 1 else 5.0, 3.6 * columns), 3.1 * max(rows, 1), title)
@@ -230,6 +233,8 @@ def _draw_eigenvalues(
     panel: Axes, steps: Sequence[float], largest: Floats, smallest: Floats | None, *, height: float
 ) -> None:
     """Both ends on one logarithmic axis; what has the other sign is left out."""
+    # A logarithmic axis has no place for the other sign. A largest eigenvalue below zero is rare, and its modulus would
+    # be read as a sharpness.
     upper = np.where(largest > 0, largest, np.nan)
     lower = np.empty((len(largest), 0)) if smallest is None else np.where(smallest < 0, -smallest, np.nan)
     names = rank_names(upper.shape[1], lower.shape[1])
@@ -262,6 +267,7 @@ def draw_family(
     count = values.shape[1]
     palette = shades(count, colours)
     ends: list[tuple[str, float, Any]] = []
+    # The first rank last, so that it lies above the others, which are many and close together.
     for rank in reversed(range(count)):
         curve(panel, steps, values[:, rank], color=palette[rank], label=names[rank], **options)
         known = values[:, rank][np.isfinite(values[:, rank])]
@@ -304,8 +310,10 @@ def _draw_ranks(panel: Axes, values: Floats, errors: Floats, num_largest: int) -
         panel.errorbar(
             place, values[index], yerr=error, fmt="o", color=colour, markersize=4.5, capsize=2.5, elinewidth=1
         )
+    # Where all have one sign and span far the axis is logarithmic, and has no zero to mark.
     if panel.get_yscale() != "log":
         panel.axhline(0.0, color=INK, linewidth=0.8, zorder=0)
+    # Eight names fit below a panel. Of more only the ends of both groups are named, from which the others are counted.
     every = -(-len(values) // 8)
     ends = {0, num_largest - 1, num_largest, len(values) - 1}
     shown = [i for i in range(len(values)) if every == 1 or i in ends]

@@ -73,6 +73,8 @@ def sharpness_figure(
     curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
     if np.isfinite(limits).any():
         dashed: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--", "label": "stability limit"}
+        # Across the whole panel and not only between the first and the last measurement: a constant limit holds before
+        # and after them too.
         if len(np.unique(limits)) == 1:
             upper.axhline(limits[0], **dashed)
         else:
@@ -125,6 +127,7 @@ def stability_ratio_figure(
     upper.axhline(1.0, color=INK, linewidth=1.0, linestyle="--")
     _fit_from_zero(upper, np.concatenate([[1.0], *(floats(ratios) for _, ratios in curves.values())]))
     low, high = upper.get_ylim()
+    # A run that stays far below the limit is to show how far: the edge is always in view.
     high = max(high, 1.2)
     upper.axhspan(1.0, high, color=RED, alpha=0.06, linewidth=0, zorder=0)
     upper.set_ylim(low, high)
@@ -151,6 +154,7 @@ def draw_loss(panel: Axes, losses: Curve, colour: str = BLUE) -> None:
     """The training loss, on a logarithmic axis if all that is drawn there is positive."""
     steps, values = losses
     curve(panel, steps, values, color=colour, linewidth=1.2 if len(values) < 2000 else 0.7)
+    # Of all curves on the panel: several runs share one, and a single loss below zero takes the logarithm from all.
     drawn = np.concatenate([floats(line.get_ydata()) for line in panel.lines])
     (log_axis if np.isfinite(drawn).any() and np.nanmin(drawn) > 0 else linear_axis)(panel, "y")
     panel.set_ylabel("training loss")
@@ -164,6 +168,7 @@ def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> No
     height = float(np.interp(step, times[known], values[known]))
     panel.plot([step], [height], "o", color=RED, markersize=6, markeredgecolor="white", zorder=5)
     low, high = panel.get_xlim()
+    # Text to the right of a late dot would leave the panel, and above an early one it would lie on the rising curve.
     late = step > low + 0.6 * (high - low)
     is_first = step <= times[known][0]
     text = "at the limit from the start" if is_first else f"meets the limit at step {number_label(step)}"

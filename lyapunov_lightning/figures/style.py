@@ -99,6 +99,8 @@ _STYLE: dict[Any, Any] = {
 @contextmanager
 def house_style() -> Iterator[None]:
     """Draw with our settings of Matplotlib; a user's own are back afterwards."""
+    # `rc_context` puts back all settings, also where drawing fails. A style that was set for good would change the
+    # user's own figures in the same process.
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -142,6 +144,7 @@ class Picture(Figure):
         path = Path(path)
         formats = {"png": None, "svg": None}
         suffix = path.suffix.removeprefix(".").lower()
+        # Only then a suffix: "run.1" is a name with a dot, and `with_suffix` would write every run to the same file.
         if suffix in self.canvas.get_supported_filetypes():
             formats[suffix] = None
             path = path.with_suffix("")
@@ -207,6 +210,7 @@ def curve(panel: Axes, steps: Any, values: Any, **options: Any) -> Line2D:
     steps, values = floats(steps), floats(values)
     missing = np.pad(np.isnan(values), 1, constant_values=True)
     alone = ~missing[1:-1] & missing[:-2] & missing[2:]
+    # A line between a missing value and the next has no length, and a measurement there would be invisible.
     dotted = ~missing[1:-1] if len(values) < 8 else alone
     (line,) = panel.plot(steps, values, **options)
     if "marker" not in options and dotted.any():
@@ -220,13 +224,16 @@ def key(panel: Axes, **options: Any) -> None:
     if not handles:
         return
     figure, grid = panel.get_figure(root=True), panel.get_gridspec()
+    # In points, 72 to the inch, without the 0.9 inch that the labels of the axis take at the left.
     room = 72 * ((figure.get_figwidth() if figure else WIDTH) - 0.9) / (grid.ncols if grid else 1)
     columns = next((n for n in range(len(handles), 1, -1) if _width_of_key(handles, n) < room), 1)
     panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=columns, **options)
 
 
 def _width_of_key(handles: Sequence[Any], columns: int) -> float:
-    """About how wide a legend of so many columns is, in points: besides its text each entry has a line and gaps."""
+    """About how wide a legend of so many columns is, in points: an entry has its text, a line and gaps."""
+    # Estimated: the true width is known after drawing, and laying a figure out takes half a second. A letter is about
+    # 0.6 of the font size wide.
     widths = [TICK_SIZE * (0.6 * len(str(handle.get_label())) + 4.0) for handle in handles]
     return float(sum(max(column) for column in np.array_split(widths, columns)))
 
@@ -271,6 +278,7 @@ def label_ends(panel: Axes, labels: Sequence[tuple[str, float, Any]], height: fl
         height: About the height of the panel in inches.
 
     """
+    # In the scale of the axis: on a logarithmic one names at 1 and 2 stand as far apart as at 100 and 200.
     low, high = panel.transScale.transform([(1.0, limit) for limit in panel.get_ylim()])[:, 1]
     drawable = [(name, value, colour) for name, value, colour in labels if np.isfinite(value)]
     if panel.get_yscale() == "log":
@@ -288,6 +296,8 @@ def label_ends(panel: Axes, labels: Sequence[tuple[str, float, Any]], height: fl
 
 def _apart(places: Floats, room: float) -> Floats:
     """Ascending places moved to be `room` apart: groups that touch stay centred where they were."""
+    # By groups and not one after the other from below, which would push all names of a dense family upwards, away from
+    # their curves.
     groups: list[list[float]] = []
     for place in places.tolist():
         groups.append([place])

@@ -92,8 +92,10 @@ class CurvatureCallback(Callback):
             raise ValueError(f"`schedule` should be a Schedule, got {schedule!r}.")
         if every_n_steps is not None:
             if schedule is not None:
-                raise ValueError("`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.")
+                raise ValueError("`every_n_steps` is itself a schedule, so `schedule` should be None.")
             schedule = Schedule(every_n_steps=every_n_steps)
+        # Filled in once, here: callbacks share an operator where their configurations are equal, and one that left
+        # `data` open would not be equal to one that names its default.
         self.config = hessian.filled(data=data, fraction=_FIXED_FRACTION, mode="train", method=method)
         self._arguments = dict(arguments)
         self.request = request
@@ -106,6 +108,8 @@ class CurvatureCallback(Callback):
         self._results = Results(self.result_class)
         self._has_new_results = False
         self._log_prefix = log_prefix
+        # Made in `on_train_start`, where parameters, optimizers and shards are what is trained. A checkpoint is
+        # restored earlier: before `on_fit_start`, under a sharded strategy after it.
         self._shared: SharedMeasurements | None = None
         self._space: VectorSpace | None = None
         self._is_restored = False
@@ -183,9 +187,11 @@ class CurvatureCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here as well as in `on_train_start`: what is wrong with the strategy is then said before it moves, wraps or
+        # shards the model.
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
-        elif not self.results:  # whoever tests after a training does not expect more of the callback
+        elif not self.results:  # no warning for a test that follows a training
             running = trainer.state.fn
             assert running is not None  # within `setup`
             self._recorder.warn_once(
@@ -205,6 +211,8 @@ class CurvatureCallback(Callback):
         check_parameters(owner, pl_module, self.config)
         self._space = fitting_space(pl_module, ranks_of(trainer), None, ())
         if self._is_restored:
+            # Not in `load_state_dict`, which Lightning may call before the strategy has cut the parameters: how a whole
+            # vector is to be cut is not known until then.
             cut_states(self._stateful().values(), self._space)
         self._is_restored = False
         if self.request is not None:
@@ -243,6 +251,8 @@ class CurvatureCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not after each measurement: a figure takes half a second, most of it the layout, where a probe of a small
+        # network takes milliseconds.
         if self._has_new_results and self._recorder.may_draw(trainer):
             self._draw(trainer)
 
@@ -252,6 +262,8 @@ class CurvatureCallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # After an exception, Ctrl+C included, Lightning calls neither `on_train_end` nor `teardown`: what these do is
+        # done here.
         if self._shared is not None:  # the training broke off, and its last measurements may show why
             self.conclude(trainer)
         self._shared = None
@@ -286,12 +298,15 @@ class CurvatureCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        # Lightning asks every rank for its state, although the first alone writes it: so the parts of vectors can be
+        # gathered here.
         return gathered_state({name: part.state_dict() for name, part in self._stateful().items()}, self._space)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self._stateful().items():
             part.load_state_dict(state_dict[name])
+        # The vectors are on the CPU, and whole, until `on_train_start` knows the device and the parts.
         self._is_restored = True
 
     def on_missing_data(self, step: Step) -> None:

@@ -123,6 +123,8 @@ def _check_step(owner: str, pl_module: LightningModule) -> None:
             f"`{owner}` cannot replay the `training_step` of a module with manual optimization, since it would take"
             f" optimizer steps. {remedy}"
         )
+    # Lightning hands such a step its own iterator: with a replay at every step the training would get every second
+    # batch only, without a word.
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise MisconfigurationException(
             f"`{owner}` cannot replay a `training_step` that takes `dataloader_iter`, since it would take batches away"

@@ -56,6 +56,8 @@ class HessianConfig:
 
     """
 
+    # None is "the callback's own default" and not a value: in YAML a mapping that names one field is to leave all
+    # others as they are. All fields can be hashed, since configurations are the keys under which operators are shared.
     data: Data | None = None
     num_batches: int | None = None
     fraction: float | None = None
@@ -75,6 +77,7 @@ class HessianConfig:
         check_choice("method", self.method, Method)
         if self.num_batches is not None:
             check_int("num_batches", self.num_batches, least=1)
+        # A bool is an int to Python: `fraction=True` would be all of the data, and `seed=True` the seed 1.
         if self.fraction is not None and (
             isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1
         ):

@@ -26,6 +26,7 @@ def mean_over_ranks(trainer: "Trainer", values: Tensor) -> Tensor:
     reduce = sum_over_ranks(trainer)
     if reduce is None:
         return values
+    # A new tensor, which the sum may then overwrite; the caller's keeps its own values.
     means: Tensor = values / trainer.world_size
     reduce(means)
     return means
@@ -38,6 +39,8 @@ def of_first_rank(trainer: "Trainer", value: T) -> T:
 
 def any_rank(trainer: "Trainer", flag: bool) -> bool:
     """Whether a condition holds on at least one rank; all ranks have to ask together."""
+    # By the same exchange as solvers use: a rank that has failed says so in it, where in a plain reduction of a flag
+    # the others would wait for it.
     return bool(ranks_of(trainer).agreed(torch.tensor([float(flag)], device="cpu")) > 0)
 
 
@@ -64,4 +67,6 @@ def ranks_of(trainer: "Trainer") -> Ranks:
 
 
 def _all_reduce(buffer: Tensor) -> None:
+    # Not `trainer.strategy.reduce`: Lightning puts a barrier in front of every reduction, a second round over the
+    # network for each Hessian-vector product.
     dist.all_reduce(buffer, op=dist.ReduceOp.SUM)

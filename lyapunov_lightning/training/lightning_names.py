@@ -19,8 +19,8 @@ _NAMES = ("lightning.pytorch", "pytorch_lightning")
 def _messages_stay_where_they_are() -> Iterator[None]:
     """Import one name without taking over the messages of the other, if that is in use.
 
-    Both log through one module, and the name that is imported last has all messages sent to its own logger. Whoever has
-    muted or redirected the messages of his Trainer, as the documentation shows, would see them again.
+    Both log through one module, and the name that is imported last has all messages sent to its own logger. A user who
+    has muted or redirected the Trainer's messages, as the documentation shows, would see them again.
 
     """
     # Whichever name is in use has loaded the module. Where neither is, the name that is imported last gets the

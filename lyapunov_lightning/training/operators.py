@@ -55,6 +55,8 @@ class Operators:
             hessian = self._sharded(problem, say or _say_nothing)
         else:
             hessian = self._whole(problem)
+        # Around the finished operator: products are computed on the device in any case, only the vectors between them
+        # are kept elsewhere.
         return OffloadedHessian(hessian) if problem.config.offload else hessian
 
     def _method(self, config: HessianConfig) -> Method:
@@ -77,6 +79,7 @@ class Operators:
         if config in self._ways:
             return self._in_way(problem, self._ways[config])
         ways, room = ways_of(problem)
+        # What the user has chosen is taken as it is, without the products of a check and without another way.
         if config.method != "auto":
             self._take(problem, ways[0], room, "", say)
             return self._in_way(problem, ways[0])

@@ -57,10 +57,13 @@ class Results(Generic[R]):
 
     def state_dict(self) -> dict[str, Any]:
         """All fields of all results."""
+        # Plain dictionaries: ``torch.load(weights_only=True)`` refuses dataclasses, and with them the user's whole
+        # checkpoint.
         return {"items": [dict(vars(result)) for result in self.items]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        # In place: the list may have been handed out as the callback's `results` before.
         self.items[:] = [self._kind(**fields) for fields in state["items"]]
 
 

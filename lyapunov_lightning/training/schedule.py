@@ -137,6 +137,7 @@ class ScheduleState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        # Kept for `start` too, which begins every run and would forget what the checkpoint has brought.
         self._passed, self._measured = self._restored = (state["passed"], state["measured"])
 
     def _fits(self, rules: Schedule, trainer: "Trainer", batch_idx: int, earlier: int) -> bool:
@@ -146,6 +147,8 @@ class ScheduleState:
             return True
         if step < rules.first_n_steps:
             return True
+        # Whether a multiple lies in between, and not whether the step is one: with several optimizers in manual
+        # optimization the step may jump over all multiples of 10.
         if rules.every_n_steps is not None and step // rules.every_n_steps != earlier // rules.every_n_steps:
             return True
         if rules.every_n_epochs is not None and batch_idx == 0 and trainer.current_epoch % rules.every_n_epochs == 0:

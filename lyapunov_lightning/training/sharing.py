@@ -1,4 +1,4 @@
-"""One measurement for all callbacks that ask for the same.
+"""One measurement for all callbacks that ask for the same one.
 
 The callbacks of a trainer share one `SharedMeasurements`. At each batch it asks all of them whether they are due. Those
 that are due and have equal configurations get one operator, and its eigenpairs are computed once, for the largest
@@ -112,6 +112,8 @@ class Step:
     index: int = field(init=False)
 
     def __post_init__(self) -> None:
+        # Kept, and not read from the trainer later: a measurement that ends after the optimizer's step would be logged
+        # one step late.
         object.__setattr__(self, "index", int(self.trainer.global_step))
 
     @property
@@ -169,7 +171,12 @@ class SharedMeasurements:
         # The identity of the batch alone would not do: one that was freed gives its address to a later one.
         key = (id(batch), trainer.current_epoch, batch_idx, trainer.global_step)
         if self._step is None or key != self._key:
+            # A callback that failed before it asked for its operator has not released it and still counts as waiting:
+            # without this, the next step would be measured with the operator of this one, at parameters of before the
+            # update.
             self._shared.clear()
+            # Here, where only the first callback of a batch comes by: with two equal configurations every batch would
+            # be kept twice.
             for data in self._data.values():
                 data.observe(batch, batch_idx)
             due = [callback for callback in self.callbacks if callback.advance(trainer, batch_idx)]
@@ -192,6 +199,8 @@ class SharedMeasurements:
             operator = self.block(step, config, say=say)
             if operator is None:
                 return None
+            # All requests of the step, before the first one is served: the search has to be for the largest of them, or
+            # the next callback would pay for one of its own.
             sharing = [callback for callback in step.due if callback.config == config]
             wanted = [(c.request, c.search_start) for c in sharing if c.request is not None and not c.request.acts]
             shared = self._shared[config] = _Shared(operator, sharing, wanted)
@@ -221,6 +230,8 @@ class SharedMeasurements:
             batches = data.batches(step.batch, step.batch_idx)
             if batches is None:
                 return None
+            # The operator remembers the state of the generators from when it is made, and all its products see the same
+            # dropout masks and augmentation. Each rank has masks of its own, as in training.
             with data.randomness(trainer.global_rank):
                 return self._operators.make(Problem(trainer, step.pl_module, config, batches, names), say)
 
@@ -279,9 +290,13 @@ def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], space: VectorS
     smallest = max(request.smallest for request, _ in fitting)
     if largest + smallest > size:
         largest, smallest = size, 0  # all eigenpairs, of which each request takes its own
+    # The larger of two bounds, and at least what Lanczos's method needs for the joint number of pairs: a bound is on
+    # memory, and one basis for both callbacks takes less than two.
     bounds = [request.max_basis_vectors for request, _ in fitting if request.max_basis_vectors is not None]
     if start is not None and len(start) != space.length:
         start = None  # parameters were frozen or unfrozen since
+    # An eigenvalue's error falls with the square of the residual, so a search that is for eigenvalues alone ends
+    # sooner. A single request for accurate vectors is enough to need the longer one.
     values_only = all(request.values_only for request, _ in fitting)
     return {
         "largest": largest,

@@ -16,7 +16,7 @@ _STEPS_TO_SECOND = 5
 """Steps between the first measurement, which is slower than all others and so says nothing of the cost, and the second,
 which is the first to say something."""
 
-_MEMORY = 5
+_AVERAGED = 5
 """Measurements over which their cost, and the pace of the training between them, are averaged."""
 
 _SETTLED = 3
@@ -43,8 +43,8 @@ class Spacing:
 
     def start(self) -> None:
         """Begin a run."""
-        self._costs: deque[float] = deque(maxlen=_MEMORY)
-        self._paces: deque[tuple[float, int]] = deque(maxlen=_MEMORY)
+        self._costs: deque[float] = deque(maxlen=_AVERAGED)
+        self._paces: deque[tuple[float, int]] = deque(maxlen=_AVERAGED)
         self._measured_at = 0
         self._ended: float | None = None
         self._due_at: int | None = None

@@ -34,7 +34,7 @@ from tests.training_runs import train
         ({"every_n_steps": True}, "`every_n_steps` should be a positive int, got True."),
         (
             {"every_n_steps": 5, "schedule": Schedule(first_n_steps=3)},
-            "`every_n_steps` is a schedule of its own, so `schedule` should be None beside it.",
+            "`every_n_steps` is itself a schedule, so `schedule` should be None.",
         ),
         ({"schedule": 5}, "`schedule` should be a Schedule, got 5."),
         ({"hessian": {"mode": "eval"}}, "`hessian` should be a HessianConfig, got {'mode': 'eval'}."),

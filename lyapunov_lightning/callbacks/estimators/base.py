@@ -98,6 +98,8 @@ class MeasuredStep:
         """The stability limit of the first optimizer as it is set now; None if it is not known."""
         if not self.step.trainer.optimizers:
             return None
+        # There are several under manual optimization only, as for a GAN: which of them descends the measured loss
+        # nobody knows, and the first is taken.
         optimizer = self.step.trainer.optimizers[0]
         if not is_known(optimizer):
             self.warn_once(
@@ -105,6 +107,8 @@ class MeasuredStep:
                 f"the stability limit of {type(optimizer).__name__} is not known, so `curvature/stability_limit` and"
                 " `curvature/stability_ratio` are left out.",
             )
+        # In the order of the measured parameters, and as the optimizer is set now: Adam's preconditioner and the
+        # learning rate change with every step.
         return stability_of(optimizer, self.hessian.parameters, self.hessian.layout)
 
     def limits(self, stability: Stability | None) -> Limits:
@@ -190,6 +194,8 @@ class Estimator(ABC):
 
     def plotted(self, results: Sequence[ProbeResult]) -> tuple[str, list[float | None]]:
         """What is drawn against the stability limit, and its name: the eigenvalue that the limit is one on."""
+        # One curve for the whole run: a run of Adam has its first value of H alone, since there are no second moments
+        # before step 1, and a curve that changes its meaning there would begin with a jump.
         if any(result.preconditioned_lambda_max is not None for result in results):  # there is none before step 1
             return "preconditioned sharpness", [result.preconditioned_lambda_max for result in results]
         largest = [result.lambda_max for result in results]

@@ -18,7 +18,7 @@ from lyapunov_lightning.training.callback import Stateful
 from lyapunov_lightning.training.lightning_names import MisconfigurationException, Trainer
 
 _ROUNDED = 2.0
-"""Length of a step, in last places of the parameters, up to which its direction is rather that of their rounding."""
+"""Length of a step, in units in the last place of the parameters, up to which it is mostly their rounding errors."""
 
 
 class CriticalLearningRate(Estimator):
@@ -29,11 +29,11 @@ class CriticalLearningRate(Estimator):
     observed: the parameters are noted before the step, and the loss is evaluated along the way to where they are after
     it. It is measured once the step is made, for the parameters before it.
 
-    It is no eigenvalue: for gradient descent on a quadratic it is the curvature along the gradient, which comes near
-    the largest one at the edge of stability, and does not show how that is on its way there.
+    It is not an eigenvalue: for gradient descent on a quadratic it is the curvature along the gradient, which
+    approaches the largest eigenvalue at the edge of stability and does not show how that rises before.
 
     Its limit is ``2/η`` whatever the optimizer, its ratio ``η/η_c``: above 1 the step has raised the measured loss. It
-    is left out where the loss does not rise however far the step is drawn out, where it rises from the very beginning,
+    is left out where the loss does not rise however far the step is extended, where it rises from the very beginning,
     as with momentum it may, and where its fall is lost in rounding.
 
     Raises:

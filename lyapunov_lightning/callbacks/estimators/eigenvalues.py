@@ -34,8 +34,8 @@ class Eigenvalues(Estimator):
         stability = at.stability()
         pairs = self._pairs(at)
         top = None
-        # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H stays
-        # beside it: it is what other optimizers, other runs and the literature are compared by.
+        # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H is
+        # measured as well: it is what other optimizers, other runs and the literature are compared by.
         if pairs.num_largest and stability is not None and not stability.is_on_hessian:
             with at.watched() as operator:
                 top = self._preconditioned.measure(stability.matrix(operator))
@@ -84,6 +84,8 @@ class LanczosEigenvalues(Eigenvalues):
     def __init__(self, settings: EstimatorSettings) -> None:
         super().__init__(settings)
         largest, smallest = int(settings.end != "smallest"), int(settings.end != "largest")
+        # By values: the probe logs no vector, and an eigenvalue's error is about the square of its residual. It is
+        # known to 2 % at a residual of 14 % where no other eigenvalue is near.
         self.request = EigenRequest(largest, smallest, settings.tol, values_only=True)
         self._start = SearchStart()
 

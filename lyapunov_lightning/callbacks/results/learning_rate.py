@@ -9,24 +9,24 @@ from lyapunov_lightning.training.results import Result, known
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateResult(Result):
-    """What `QuasiNewtonLRController` did in one step and why; None where its rule does not look, or found nothing.
+    """What `QuasiNewtonLRController` did in one step and why; None where its rule does not measure, or found nothing.
 
     Attributes:
         learning_rate: The learning rate of the step, the highest of the parameter groups.
         proposed: The learning rate that goes to the bottom of the parabola, in the running average; the paper's
             ``1/h0`` where the sharpness is the rule, times ``1 - momentum``.
-        step_length: How long the steps are with the way to that bottom as unit.
+        step_length: How long the steps are, in units of the step to that bottom.
         annealing: The factor by which the end of the training makes the learning rate smaller.
         restored: How often the parameters were brought back so far.
-        converged: Whether there was something to go by.
+        converged: Whether the measurement led to an estimate.
         slope_along_update: ``-gᵀu`` where the last update ``u`` began, at learning rate 1, seen by this batch.
         curvature_along_update: ``uᵀHu``.
         trials: How often the very first step was halved.
         lambda_max: The running average of the largest eigenvalue.
         inverse_h0: The same as the paper's ``1/h0``.
         exponent: The Lyapunov exponent of Algorithm 1; 1 once settled.
-        curvature_along_gradient: What the eigenvalue was held against.
-        refuted: Whether the tracked vector was wrong and began anew.
+        curvature_along_gradient: The second estimate, with which the eigenvalue was compared.
+        refuted: Whether the tracked vector was wrong and was replaced by the gradient.
 
     """
 

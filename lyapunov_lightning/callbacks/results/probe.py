@@ -12,7 +12,7 @@ _DECISIVE = ("critical_sharpness", "preconditioned_lambda_max", "lambda_max")
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
-    """What `CurvatureProbe` found; None where it did not look, or nothing is known.
+    """What `CurvatureProbe` found; None for what was not measured or is not known.
 
     Attributes:
         lambda_max: The largest eigenvalue, the sharpness, in the unit of the loss's second derivative.
@@ -23,7 +23,7 @@ class ProbeResult(Result):
         value_error_min: The same of the smallest one, where both are asked for.
         converged: Whether the tolerance was met by all.
         matvecs: Hessian-vector products spent, or differences of gradients.
-        learning_rate: Of the optimizer, the highest of its groups.
+        learning_rate: The optimizer's, the highest of its groups.
         stability_limit: The eigenvalue at which that learning rate turns unstable; for the critical sharpness
             ``2 / learning_rate``, whatever the optimizer.
         preconditioned_lambda_max: The largest eigenvalue of the preconditioned Hessian with the weight decay that is

@@ -45,6 +45,8 @@ class AlongUpdate(Rule):
         longest, trials = longest_descent(
             lambda lr: hessian.value(update.vector * lr), hessian.value(), slope=slope, curvature=curvature
         )
+        # An update uphill, or a loss that rises however short the step: the optimizer's own learning rate stays, and
+        # the next measured step is tried.
         if longest is None:
             return Proposal(None, {"converged": False, "trials": trials})
         # With momentum m the steps grow to 1 / (1 - m) times the first one while the gradient lasts.
@@ -70,6 +72,7 @@ class AlongUpdate(Rule):
         ):
             return Proposal(None, {"converged": False})
         slope_at_end, curvature = slope_and_curvature(hessian, update.vector, given.optimizer)
+        # Per unit length, since the next slopes belong to updates of other lengths than this one.
         self._length.see_curvature(curvature / float(hessian.space.inner(update.vector, update.vector)))
         return Proposal(
             None,

@@ -61,7 +61,7 @@ class Rule(ABC):
     """The default interval between two measurements."""
 
     first_n_steps: ClassVar[int] = 0
-    """How many of the first steps are measured by default besides."""
+    """How many of the first steps are measured in addition, by default."""
 
     annealing: ClassVar[float] = 0.0
     """The default share of the training over which the learning rate falls to zero."""
@@ -100,7 +100,7 @@ class Rule(ABC):
         """Judge the last update after the gradient of the next batch, once a step, if the rule follows updates.
 
         Args:
-            seen: How the update looks to that gradient.
+            seen: Slope and size of the update, by that gradient.
             lr: The learning rate of the update.
 
         Returns:

@@ -21,7 +21,7 @@ _MAX_WARMUP = 50
 
 
 class InverseSharpness(Rule):
-    """The paper's ``1/h0``, where every estimate is held against the curvature along the gradient.
+    """The paper's ``1/h0``, where every estimate is compared with the curvature along the gradient.
 
     "A chaos theory approach to understand neural network optimization", sec. 3.1 and Algorithm 1.
     """
@@ -55,8 +55,12 @@ class InverseSharpness(Rule):
             max_iterations = _MAX_WARMUP if given.is_first else 0
             sharpness = self._sharpness.settle(gradient, hessian.gradient(), max_iterations, hessian.space)
         if sharpness is None:
+            # No positive curvature. At the first step there is no learning rate yet, which is a failure; later the one
+            # that was found before stays in use.
             return Proposal(None, {"converged": not given.is_first})
         inverse_h0 = H0_CONVENTION / sharpness.value
+        # With momentum m a lasting gradient moves the parameters 1/(1 − m) times as far: the paper's rate is for plain
+        # SGD.
         lr = inverse_h0 / gain_of_momentum(given.optimizer)
         return Proposal(
             lr,

@@ -15,7 +15,7 @@ from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.loaders import LoaderCopy, seeded
 from lyapunov_lightning.training.distributed import any_rank, of_first_rank
-from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.lightning_names import MisconfigurationException, Trainer
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.objective import ProbeBatch
 
@@ -65,7 +65,7 @@ class ProbeData:
         self._num_to_keep = 0
         self._failure: Exception | None = None
 
-    def start(self, owner: str, trainer: Any, position: StartPosition | None = None) -> str | None:
+    def start(self, owner: str, trainer: Trainer, position: StartPosition | None = None) -> str | None:
         """Draw the fixed batches, once the dataloaders are set up; all ranks together.
 
         Args:
@@ -135,7 +135,7 @@ class ProbeData:
         with seeded(self._config.seed + rank):
             yield
 
-    def _num_batches(self, owner: str, trainer: Any) -> int:
+    def _num_batches(self, owner: str, trainer: Trainer) -> int:
         """How many batches of this rank are wanted."""
         epoch = trainer.num_training_batches
         if self._config.num_batches is not None:
@@ -149,14 +149,14 @@ class ProbeData:
         # Rounded first: in floating point 0.07 * 100 is a little more than 7, and would be 8 batches.
         return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))
 
-    def _draw(self, trainer: Any, num_batches: int, position: StartPosition) -> str | None:
+    def _draw(self, trainer: Trainer, num_batches: int, position: StartPosition) -> str | None:
         """Draw from a copy of the training dataloader, all ranks or none.
 
         Returns:
             Why that is not possible, on all ranks even if for one of them only; None if the batches were drawn.
 
         """
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         cause = _what_prevents_a_copy(loader)
         # Whatever the user's dataloader or dataset raises is no reason not to measure: the batches that the training
         # gets can still be kept.
@@ -196,7 +196,7 @@ class ProbeData:
         return None
 
 
-_ELSEWHERE = "the training dataloader of another rank cannot be read beside the training"
+_ELSEWHERE = "the training dataloader of another rank cannot be read a second time"
 
 
 def _what_prevents_a_copy(loader: Any) -> str | None:
@@ -205,7 +205,7 @@ def _what_prevents_a_copy(loader: Any) -> str | None:
         return f"the training data are a {type(loader).__name__}, of which only a single `DataLoader` can be read twice"
     if isinstance(loader.dataset, IterableDataset):
         # It may read from a stream, which gives each sample once: a copy would take them from the training.
-        return f"an IterableDataset, {type(loader.dataset).__name__}, cannot be read beside the training"
+        return f"an IterableDataset, {type(loader.dataset).__name__}, cannot be read a second time"
     return None
 
 
@@ -215,4 +215,4 @@ def _said(error: Exception) -> str:
     # PyTorch puts "Caught KeyError in DataLoader worker process 0." and the traceback before what a worker has raised.
     said = lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")
     kind = "" if isinstance(error, MeasurementError) else f"{type(error).__name__}: "
-    return f"the training dataloader cannot be read beside the training ({kind}{said})"
+    return f"the training dataloader cannot be read a second time ({kind}{said})"

@@ -67,7 +67,7 @@ class LoaderCopy:
             for value in (loader.dataset, loader.collate_fn, loader.worker_init_fn):
                 memo.note(value, value)
         if getattr(loader, "_iterator", None) is not None:
-            memo.note(loader._iterator, None)  # that of the training, with its worker processes
+            memo.note(loader._iterator, None)  # the training's own, with its worker processes
         self._loader = self._copier(loader)
         # Set by `vars`, since a loader refuses attributes once it is made. One worker is enough for a few batches, and
         # pinned memory would start a thread.
@@ -153,7 +153,7 @@ class LoaderCopy:
             del vars(self._loader)["_get_iterator"]
             try:
                 if isinstance(iterator, types.GeneratorType):
-                    iterator.close()  # first, since what the user does in its `finally` may still need the workers
+                    iterator.close()  # first, since the user's `finally` may still need the workers
             finally:
                 for inner in made:
                     getattr(inner, "_shutdown_workers", lambda: None)()

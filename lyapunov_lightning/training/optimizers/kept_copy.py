@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.training.lightning_names import LightningModule
+
 
 @dataclass(frozen=True, eq=False)
 class _Copy:
@@ -30,7 +32,7 @@ class KeptCopy:
         self._copy: _Copy | None = None
 
     @torch.no_grad()
-    def take(self, step: int, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def take(self, step: int, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Copy the present state, of which it is not known yet whether it is good."""
         tensors = [*(p for p in pl_module.parameters() if p.requires_grad), *pl_module.buffers()]
         self._candidate = _Copy(

@@ -1,7 +1,6 @@
 """Moving the parameters in an optimizer's place, and scaling the gradients that it is about to see."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.distributed import any_rank, sum_over_ranks
 from lyapunov_lightning.training.fsdp import is_sharded
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 
 
@@ -47,10 +47,13 @@ def scale_gradients(
         rows.to(gradient),
         inside=inside,
         outside=outside,
+        # SGD steps along u = g + wθ, and the projection P is of u. So ``.grad`` becomes P(u) − wθ, to which SGD adds
+        # wθ. With the projection of g alone, decay would go on moving the parameters along the sharpest directions.
         shift=_decay_to_come(optimizer, parameters),
         space=space,
     )
     for parameter, piece in zip(parameters, layout.split(changed), strict=True):
+        # SGD skips a parameter without a gradient. With one of zeros it would apply decay and momentum to it.
         if parameter.grad is not None:
             if parameter.grad.layout is not torch.strided:
                 parameter.grad = parameter.grad.to_dense()  # the projection has entries everywhere
@@ -71,7 +74,7 @@ def _decay_to_come(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     return FlatLayout(parameters).flatten(pieces)
 
 
-def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -> bool:
+def move_parameters(trainer: Trainer, pl_module: LightningModule, displacement: Tensor | None) -> bool:
     """Add a displacement to the trainable parameters.
 
     All ranks have to call this together. They move by the mean of their displacements, so that their parameters stay
@@ -91,6 +94,7 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
     layout = FlatLayout(parameters)
     reduce = sum_over_ranks(trainer)
     if is_sharded(parameters):
+        # Each rank moves its own part, which has nothing to do with the other ranks' parts: there is no mean to take.
         if any_rank(trainer, displacement is None):
             return False
     elif reduce is not None:
@@ -100,6 +104,8 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
             buffer[-1] = 1
         else:
             buffer[:-1] = displacement
+        # The mean, although all ranks have computed the same: they round differently, and DDP never compares parameters
+        # again after the start. A difference in the last digit of one move would grow through the rest of the run.
         reduce(buffer)
         displacement = None if bool(buffer[-1]) else buffer[:-1] / trainer.world_size
     if displacement is None:
@@ -108,5 +114,6 @@ def move_parameters(trainer: Any, pl_module: Any, displacement: Tensor | None) -
         return True  # without a write: a graph that autograd keeps of the parameters survives none, not even of zeros
     with torch.no_grad():
         for parameter, piece in zip(parameters, layout.split(displacement), strict=True):
+            # In place: the optimizer's groups and DDP's buckets refer to these very tensors.
             local_of(parameter).add_(piece)
     return True

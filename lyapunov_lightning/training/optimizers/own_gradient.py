@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.training.lightning_names import Trainer
 
 _ROUNDING_DISTANCE = 1e-5
-"""Relative distance up to which two gradients are taken for the same, computed in another order."""
+"""Relative distance up to which two gradients count as the same one, summed in another order."""
 
 
 class OwnGradient:
@@ -22,11 +23,11 @@ class OwnGradient:
     def __init__(self) -> None:
         self._fits: bool | None = None
 
-    def may_fit(self, trainer: Any) -> bool:
+    def may_fit(self, trainer: Trainer) -> bool:
         """Whether to wait for the backward pass: not after a mismatch, and not where ``.grad`` is a mean over ranks."""
         return trainer.world_size == 1 and self._fits is not False
 
-    def take(self, trainer: Any, operator: LossHessian) -> Tensor:
+    def take(self, trainer: Trainer, operator: LossHessian) -> Tensor:
         """The gradient at the present parameters, right after the backward pass of a step's first batch."""
         own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
         # Lightning divides the loss of every batch by the number of batches that are accumulated.
@@ -34,6 +35,8 @@ class OwnGradient:
             own *= trainer.accumulate_grad_batches
         if self._fits:
             return own
+        # Compared in the first probe only: two evaluations of the same function on the same batch differ by the order
+        # of sums, up to 1e-5, while another dropout mask or a loss scale changes the gradient as a whole.
         computed = operator.gradient()
         distance, norm = torch.linalg.vector_norm(own - computed), torch.linalg.vector_norm(computed)
         self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lyapunov_lightning.curvature.acting.loss_watch import LossWatch, Verdict
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 
 _STEPS_BETWEEN_COPIES = 10
@@ -40,7 +41,7 @@ class Safeguard:
         self._copy.clear()
         self._copied_at = None
 
-    def before_batch(self, trainer: Any, pl_module: Any) -> None:
+    def before_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the training at every tenth step; `after_batch` keeps the copy if the loss of its batch is good."""
         step = trainer.global_step
         # With gradient accumulation there are several batches before one step: one copy is enough.
@@ -57,6 +58,7 @@ class Safeguard:
         """
         verdict = self.watch.see(loss)
         if verdict is Verdict.LOST:
+            # Whether or not there is a copy to go back to: the losses that went up are no measure for those to come.
             self.watch.go_back()
             self._times_lost += 1
             restored = self._copy.restore(optimizer)
@@ -66,6 +68,8 @@ class Safeguard:
             self._times_lost = 0
             self._copy.confirm()
         else:
+            # A loss that is neither good nor lost yet may be the first of a divergence: a copy of it would be gone back
+            # to again and again.
             self._copy.reject()
         return verdict, None
 

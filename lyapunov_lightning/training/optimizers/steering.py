@@ -15,7 +15,7 @@ from lyapunov_lightning.training.optimizers.safeguard import Safeguard
 
 
 class StepLengths(NamedTuple):
-    """How long an optimizer's steps are, with the way to the bottom of the parabola along them as unit.
+    """How long an optimizer's steps are, in units of the step to the bottom of the parabola along them.
 
     Attributes:
         length: The length.
@@ -61,6 +61,8 @@ class Steering:
         """Begin a run."""
         self.rates.start(optimizer)
         self.release()
+        # Read once, here: Lightning's property may load the training dataloader. It is infinite for `max_epochs=-1`,
+        # whose learning rate is then never annealed.
         self._num_steps = trainer.estimated_stepping_batches
 
     def release(self) -> None:
@@ -121,7 +123,7 @@ class Steering:
             warn_once: Warns the user, once for each kind (the first argument) of message (the second one).
 
         Returns:
-            The verdict. After `Verdict.LOST` the parameters may be elsewhere than where the step ended.
+            The verdict. After `Verdict.LOST` the parameters may be those of an earlier step.
 
         """
         verdict, restored = self.safeguard.after_batch(loss, trainer.optimizers[0])

@@ -10,7 +10,7 @@ class StepHook:
     """Calls a function right after each step of an optimizer, for as long as it is attached.
 
     Lightning's next hook is ``on_train_batch_end``. By then schedules have set the learning rate of the step that
-    follows, and other callbacks may have moved the parameters: what the step itself did is to be seen here only.
+    follows, and other callbacks may have moved the parameters: what the step itself did can be seen here only.
 
     """
 

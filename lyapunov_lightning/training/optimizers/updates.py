@@ -93,9 +93,9 @@ class _UnderWay:
 
 
 class SeenOnDevice(NamedTuple):
-    """How an update looks from where it ended: `SeenUpdate` before it is fetched from the device.
+    """`SeenUpdate` before it is fetched from the device.
 
-    Four scalars of this rank alone, which become those of `SeenUpdate` as means over the ranks.
+    Four scalars of this rank alone, whose means over the ranks are the fields of `SeenUpdate`.
     """
 
     slope: Tensor
@@ -105,7 +105,7 @@ class SeenOnDevice(NamedTuple):
 
 
 class SeenUpdate(NamedTuple):
-    """How an update at learning rate 1 looks from where its step ended.
+    """Slope and size of an update at learning rate 1, measured where its step ended.
 
     Attributes:
         slope: ``-gᵀu`` by the gradient there, positive downhill.
@@ -129,7 +129,7 @@ class LastUpdate:
 
     @property
     def known(self) -> Update | None:
-        """The update; None before the first one, while one is under way, and where the last one counts no more."""
+        """The update; None before the first one, during a step, and after `forget`."""
         return self._last.update if isinstance(self._last, _Known) else None
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
@@ -137,9 +137,10 @@ class LastUpdate:
         self._last = _UnderWay(parameters, FlatLayout(parameters).flatten(parameters))
 
     def end(self, lr: float) -> None:
-        """After the step, of which `begin` was told."""
+        """After the step; without a `begin` before it nothing is kept."""
         if isinstance(self._last, _UnderWay):
             parameters, before = self._last.parameters, self._last.before
+            # In place in what follows: this is done at every step, and each further vector is as large as the model.
             after = FlatLayout(parameters).flatten(parameters)
             self.take(after.sub_(before).div_(lr), lr, parameters)
 
@@ -148,13 +149,13 @@ class LastUpdate:
         self._last = _Known(Update(vector, lr), _size_of(parameters))
 
     def forget(self) -> None:
-        """The parameters were moved away from where the step ended, so that no gradient comes from there."""
+        """Drop the update: the parameters have left the place where its step ended, so no gradient comes from there."""
         self._last = None
 
     def seen(
         self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, loss_scale: float = 1.0
     ) -> SeenOnDevice | None:
-        """How the last update looks to the gradient that is now in ``.grad``, computed where the step ended.
+        """Slope and size of the last update, by the gradient in ``.grad`` that was computed where its step ended.
 
         Weight decay that the optimizer adds to the gradient is part of the gradient.
 
@@ -167,6 +168,8 @@ class LastUpdate:
             None if no update is known, or if other parameters are trained than when it was made.
 
         """
+        # By the size on all ranks and not by the length of this rank's vector: frozen parameters may be another rank's
+        # alone, and ranks that answer differently here would wait for each other in the mean over them.
         if not isinstance(self._last, _Known) or self._last.size != _size_of(parameters):
             return None
         vector = self._last.update.vector
@@ -178,6 +181,7 @@ class LastUpdate:
         if decay is not None:
             gradient += decay * layout.flatten(parameters)
         size = torch.stack([local_of(p).detach().abs().sum().to(gradient) for p in parameters]).sum()
+        # Scalars on the device: this is done at every step, and reading one of them would wait for the backward pass.
         found = (-(gradient @ vector), vector @ vector, vector.abs().sum(), size)
         # Of sharded parameters each rank has a part of every sum, and the mean over the ranks, which is taken later, is
         # too small by the number of parts.

@@ -67,6 +67,7 @@ def hand_through(value: Any, error: UncopiedError) -> Any:
         return value
     cls = type(value)
     if isinstance(value, Iterator):
+        # Most steps that can reach an iterator never draw from it: only the one that does is refused, when it does.
         return Exhausted(cls.__name__)
     _list_as_uncopied(f"{cls.__module__}.{cls.__qualname__}", str(error))
     return value

@@ -40,7 +40,7 @@ def refuse(value: Any, copy: Copy, memo: Memo) -> Any:
         UncopiedError: Always.
 
     """
-    raise UncopiedError(f"a {type(value).__name__} goes on from where it is, and cannot be had twice")
+    raise UncopiedError(f"a {type(value).__name__} continues from where it is, and exists only once")
 
 
 def copy_cell(cell: types.CellType, copy: Copy, memo: Memo) -> types.CellType:
@@ -139,7 +139,7 @@ def copy_memory_view(view: memoryview, copy: Copy, memo: Memo) -> memoryview:
         return view
     copied: Any = memoryview(copy(view.obj))
     if copied.nbytes != view.nbytes:
-        # Of a part, whose place in the whole Python does not tell. What is written to it does not reach the whole then.
+        # Of a part, whose position in the whole Python does not reveal: what is written to it does not reach the whole.
         copied = memoryview(bytearray(view))
     return copied if copied.format == view.format else copied.cast("B").cast(view.format, view.shape)  # type: ignore[no-any-return]
 
@@ -162,7 +162,7 @@ def fresh_reentrant_lock(lock: Any, copy: Copy, memo: Memo) -> Any:
 
 
 def copy_generator(generator: torch.Generator, copy: Copy, memo: Memo) -> torch.Generator:
-    """Random numbers that go on as the original's would."""
+    """Random numbers that continue as the original's would."""
     return generator.clone_state()
 
 

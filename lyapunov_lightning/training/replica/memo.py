@@ -154,6 +154,7 @@ class Memo:
         for copied in self._owned:
             copied.__dict__.clear()
         for file in self.files:
+            # Now, and not when the garbage collector comes by: a hundred evaluations would hold a hundred handles.
             file.close()
         self.copies.clear()
         self.originals.clear()

@@ -152,7 +152,7 @@ class _GlobalNamespace:
         self._variables.update(self._copies)
 
     def restore(self) -> None:
-        # `global SEEN; SEEN = True`, which would tell the training's own step that it is not the first one.
+        # `global SEEN; SEEN = True`, by which the training's own step would take itself for the second one.
         for name in self._missing & self._variables.keys():
             del self._variables[name]
         self._variables.update(self._before)

@@ -20,7 +20,7 @@ from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementErr
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
 from lyapunov_lightning.curvature.loss.randomness import RandomState
 from lyapunov_lightning.training.config import HessianConfig, LossFn, Mode
-from lyapunov_lightning.training.lightning_names import either, in_library_of
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, either, in_library_of
 from lyapunov_lightning.training.replica.namespaces import redirected
 from lyapunov_lightning.training.replica.replica import Replica, context_of_its_own, replica, trainable_parameters
 
@@ -67,8 +67,8 @@ class TrainingObjective:
 
     def __init__(
         self,
-        trainer: Any,
-        pl_module: Any,
+        trainer: Trainer,
+        pl_module: LightningModule,
         *,
         mode: Mode = "train",
         loss_fn: LossFn | None = None,
@@ -183,7 +183,7 @@ class TrainingObjective:
         return module.training_step(batch)
 
     def _num_samples(self, batch: Any, logged: Sequence[int]) -> int:
-        """The size of a batch: as `batch_size_fn` says, as the step told `self.log`, or as Lightning reads it."""
+        """The size of a batch: by `batch_size_fn`, as the step passed it to `self.log`, or as Lightning reads it."""
         if self._batch_size_fn is not None:
             return self._batch_size_fn(batch)
         if logged:
@@ -191,7 +191,7 @@ class TrainingObjective:
         return _read_batch_size(self._pl_module, batch)
 
 
-def _read_batch_size(pl_module: Any, batch: Any) -> int:
+def _read_batch_size(pl_module: LightningModule, batch: Any) -> int:
     """The size of a batch as Lightning reads it, with Lightning's warning where that is ambiguous.
 
     Raises:
@@ -254,8 +254,8 @@ class Problem:
 
     """
 
-    trainer: Any
-    pl_module: Any
+    trainer: Trainer
+    pl_module: LightningModule
     config: HessianConfig
     batches: Sequence[ProbeBatch]
     names: Collection[str] | None = None

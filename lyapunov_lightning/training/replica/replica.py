@@ -17,13 +17,13 @@ from torchmetrics import Metric
 
 from lyapunov_lightning.training.config import Mode
 from lyapunov_lightning.training.fsdp import unsharded
-from lyapunov_lightning.training.lightning_names import either
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, either
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.namespaces import replaced_namespaces
 from lyapunov_lightning.training.replica.trainer_view import view_of
 
 _OUTGOING = ("log", "log_dict", "print")
-"""Methods by which a LightningModule tells others of a step: loggers, the progress bar, the user's terminal."""
+"""Methods by which a LightningModule reports on a step: loggers, the progress bar, the user's terminal."""
 
 
 @dataclass
@@ -50,7 +50,10 @@ class Replica:
 
 @contextmanager
 def replica(
-    trainer: Any, pl_module: Any, mode: Mode = "train", whole: Mapping[Tensor, Tensor] = MappingProxyType({})
+    trainer: Trainer,
+    pl_module: LightningModule,
+    mode: Mode = "train",
+    whole: Mapping[Tensor, Tensor] = MappingProxyType({}),
 ) -> Iterator[Replica]:
     """Make a twin of a module, on which its training step can be run without any effect on the training.
 
@@ -160,7 +163,7 @@ class _LateGradients(TorchFunctionMode):
 
     """
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._pairs = pairs
 

@@ -1,4 +1,4 @@
-"""What is copied how, in one list, with the reason beside each entry.
+"""What is copied how, in one list, with the reason for each entry.
 
 The first rule that fits a class says how its instances are copied. Before these come the rules of the copier's policy.
 What no rule is about is copied by its attributes: that is the rule, and all else here are its exceptions.
@@ -164,20 +164,20 @@ RULES: tuple[Rule, ...] = (
         "Nothing can be written to these, and `tensor.dtype is torch.float32` is by identity.",
     ),
     Rule(derived(torch.memory_format), keep, "Likewise."),
-    # What lives beside the training step.
+    # What runs outside of the training step.
     Rule(derived(logging.Logger), keep, "Python's loggers are global, with streams and locks behind them (elsewhere)."),
-    Rule(derived(threading.Thread), keep, "A running thread cannot be had twice, and it goes on with its own objects."),
+    Rule(derived(threading.Thread), keep, "A running thread cannot be copied, and continues with its own objects."),
     Rule(
         derived(nn.parallel.DistributedDataParallel),
         keep,
         "The wrapper of the training has hooks in the gradients' buffers and in a group of processes (elsewhere).",
     ),
-    # Modules and what a step tells others.
-    Rule(derived(nn.Module), copy_module, "Hooks too, whatever the module tells `pickle` (left behind)."),
+    # Modules, and what a step reports to others.
+    Rule(derived(nn.Module), copy_module, "Hooks too, which a module may leave out for `pickle` (left behind)."),
     Rule(
         derived(*either("loggers.logger.Logger")),
         handlers.silent_logger,
-        "What a replay logs would stand in the user's curves beside what the step logs.",
+        "A replay's values would appear in the user's curves, next to the step's own.",
     ),
     Rule(derived(np.ndarray), copy_array, "`copy.deepcopy` parts views of one array."),
     # Files.
@@ -220,7 +220,7 @@ RULES: tuple[Rule, ...] = (
             *("aim", "clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "tensorboardX", "wandb")
         ),
         handlers.silent_experiment,
-        "What a step tells a tracker, the training has told it or will.",
+        "What a step reports to a tracker, the training has reported or will.",
     ),
     Rule(in_modules("torch.utils.tensorboard"), handlers.silent_experiment, "Likewise: it is TensorBoard's writer."),
     # Objects whose class says itself how it is copied, or that cannot be left to that.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lyapunov_lightning.training.lightning_names import in_library_of
+from lyapunov_lightning.training.lightning_names import Trainer, callbacks_of, in_library_of
 from lyapunov_lightning.training.replica.copier import Copier
 
 _NOT_USERS = frozenset({"lightning", "lightning_fabric", "lyapunov_lightning", "pytorch_lightning", "torch"})
@@ -20,7 +20,7 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 """Attributes in which Lightning keeps the values behind ``trainer.callback_metrics`` and its two relatives."""
 
 
-def view_of(trainer: Any, copier: Copier) -> Any:
+def view_of(trainer: Trainer, copier: Copier) -> Any:
     """A view of the trainer, which from then on stands for the trainer wherever `copier` meets it.
 
     Args:
@@ -55,11 +55,11 @@ def view_of(trainer: Any, copier: Copier) -> Any:
         "_loggers": [copier(logger) for logger in trainer.loggers],
         "_accelerator_connector": accelerator_connector,
         "_logger_connector": logger_connector,
-        "callbacks": list(trainer.callbacks),
+        "callbacks": list(callbacks_of(trainer)),
     }
     # For `self.trainer.my_counter += 1`, and for steps that look up one of the user's callbacks to write to it.
     users = {name: value for name, value in vars(trainer).items() if name not in own and _is_users(value)}
-    callbacks = {place: callback for place, callback in enumerate(trainer.callbacks) if _is_users(callback)}
+    callbacks = {place: callback for place, callback in enumerate(callbacks_of(trainer)) if _is_users(callback)}
     for place, callback in copier(callbacks).items():
         own["callbacks"][place] = callback
     vars(view).update(copier(users), **own)

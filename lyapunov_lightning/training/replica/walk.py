@@ -31,7 +31,7 @@ class Walk:
     """Copies values with everything that can be reached from them, each object once.
 
     Args:
-        memo: Is told of the copies.
+        memo: Records the copies.
         way_of: The way in which instances of a class are copied.
         uncopied: What stands for a value that cannot be copied, and for what reason it cannot.
 
@@ -122,7 +122,7 @@ def copy_instance(first: Way, value: Any, copy: Copy, memo: Memo) -> Any:
             nothing. What fails is copied by its attributes.
         value: The instance.
         copy: Copies what it refers to.
-        memo: Is told.
+        memo: Records the copy.
 
     Raises:
         UncopiedError: If the instance keeps its state where Python does not see it.
@@ -208,7 +208,7 @@ def by_protocol(value: Any, copy: Copy, memo: Memo) -> Any:
 
 
 def by_own_method(value: Any, copy: Copy, memo: Memo) -> Any:
-    """A copy by the class's own ``__deepcopy__``, which is told of the copies that there are."""
+    """A copy by the class's own ``__deepcopy__``, which is given the copies made so far."""
     return value.__deepcopy__(memo.copies)
 
 

@@ -10,7 +10,7 @@ from lyapunov_lightning.training.distributed import mean_over_ranks
 from lyapunov_lightning.training.lightning_names import Trainer
 
 _MOST_KEPT = 10_000
-"""Losses that are kept: of longer runs those of every second step, of still longer ones of every fourth, and so on."""
+"""How many losses are kept. Longer runs keep every second step's, still longer ones every fourth's, and so on."""
 
 _PENDING = 100
 """Number of batches after which their losses are fetched from the device, in one transfer."""
@@ -18,6 +18,7 @@ _PENDING = 100
 
 def loss_in(outputs: Any) -> Tensor | None:
     """The loss in the `outputs` of the hook ``on_train_batch_end``; None if the step returned no scalar loss."""
+    # Lightning passes a dictionary on, with what else the step returned in it.
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
@@ -69,6 +70,7 @@ class LossSeries:
         # The step that the batch began in: `global_step` has moved on if this batch completed it.
         self._pending.append((self._begun, loss))
         self._begun = trainer.global_step
+        # The same on all ranks, since every batch adds one entry, with or without a loss: they collect together.
         if len(self._pending) >= _PENDING:
             self.collect(trainer)
 
@@ -112,6 +114,7 @@ class LossSeries:
                 self.values.append(value)
                 self._count = 1
         self._pending = []
+        # By the step itself and not by place: a resumed run keeps the same steps as one without a break.
         while len(self.steps) > _MOST_KEPT:
             self._stride *= 2
             kept = [place for place, step in enumerate(self.steps) if step % self._stride == 0]

@@ -28,7 +28,7 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder:
         folder: The folder of the file.
 
     Returns:
-        The file, if one was written: ``group-name.png``, in place of the one of an earlier step.
+        The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
 
     """
     outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]
@@ -67,12 +67,14 @@ def _outlet(logger: Any, outlets: dict[str, Any]) -> Any:
     """The function that hands something to a logger, if the logger takes such things."""
     for name, outlet in outlets.items():
         if isinstance(logger, either(f"loggers.{name}")):
+            # By class and not by a method of the name `log_figure`: several loggers have one, with other arguments.
             return outlet
     return None
 
 
 def _image(figure: "Figure") -> Any:
     """The figure as an image: Weights & Biases recognises figures by the name of their class, and ours has another."""
+    # Only here: Weights & Biases is one of four loggers, and Pillow is there wherever Matplotlib is.
     from PIL import Image
 
     written = io.BytesIO()
@@ -81,6 +83,7 @@ def _image(figure: "Figure") -> Any:
 
 
 def _file_name(tag: str, step: int) -> str:
+    # MLflow keeps each as a file and lists them by name: with leading zeros that is the order of the steps.
     return f"{tag}/step{step:08d}"
 
 

@@ -22,6 +22,8 @@ def watched(
 ) -> Iterator[WatchedOperator]:
     """An operator whose products are counted next to the trainer's own progress bar, see `progress`."""
     with _bar_on_demand(trainer, description, alone) as show:
+        # Around every product, and not a callback of the solver: all solvers, estimates and scans are then counted
+        # alike.
         yield WatchedOperator(operator, show, after=_SHOWN_AFTER_SECONDS)
 
 
@@ -45,6 +47,8 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
         def report() -> None:
             nonlocal count
             count += 1
+            # Most measurements are over in less, and a bar that comes and goes at every step makes the trainer's own
+            # flicker.
             if time.perf_counter() > hidden_until:
                 show(count)
 
@@ -53,7 +57,7 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
 @contextmanager
 def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows a count in a bar; the bar comes up when it is first called, and goes with the block."""
+    """A function that shows a count in a bar; the bar appears at the first call and disappears with the block."""
     bar: _Bar | None = None
 
     def show(count: int) -> None:
@@ -105,10 +109,14 @@ class _RichBar(_Bar):
 
     def __init__(self, display: Any, description: str) -> None:
         self._display = display
+        # How many products a search takes is not known. Lightning's columns refuse a total of None, and show an
+        # infinite one as "--".
         self._task = display.add_task(description, total=float("inf"))
 
     def show(self, count: int) -> None:
         self._display.update(self._task, completed=count)
+        # At once: Lightning's thread redraws the display only when its own bars ask for it, and these stand still while
+        # a measurement runs.
         self._display.refresh()
 
     def close(self) -> None:
@@ -132,6 +140,7 @@ class _TqdmBar(_Bar):
             position=2 * process_position + 1,  # Lightning's own bars have the line above it
             leave=False,
             dynamic_ncols=True,
+            # Where Lightning writes its own bars: on two streams the positions of the lines would not fit together.
             file=sys.stdout,
         )
 
@@ -143,6 +152,7 @@ class _TqdmBar(_Bar):
 
 
 def _open_bar(trainer: Trainer, description: str, alone: bool) -> _Bar:
+    # Lightning disables the bars of all ranks but the first, and Rich has no display before the training begins.
     own: Any = trainer.progress_bar_callback
     if isinstance(own, either("callbacks.RichProgressBar")) and own.is_enabled and own.progress is not None:
         return _RichBar(own.progress, description)

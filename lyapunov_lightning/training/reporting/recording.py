@@ -116,6 +116,7 @@ class Recorder:
             scalars = {} if result is None else result.scalars()
             further = {} if result is None else result.table()  # within the guard: a result computes when it is read
         except Exception as error:
+            # `Exception`, and not KeyboardInterrupt: Ctrl+C ends the run, also while it measures.
             record.result = None
             scalars, further = {f"{self._group}_details/converged": 0.0}, {}
             self._warn_of_failure(step, error)
@@ -135,6 +136,8 @@ class Recorder:
         """
         tagged = {f"{self._prefix}{name}": float(value) for name, value in scalars.items()}
         device = trainer.strategy.root_device
+        # Not by `self.log`, which keeps the last value and logs it again at every interval, measured or not: the curve
+        # would be a staircase of stale values. LearningRateMonitor goes the same way.
         trainer.callback_metrics.update({name: torch.tensor(value, device=device) for name, value in tagged.items()})
         for logger in trainer.loggers:  # which write on the first rank only
             logger.log_metrics(tagged, step=_logged_step(trainer))
@@ -204,12 +207,16 @@ class Recorder:
 
     def show_in_progress_bar(self, trainer: Trainer, name: str, value: float) -> None:
         """Show a number in the progress bar, until the next number of this name."""
+        # Lightning has no public way to the progress bar but `self.log`, which would log the value to every logger as
+        # well.
         trainer._logger_connector._progress_bar_metrics[name] = value
 
     def charts(self, charts: Charts) -> dict[str, list[Any]]:
         """Charts in the form that TensorBoard's custom scalars require."""
         return {
-            title: ["Multiline", [f"^{re.escape(self._prefix)}{tag}" for tag in tags]] for title, tags in charts.items()
+            # TensorBoard reads tags as regular expressions: a prefix such as "run.1" is to match itself only.
+            title: ["Multiline", [f"^{re.escape(self._prefix)}{tag}" for tag in tags]]
+            for title, tags in charts.items()
         }
 
     def warn_once(self, kind: str, message: str, *, everywhere: bool = False) -> None:
@@ -227,6 +234,8 @@ class Recorder:
             warn(f"`{self._owner}`: {message}")
 
     def _warn_of_failure(self, step: int, error: Exception) -> None:
+        # The last frame is where it happened, most often in the user's own step: a message alone ("expected scalar type
+        # Float") would send the user searching in ours.
         place = traceback.extract_tb(error.__traceback__)[-1]
         self.warn_once(
             type(error).__name__,

@@ -29,6 +29,8 @@ class SeriesFile:
     def begin(self, step: int) -> None:
         """Open the file for a run that begins, or is resumed, before this step."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A resumed run repeats the steps after its checkpoint. With their old rows in the file every curve would double
+        # back.
         if step > 0 and self._path.exists():
             with self._path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]

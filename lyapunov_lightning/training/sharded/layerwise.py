@@ -47,6 +47,7 @@ class LayerwiseObjective(TrainingObjective):
             The mean loss of this rank's samples times their number, as a function of the shards.
 
         """
+        # Detached, since these are the training's own shards: gradients are to end in the leaves that are made of them.
         shards = {parameter: local_of(parameter).detach() for layer, _ in self._layers for parameter in layer}
         own = [shards[p].requires_grad_() for p in self.parameters] if values is None else list(values)
         shards.update(zip(self.parameters, own, strict=True))
@@ -56,5 +57,7 @@ class LayerwiseObjective(TrainingObjective):
         with replica(self._trainer, self._pl_module, self._mode, whole) as twin:
             loss = self._evaluated_on(twin, probe)
             samples = float(self._num_samples(probe.batch, twin.logged_sizes))
+            # Kept, since all ranks divide by the sum of these numbers, which none of them knows during its own
+            # evaluation.
             self.samples[probe.batch_idx] = samples
             yield Evaluation(loss * samples, own, lambda: 1.0, twin)

@@ -1,6 +1,6 @@
 """The training loss of a sharded model, evaluated on replicas that are sharded like it.
 
-The parameters of a replica have no memory at first. ``fully_shard`` cuts them as it has cut those of the module, and
+The parameters of a replica have no memory at first. ``fully_shard`` cuts them as it has cut the module's own, and
 each rank fills in its own shards, at any displacement. So FSDP gathers and drops layer after layer in the replica's own
 forward and backward pass. The module in training stays as it is, with its shards, its gradients and what it has
 gathered.
@@ -52,9 +52,10 @@ class ReshardedObjective(TrainingObjective):
         """
         sharded = [p for p in self._pl_module.parameters() if local_of(p) is not p]
         # On "meta" a replica of a model that fits on no device takes no memory until it is sharded.
-        empty = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
+        empty: dict[Tensor, Tensor] = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
         others = {} if values is None else dict(zip(self.parameters, values, strict=True))
         with replica(self._trainer, self._pl_module, self._mode, empty) as twin:
+            # Sharded before anything is written to it: at no time a rank holds a whole parameter.
             leaves = shard_again(self._pl_module, twin.module, twin.copier.memo, self._collectives)
             try:
                 with torch.no_grad():
@@ -65,6 +66,8 @@ class ReshardedObjective(TrainingObjective):
                 own = [leaves[parameter] for parameter in self.parameters]
                 yield Evaluation(loss, own, lambda: self._num_samples(probe.batch, twin.logged_sizes), twin)
             finally:
+                # FSDP's states hold each other in cycles: a copy of the model for each evaluation would stay until
+                # Python collects garbage.
                 discard(twin.module)
 
 
@@ -101,6 +104,7 @@ class ReshardedMeanLoss:
         self._space = ShardedSpace(sharding, ranks)
         self._ranks = ranks
         self._num_ranks = sharding.num_parts * sharding.num_copies
+        # A rank without a batch has to say so before the first gather, in which the others would wait for it.
         with ranks.together():
             self.num_batches = _largest(len(batches), ranks)
             if not batches:
@@ -120,6 +124,8 @@ class ReshardedMeanLoss:
                 self._batches.evaluated(min(index, self._own - 1), shards) as evaluation,
             ):
                 own = self._weight(index)
+                # Noted before it is entered, like FSDP's gathers: a rank that fails before this sum still has to take
+                # part in it.
                 self._collectives.note(lambda: self._ranks.sum_of(0.0))
                 weight = self._ranks.sum_of(own)
                 if evaluation.loss.requires_grad:
@@ -133,6 +139,8 @@ class ReshardedMeanLoss:
     def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
         """The mean loss at several points of a line through the present parameters."""
         sums = torch.zeros(len(distances) + 1, dtype=torch.float64, device="cpu")
+        # Sums over all distances and one exchange at the end. The count is that of one pass over the batches, so it
+        # begins anew with each distance.
         for place, distance in enumerate(distances):
             shards = self._displaced(distance * direction)
             sums[-1] = 0.0

@@ -52,6 +52,8 @@ def fitting_space(
     """
     if before is not None and not isinstance(before, ShardedSpace):
         return before  # every rank has whole vectors, so the parts themselves see whether their vectors still fit
+    # After validation the outermost module may still have its parameters gathered, and a space of these would be one of
+    # whole vectors.
     put_away(pl_module)
     space = space_of_parameters(list(trainable_parameters(pl_module).values()), ranks)
     if isinstance(before, ShardedSpace) and not space.is_like(before):
@@ -91,6 +93,7 @@ def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tenso
             name: converted_vectors(entry, length, convert, is_vector or name in VECTORS)
             for name, entry in state.items()
         }
+        # The same object where nothing changed: `_convert` then leaves the part alone.
         return found if any(found[name] is not entry for name, entry in state.items()) else state
     if not is_vector or not isinstance(state, Tensor):
         return state
@@ -109,6 +112,8 @@ def gathered_vectors(space: ShardedSpace, rows: Tensor) -> Tensor:
 
     All ranks have to ask together.
     """
+    # All ranks take part in gathering, and one keeps the result: k vectors of the whole model on each of eight ranks of
+    # a machine would be eight times the checkpoint in its memory.
     keeps = dist.get_rank() == 0
     whole = torch.empty(len(rows), space.size if keeps else 0, dtype=rows.dtype, device="cpu")
     for out, row in zip(whole, rows, strict=True):

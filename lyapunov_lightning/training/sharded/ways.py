@@ -26,8 +26,8 @@ from lyapunov_lightning.training.sharded.layerwise import LayerwiseObjective
 from lyapunov_lightning.training.sharded.resharded import ReshardedMeanLoss, ReshardedObjective
 
 Way = Literal["gathered", "layerwise", "shards"]
-"""How products of a sharded model are computed: with all parameters gathered for a measurement, with those of each
-layer gathered within the derivatives, or by finite differences of sharded gradients."""
+"""How products of a sharded model are computed: with all parameters gathered for a measurement, with one layer's
+gathered at a time within the derivatives, or by finite differences of sharded gradients."""
 
 
 _GATHERED, _LAYERWISE = 8, 5
@@ -99,6 +99,7 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
     """The ways to try, in their order, and the reason in words: the memory that they need and have."""
     config, trainer = problem.config, problem.trainer
     parameters = list(trainable_parameters(problem.pl_module).values())
+    # In the dtype that vectors have, which is the widest of the parameters'; frozen ones are gathered in their own.
     whole = sum(p.numel() for p in parameters) * Sharding(parameters).dtype.itemsize
     frozen = sum(p.numel() * p.dtype.itemsize for p in problem.pl_module.parameters() if not p.requires_grad)
     room = config.max_gather_bytes
@@ -106,6 +107,7 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
         room = int(_SHARE_OF_FREE * _free_bytes(trainer.strategy.root_device, trainer))
 
     def fits(vectors: int) -> bool:
+        # All ranks take one way: where one has no room, its gathers would be missing in the others' products.
         return not any_rank(trainer, vectors * whole + frozen > room)
 
     # A step that crosses few kinks is smaller than the rounding of half-precision parameters.
@@ -123,6 +125,8 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
             f"`method={config.method!r}` has no room on this rank: {needed}. Raise"
             " `HessianConfig(max_gather_bytes=...)`, or use `method='auto'`."
         )
+    # With room for gathered parameters differences of these are the faster ones: they gather once, and not in every
+    # gradient.
     if config.method == "finite_difference" and way:
         on_shards = []
     return way + on_shards, needed
@@ -136,6 +140,7 @@ def _free_bytes(device: torch.device, trainer: Trainer) -> float:
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "cpu" and hasattr(os, "sysconf"):
         free_pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        # Each process sees all of the machine's memory as free.
         return free_pages * page / max(1, int(trainer.num_devices))
     return math.inf
 
