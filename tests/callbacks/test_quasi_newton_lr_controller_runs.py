@@ -34,7 +34,7 @@ from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResul
 from lyapunov_lightning.curvature.acting.pace import LRBounds
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.steering import OPTIMIZERS, RULES, fit, seeded, weights
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
 HALF = HessianConfig(fraction=0.5)
 
@@ -245,6 +245,22 @@ def test_checkpoints_at_steps_have_the_controllers_parameters(tmp_path: Any) -> 
 def test_the_hook_on_the_optimizer_goes_with_the_run() -> None:
     trainer, _ = fit(QuasiNewtonLRController())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Data without a length: Lightning estimates the steps of an epoch at -1."""
+
+    def __iter__(self) -> Any:
+        return iter(regression_data())
+
+
+def test_a_run_whose_end_nobody_knows_is_not_annealed() -> None:
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
+    _, logger = fit(QuasiNewtonLRController(), seeded(), loader, max_epochs=2, steps=-1)
+    rows = [row for _, row in logger.history if "quasi_newton/learning_rate" in row]
+    assert len(rows) > 5
+    assert {row["quasi_newton_details/annealing"] for row in rows} == {1.0}
+    assert min(row["quasi_newton/learning_rate"] for row in rows) > 0
 
 
 def test_a_step_that_returns_none_is_passed_over() -> None:

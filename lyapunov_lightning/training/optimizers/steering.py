@@ -62,8 +62,10 @@ class Steering:
         self.rates.start(optimizer)
         self.release()
         # Read once, here: Lightning's property may load the training dataloader. It is infinite for `max_epochs=-1`,
-        # whose learning rate is then never annealed.
-        self._num_steps = trainer.estimated_stepping_batches
+        # and -1 for epochs of data without a length. Nobody knows the end of such a run, so it is never annealed; with
+        # -1 steps all of it would be after the end, at a learning rate of 0.
+        num_steps = trainer.estimated_stepping_batches
+        self._num_steps = num_steps if num_steps >= 0 else math.inf
 
     def release(self) -> None:
         """Drop the copies of the training: at the end of a run, or where it breaks off."""
