@@ -106,10 +106,12 @@ def test_what_is_reported_holds_for_any_basis_and_any_budget(task: Task, spare: 
     )
     assert_honest(pairs, task.matrix, 1e-4)
     assert pairs.num_matvecs == operator.num_matvecs <= wanted + budget
-    # A Ritz value never lies beyond the eigenvalue of its rank (Cauchy's interlacing).
+    # A Ritz value never lies beyond the eigenvalue of its rank (Cauchy's interlacing), but for what the norms of the
+    # vectors drift by at each restart: a few roundings, a tenth of what a dense solver may be off by.
+    restarts = pairs.num_matvecs // (spare - spare // 2)
     expected = both_ends(task.matrix, task.largest, task.smallest)
     beyond = torch.cat([pairs.largest - expected[: task.largest], expected[task.largest :] - pairs.smallest])
-    assert bool((beyond <= rounding(task.matrix)).all())
+    assert bool((beyond <= rounding(task.matrix) * (1 + restarts / 10)).all())
 
 
 FIXED: dict[str, tuple[Sequence[float], int, int]] = {
