@@ -138,7 +138,9 @@ class KrylovBasis:
     @property
     def rounding(self) -> float:
         """What the rounding of a product may amount to: no residual is known better than this."""
-        return 10 * torch.finfo(self.space.dtype).eps * self._norm
+        # Norms are roots of sums of squares, and below 1.5e-154 a square is 0 in float64: what is left of a product of
+        # an operator of norm 1e-200 would count as nothing, and a value that is wrong by a third as exact.
+        return max(10 * torch.finfo(self.space.dtype).eps * self._norm, math.sqrt(torch.finfo(torch.float64).tiny))
 
     def begin(self, direction: Tensor | None = None) -> None:
         """Grow in a new direction, a random one if none is given, and give up the present one."""

@@ -311,3 +311,11 @@ def test_products_that_are_not_finite_raise(value: float, at: int) -> None:
 def test_bad_arguments_are_named_with_their_values(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lanczos(DenseOperator(symmetric_matrix(normal(20))), **arguments)
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-200, 1e-292])
+def test_values_whose_squares_vanish_are_known_to_the_error_that_is_stated(scale: float) -> None:
+    matrix = torch.tensor([[2.0, 1.0, 0.3], [1.0, -1.0, 0.2], [0.3, 0.2, 0.5]], dtype=torch.float64)
+    pairs = lanczos(DenseOperator(scale * matrix), largest=1, smallest=1)
+    error = (pairs.values - scale * torch.linalg.eigvalsh(matrix)[[-1, 0]]).abs()
+    assert bool((error <= pairs.value_errors + 1e-12 * scale).all())
