@@ -27,7 +27,7 @@ def test_results_go_through_a_checkpoint():
 
 
 def test_a_very_long_run_stays_in_view(monkeypatch):
-    monkeypatch.setattr(results, "_MOST", 10)
+    monkeypatch.setattr(results, "_MOST_KEPT", 10)
     kept = Results(Found)
     for step in range(100):
         kept.add(Found(step=step, epoch=0.0))
