@@ -177,7 +177,7 @@ class Stability:
             raise ValueError(f"`agreement` should be in (0, 1], got {agreement}.")
         # Groups whose momenta differ have no metric in common for all agreements. Each is compared with its own limit
         # in the classical metric, and the smallest limit counts, which is on the safe side.
-        limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps if ratio)
+        limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps)
         return min(limits, default=math.inf)
 
     @property
@@ -297,7 +297,8 @@ def _move(rule: "_Rule", group: _Group | None, state: _State) -> _Move | None:
         return None
     # What turns the sign of the gradient in the step, as a dampening above 1 does, turns that of the decay in it too.
     turn = -1.0 if map.pace < 0 else 1.0
-    map = replace(map, now=turn * map.now, later=turn * map.later)
+    if turn < 0:  # seldom; a copy for each of 1,000 parameters would take 1.5 ms of a measurement
+        map = replace(map, now=-map.now, later=-map.later)
     return _Move(map, turn * rule.decay(group), -turn if group.get("maximize") else turn)
 
 
