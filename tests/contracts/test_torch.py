@@ -26,7 +26,7 @@ COMPAT = needed_by("curvature/torch_compat")
 MEAN_LOSS = needed_by("curvature/mean_loss")
 REPLAY = needed_by("training/replica/replica")
 COPYING = needed_by("training/replica/rules")
-STABILITY = needed_by("curvature/stability")
+STABILITY = needed_by("curvature/stability/optimizers")
 
 
 def shallow(value: Any) -> Any:
@@ -417,7 +417,7 @@ def test_second_moments_are_found_in_the_state_of_the_optimizer(kind, settings, 
     ],
 )
 def test_parameter_groups_hold_what_decides_on_stability(kind, names):
-    message = needed_by("curvature/stability", "training/optimizers", "training/updates") + "they read it"
+    message = needed_by("curvature/stability/optimizers", "training/optimizers", "training/updates") + "they read it"
     assert names <= kind([nn.Parameter(torch.ones(2))], lr=0.1).param_groups[0].keys(), message
 
 

@@ -108,7 +108,8 @@ def test_optimizers_and_schedulers_are_those_of_the_strategy(fit):
         [optimizer], [wrapper] = strategy._optimizers, strategy._lightning_optimizers
         assert trainer.optimizers == [optimizer], VIEW + "the view has optimizers of its own"
         assert type(optimizer) is torch.optim.SGD, (
-            needed_by("curvature/stability", "training/optimizers") + "optimizers are told by their exact type"
+            needed_by("curvature/stability/optimizers", "training/optimizers")
+            + "optimizers are told by their exact type"
         )
         assert module.optimizers() is wrapper, VIEW + "the module gets the wrapper"
         assert wrapper._optimizer is wrapper.optimizer is optimizer, VIEW + "the wrapper of a copy is one of the copy"
@@ -134,7 +135,7 @@ def test_in_the_place_of_no_optimizer_is_one_without_groups(fit):
 
     trainer = fit(Without(), limit_train_batches=1)
     assert not any(optimizer.param_groups for optimizer in trainer.optimizers), (
-        needed_by("training/optimizers", "curvature/stability") + "there is no learning rate then"
+        needed_by("training/optimizers", "curvature/stability/optimizers") + "there is no learning rate then"
     )
 
 

@@ -1,54 +1,4 @@
-r"""Where an optimizer's present learning rate turns unstable, on all of the data and on mini-batches.
-
-On a quadratic a training step is a linear map. Along one direction of curvature ``h`` every optimizer below is the same
-map with other numbers, of the parameter ``x`` and of what its momentum still has to give, ``v``::
-
-    x ← kept·x - now·h·x - v          v ← memory·v + later·h·x
-
-**All of the data.** As the curvature grows, an eigenvalue of the map leaves the unit circle at -1: the parameters then
-swing from one side to the other, and the gradient ``g, -g, g, ...`` that this brings comes out of the momentum as
-``r·g``. With the learning rate ``η`` the largest stable curvature is ``(1 + kept) / (r η)``:
-
-=======================================  ==================================  =================================
-optimizer                                response ``r``                      stability limit
-=======================================  ==================================  =================================
-SGD, Adagrad                             ``1``                               ``2 / η``
-SGD, momentum ``m``, dampening ``d``     ``(1 - d) / (1 + m)``               ``(2 + 2m) / ((1 - d) η)``
-SGD, Nesterov momentum ``m``             ``(1 + 2m) / (1 + m)``              ``(2 + 2m) / ((1 + 2m) η)``
-Adam, RAdam, Adamax                      ``(1 - β1) / (1 + β1)``             ``(2 + 2β1) / ((1 - β1) η)``
-AdamW                                    the same                            ``(1 + β1)(2 - ηw) / ((1 - β1) η)``
-RMSprop, momentum ``m``                  ``1 / (1 + m)``                     ``(2 + 2m) / η``
-NAdam, momentum ``μ``, then ``μ'``       ``1 - μ + μ'(1 - β1)/(1 + β1)``     ``2 / (r η)``
-=======================================  ==================================  =================================
-
-For an adaptive optimizer it is to be compared with the largest eigenvalue of the preconditioned Hessian ``P^{-1}H``,
-where ``P`` divides the gradient in its update (J. Cohen et al., "Adaptive gradient methods at the edge of stability",
-2022), here as it stands and as if it were fixed. Further:
-
-- *Decoupled weight decay* ``w`` (AdamW) makes ``kept`` ``1 - ηw``, else it is 1.
-- *Weight decay in the gradient* (all others) adds ``w`` to the curvature before the gradient is divided by ``P``.
-- *Groups* that differ in learning rate, momentum or weight decay have one limit together: with
-  ``S = diag(r η / (2 - ηw)) P^{-1}`` (``w`` decoupled) and ``D`` the decay in the gradient, the map is stable up to
-  ``λ_max(S^{1/2} (H + D) S^{1/2}) = 1``. That nothing else leaves the circle before follows from the symmetry of ``H``:
-  on the circle the polynomial of every one of these optimizers is real at ±1 only.
-- `maximize` follows the gradient upwards: ``-H`` takes the place of ``H``.
-
-**Mini-batches.** Now ``h`` differs from step to step. It is described by two numbers: the *batch sharpness*
-``B = E[h²] / E[h]``, to which the curvature of a batch along its own gradient averages (A. Andreyev, P. Beneventano,
-"Edge of stochastic stability", 2024), and the *agreement* of the batches, ``p = E[h]² / E[h²]``: 1 where all see the
-same curvature, towards 0 where each sees another direction. The step then is the map of the mean curvature ``pB``, with
-noise of variance ``p(1 - p)B²`` that is fed back through one number, ``h·x``. The second moments of such a system decay
-as long as the variance of the noise times the squared impulse response of the mean map, summed over time, is below 1
-(J. Willems, G. Blankenship, "Frequency domain stability criteria for stochastic systems", 1971). The impulse response
-is that of ``(now·z + δ) / (z² + c₁z + c₂)`` with ``δ = later - memory·now``, ``c₁ = now·pB - kept - memory`` and
-``c₂ = kept·memory + δ·pB``, and the sum of its squares is known in closed form. So the limit is the smallest positive
-root ``B`` of
-
-    (1 - c₂)((1 + c₂)² - c₁²)  =  p(1 - p)B² · ((now² + δ²)(1 + c₂) - 2·now·δ·c₁),
-
-which is ``2(1 - m²) / (η (1 + m - 2mp))`` for SGD with momentum ``m``: ``2/η`` without momentum whatever ``p``, the
-classical limit at ``p = 1``, and ``2(1 - m)/η`` towards ``p = 0``. At ``m = 0.9`` the ends are a factor of 19 apart.
-"""
+"""The stability limit of each optimizer of PyTorch, read off its settings and its state."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,79 +6,16 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.polynomial import Polynomial
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
+from lyapunov_lightning.curvature.stability.step_map import StepMap
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 
 _Group = Mapping[str, Any]
 _State = Mapping[str, Any]
 _Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-@dataclass(frozen=True)
-class StepMap:
-    """What a step does along one direction, see the head of this module.
-
-    Attributes:
-        now: By how much a gradient of 1 moves the parameter in its own step, the learning rate included.
-        later: By how much it moves it in the next step.
-        memory: What is left of a momentum after a step.
-        kept: What decoupled weight decay leaves of the parameter.
-
-    """
-
-    now: float
-    later: float = 0.0
-    memory: float = 0.0
-    kept: float = 1.0
-
-    @property
-    def pace(self) -> float:
-        """One over the largest stable curvature where it is the same at every step; negative if it goes uphill."""
-        return (self.now - self.later / (1 + self.memory)) / (1 + self.kept)
-
-    def limit(self, agreement: float, decay: float = 0.0) -> float:
-        """The largest stable batch sharpness, in the mean square.
-
-        Args:
-            agreement: How far the batches agree in their curvature, from 0 (excluded) to 1.
-            decay: What weight decay adds to the curvature of every batch, and is not in the batch sharpness.
-
-        """
-        if self.pace <= 0:
-            return math.inf
-        # In units of the classical limit all coefficients are of order 1, whatever the learning rate: roots of
-        # polynomials whose coefficients span 12 decades are lost to rounding.
-        unit = 1 / self.pace
-        if agreement == 1:  # nothing is random, and at a momentum of 1 the general formula is 0 / 0
-            return max(unit - decay, 0.0)
-        delta = self.later - self.memory * self.now
-        sharpness = Polynomial([0.0, unit])
-        mean = agreement * sharpness + decay
-        c1, c2 = self.now * mean - self.kept - self.memory, delta * mean + self.kept * self.memory
-        impulse = (self.now**2 + delta**2) * (1 + c2) - 2 * self.now * delta * c1
-        room = (1 - c2) * ((1 + c2) ** 2 - c1**2) - agreement * (1 - agreement) * sharpness**2 * impulse
-        # Without decay a curvature of 0 leaves the parameter where it is: a root that is no limit. Where there is no
-        # room on its far side nothing is stable, as with a momentum of 1.
-        if room(_NO_CURVATURE) < 0:
-            return 0.0
-        roots = room.roots()
-        real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
-        # The smallest: stability is lost there, and a room that is positive again beyond is never reached.
-        positive = real[real > _NO_CURVATURE]
-        return float(positive.min()) * unit if len(positive) else math.inf
-
-
-_NO_CURVATURE = 1e-9
-"""A batch sharpness that counts as none, in units of the classical limit. The smallest limit is about ``(1 - m) / 2``
-of that, towards ``p = 0``, so that a momentum of 1 - 1e-8 is still distinguished from 1."""
-
-_SAME_ROOT = 1e-6
-"""Imaginary part, relative to the root, up to which rounding may have split a double real root."""
 
 
 @dataclass(frozen=True)
