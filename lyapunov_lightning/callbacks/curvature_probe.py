@@ -12,7 +12,7 @@ from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, E
 from lyapunov_lightning.callbacks.estimators.base import missed
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, diagnose
+from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
@@ -213,15 +213,11 @@ class CurvatureProbe(CurvatureCallback):
             'unknown'
 
         """
-        results: list[ProbeResult] = self.results
-        found = diagnose(
-            [result.step for result in results],
-            [result.stability_ratio for result in results],
-            self._losses.series,
-            converged=[result.converged for result in results],
-            learning_rate=results[-1].learning_rate if results else None,
-        )
-        return self._estimator.reworded(found)
+        return self._estimator.reworded(diagnose([_reading(result) for result in self.results], self._losses.series))
+
+    def suggestion(self) -> float | None:
+        """The learning rate at the stability limit, as far as it is known: `Diagnosis.learning_rate_limit`."""
+        return self.diagnosis().learning_rate_limit
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,14 +305,7 @@ class CurvatureProbe(CurvatureCallback):
         ratio = result.stability_ratio
         if self._prog_bar and ratio is not None:
             self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
-        warning = self._edge.see(
-            result.step,
-            # A ratio that is not known to the tolerance may be above 1 by its error alone, and the warning is given
-            # once only.
-            ratio if result.converged else None,
-            self._losses.series,
-            learning_rate=result.learning_rate,
-        )
+        warning = self._edge.see(_reading(result), self._losses.series)
         if warning is not None:
             self._recorder.warn_once("too fast", warning)
 
@@ -362,3 +351,8 @@ class CurvatureProbe(CurvatureCallback):
         self._waiting, self._is_stepping, self._seconds = None, False, 0.0
         self._estimator.forget()
         self._step_hook.release()
+
+
+def _reading(result: ProbeResult) -> Reading:
+    """A measurement as the diagnosis sees it."""
+    return Reading(result.step, result.stability_ratio, learning_rate=result.learning_rate, converged=result.converged)
