@@ -1,5 +1,6 @@
 """The sharpness of the training loss, step by step."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,18 @@ from typing_extensions import override
 
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, MeasuredStep, Moment
 from lyapunov_lightning.callbacks.estimators.base import missed
+from lyapunov_lightning.callbacks.gauges import DecreaseGauge, Gauged, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.stability import is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.reporting.losses import LossSeries
 from lyapunov_lightning.training.reporting.recording import Charts, Record
@@ -28,6 +31,17 @@ from lyapunov_lightning.training.sharing import Step
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
+
+
+_READINGS_PER_LOG = 0.4
+"""Steps from one measurement to the next in those between which the trainer logs, by default: 20 of its 50."""
+
+_EIGENVALUE_EVERY = 5
+"""Which of these measurements are for the eigenvalue too, which costs several times as much; the first two are both."""
+
+_EARLY_STEP = 5
+"""A step that is measured besides, by default: how far a rate may go is decided early, where the sharpness has not met
+the limit yet, and before the second measurement there is nothing to compare batches with."""
 
 
 class CurvatureProbe(CurvatureCallback):
@@ -125,6 +139,7 @@ class CurvatureProbe(CurvatureCallback):
 
     group = "curvature"
     result_class = ProbeResult
+    measures_whole_step = True
 
     def __init__(
         self,
@@ -133,6 +148,7 @@ class CurvatureProbe(CurvatureCallback):
         end: End = "largest",
         tol: float = 2e-2,
         *,
+        eigenvalue_every: int | None = None,
         schedule: Schedule | None = None,
         hessian: HessianConfig = HessianConfig(),
         iterations: int = 1,
@@ -145,6 +161,8 @@ class CurvatureProbe(CurvatureCallback):
         check_choice("end", end, End)
         check_positive("tol", tol)
         check_int("iterations", iterations, least=1)
+        if eigenvalue_every is not None:
+            check_int("eigenvalue_every", eigenvalue_every, least=1)
         check_positive("delta_q", delta_q)
         kind = ESTIMATORS[estimator]
         super().__init__(
@@ -162,8 +180,11 @@ class CurvatureProbe(CurvatureCallback):
             )
         )
         self.request = self._estimator.request
+        self._cadence = _Cadence(1 if eigenvalue_every is None else eigenvalue_every)
+        self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
         self._step_hook = StepHook()
-        self._waiting: MeasuredStep | None = None
+        self._pending: _Pending | None = None
+        self._is_clipped = False
         self._is_stepping = False
         self._seconds = 0.0
         self._prog_bar = prog_bar
@@ -187,10 +208,14 @@ class CurvatureProbe(CurvatureCallback):
         self._release()
         self._losses.start(trainer)
         optimizer = self._estimator.start(trainer, type(self).__name__)
+        self._is_clipped = may_clip(trainer, pl_module)
+        if optimizer is None and len(trainer.optimizers) == 1:
+            [only] = trainer.optimizers
+            optimizer = only if only.param_groups and (self._is_clipped or not is_known(only)) else None
         if optimizer is not None:
             # Not by `on_train_batch_end`: there a scheduler has already set the next learning rate, and another
             # callback may have moved the parameters, so that neither the update nor its rate could be seen.
-            self._step_hook.attach(optimizer, partial(self._measure_at, trainer, "update"))
+            self._step_hook.attach(optimizer, partial(self._reach, trainer, "update"))
 
     @override
     def charts(self) -> Charts:
@@ -241,6 +266,14 @@ class CurvatureProbe(CurvatureCallback):
             self._recorder.tell(trainer, "summary", self._summary)
 
     @override
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        is_due = super().advance(trainer, batch_idx)
+        if is_due:
+            # Here, before any callback asks for its operator: the search that all share is for what all of them want.
+            self.request = self._estimator.request if self._cadence.begin() else None
+        return is_due
+
+    @override
     def measure(self, hessian: LossHessian, step: Step) -> ProbeResult | None:
         at = MeasuredStep(
             hessian=hessian,
@@ -249,26 +282,34 @@ class CurvatureProbe(CurvatureCallback):
             warn_once=self._recorder.warn_once,
             owner=type(self).__name__,
         )
-        moment = self._estimator.begin(at)
+        moment: Moment = self._estimator.begin(at) if self._cadence.is_full else "start"
+        pending = _Pending(replace(at, moment=moment))
         if moment == "start":
-            return self._estimator.measure(at)
-        # The operator is held beyond this hook, at whose end the shared one is dropped: it has the random numbers of
-        # before the step, which one that is made later would not have.
-        self._waiting = replace(at, moment=moment)
-        return None
+            pending.result = self._estimator.measure(at) if self._cadence.is_full else self._bare(at)
+        else:
+            pending.awaited.append(moment)
+        if self._estimator.is_gauged:
+            self._gauge_step(pending)
+        if pending.awaited:
+            # The operator is held beyond this hook, at whose end the shared one is dropped: it has the random numbers
+            # of before the step, which one that is made later would not have.
+            self._pending = pending
+            return None
+        return pending.complete(self.results)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The first backward pass after `measure` is that of the measured batch. With accumulation, ``.grad`` holds no
-        # other batch yet: a step is measured before its first one, and Lightning has set the gradients to zero in
-        # between.
-        self._measure_at(trainer, "gradient")
+        # The first backward pass after `measure` is that of the step's last batch.
+        self._reach(trainer, "gradient")
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._is_stepping = True
+        if self._pending is not None and self._is_clipped:
+            with self._recorder.measurement(trainer, self._pending.at.step.index):
+                self._pending.gradient_norm = self._pending.norm_of_gradient()
 
     @override
     def on_train_batch_end(
@@ -278,21 +319,36 @@ class CurvatureProbe(CurvatureCallback):
         # times.
         self._losses.see(trainer, outputs)
         is_stepping, self._is_stepping = self._is_stepping, False
-        if self._waiting is None:
+        pending = self._pending
+        if pending is None:
             return
-        # Where gradients are accumulated the optimizer steps after a later batch. A step that a loss scaler skips does
-        # come by ``on_before_optimizer_step``, and leaves the measurement waiting here.
-        if self._waiting.moment == "update" and not is_stepping:
+        # Under manual optimization the optimizer may step in a later batch. A step that a loss scaler skips does come
+        # by ``on_before_optimizer_step``, and leaves the measurement waiting here.
+        if "update" in pending.awaited and not is_stepping:
             return
-        at, self._waiting = self._waiting, None
+        self._pending = None
         self._estimator.forget()
-        with self._recorder.measurement(trainer, at.step.index) as record:
-            record.result = missed(at.moment)
+        self._decrease.forget()
+        with self._recorder.measurement(trainer, pending.at.step.index) as record:
+            # What was measured before the step stands, though the step was not made.
+            record.result = pending.complete(self.results) if pending.result is not None else missed(pending.at.moment)
         self._keep(trainer, record)
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
-        return {**super()._stateful(), "losses": self._losses, "edge": self._edge, **self._estimator.parts()}
+        own: dict[str, Stateful] = {"losses": self._losses, "edge": self._edge, "cadence": self._cadence}
+        gauges: dict[str, Stateful] = {"sharpness": self._sharpness, "decrease": self._decrease}
+        return {**super()._stateful(), **own, **gauges, **self._estimator.parts()}
+
+    @override
+    def _follow_the_logging(self, trainer: Trainer) -> None:
+        super()._follow_the_logging(trainer)
+        every = log_interval(trainer)
+        if every:
+            # More often than Lightning logs, and the eigenvalue less often: the ratio comes from what is cheap.
+            interval = max(1, round(_READINGS_PER_LOG * every))
+            self.schedule_state.follow(Schedule(every_n_steps=interval, at_steps=(_EARLY_STEP,)))
+            self._cadence.follow(_EIGENVALUE_EVERY)
 
     @override
     def _keep(self, trainer: Trainer, record: Record) -> None:
@@ -312,7 +368,7 @@ class CurvatureProbe(CurvatureCallback):
     @override
     def _spend(self, seconds: float) -> None:
         self._seconds += seconds
-        if self._waiting is None:  # else a part of the measurement is still to come
+        if self._pending is None:  # else a part of the measurement is still to come
             seconds, self._seconds = self._seconds, 0.0
             super()._spend(seconds)
 
@@ -337,20 +393,137 @@ class CurvatureProbe(CurvatureCallback):
             title="" if diagnosis.kind == "unknown" else diagnosis.title,
         )
 
-    def _measure_at(self, trainer: Trainer, moment: Moment) -> None:
-        """Measure the step that was waiting for a moment of it."""
-        if self._waiting is None or self._waiting.moment != moment:
+    def _bare(self, at: MeasuredStep) -> ProbeResult:
+        """The result of a step of which the estimator measures nothing."""
+        limits = at.limits(at.stability())
+        return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **limits)
+
+    def _gauge_step(self, pending: "_Pending") -> None:
+        """Measure how near the step is to its edge, as far as that can be seen before it."""
+        at = pending.at
+        stability = at.stability()
+        if stability is not None:
+            pending.gauged = self._sharpness.measure(at, stability, self.shared, self.config)
+            if self._is_clipped:
+                pending.awaited.append("update")
+        elif self._observes_decrease(at):
+            own = at.hessian if self.config.data == "batch" else self.shared.on_batches(at.step, self.config)
+            self._decrease.begin(own)
+            pending.awaited.append("update")
+
+    def _observes_decrease(self, at: MeasuredStep) -> bool:
+        """Whether the step is that of one optimizer, seen from outside, whose limit nobody knows."""
+        optimizers = at.step.trainer.optimizers
+        return self._step_hook.is_attached and not is_known(optimizers[0])
+
+    def _reach(self, trainer: Trainer, moment: Moment) -> None:
+        """Go on with the measurement that waits for a moment of the step."""
+        pending = self._pending
+        if pending is None or moment not in pending.awaited:
             return
-        at, self._waiting = self._waiting, None  # before `_keep`, which counts the time once nothing is to come
-        with self._recorder.measurement(trainer) as record, failing_together(trainer):
-            record.result = self._estimator.measure(at)
+        pending.awaited.remove(moment)
+        if not pending.awaited:
+            self._pending = None  # before `_keep`, which counts the time once nothing is to come
+        with self._recorder.measurement(trainer, pending.at.step.index) as record, failing_together(trainer):
+            if pending.at.moment == moment:
+                pending.result = self._estimator.measure(pending.at)
+            if moment == "update":
+                if self._decrease.is_observing:
+                    pending.gauged = self._decrease.measure()
+                pending.see_clipping()
+            if not pending.awaited:
+                record.result = pending.complete(self.results)
         self._keep(trainer, record)
 
     def _release(self) -> None:
         """Drop what an interrupted step has left, and the hook on its optimizer."""
-        self._waiting, self._is_stepping, self._seconds = None, False, 0.0
+        self._pending, self._is_stepping, self._seconds = None, False, 0.0
         self._estimator.forget()
+        self._decrease.forget()
+        self._sharpness.start()
         self._step_hook.release()
+
+
+class _Cadence:
+    """Which of the measurements are for the eigenvalue as well.
+
+    Args:
+        every: Every how many of them.
+
+    """
+
+    def __init__(self, every: int) -> None:
+        self.follow(every)
+        self._count = 0
+        self.is_full = True
+
+    def follow(self, every: int) -> None:
+        """Take over a number, where there was none."""
+        self._every = every
+
+    def begin(self) -> bool:
+        """Begin a measurement; returns whether it is for the eigenvalue as well."""
+        self.is_full = self._count < 2 or self._count % self._every == 0
+        self._count += 1
+        return self.is_full
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many measurements there were."""
+        return {"count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._count = state["count"]
+
+
+class _Pending:
+    """A measurement that goes on in later moments of its step.
+
+    Args:
+        at: The step.
+
+    Attributes:
+        awaited: The moments that are still to come.
+        result: What the estimator found, once it has.
+        gauged: What the gauges found.
+        gradient_norm: The length of the gradient before clipping.
+
+    """
+
+    def __init__(self, at: MeasuredStep) -> None:
+        self.at = at
+        self.awaited: list[Moment] = []
+        self.result: ProbeResult | None = None
+        self.gauged: Gauged = {}
+        self.gradient_norm: float | None = None
+        self._clipping: float | None = None
+
+    def norm_of_gradient(self) -> float:
+        """The length of the gradient in ``.grad``."""
+        hessian = self.at.hessian
+        return float(hessian.space.norm(hessian.layout.flatten([parameter.grad for parameter in hessian.parameters])))
+
+    def see_clipping(self) -> None:
+        """Compare the gradient that the optimizer has used with that before clipping."""
+        if self.gradient_norm:
+            self._clipping = self.norm_of_gradient() / self.gradient_norm
+
+    def complete(self, earlier: Sequence[ProbeResult]) -> ProbeResult | None:
+        """The result, with what the gauges found.
+
+        Args:
+            earlier: The results so far, of which the last has the eigenvalue that stands until the next one.
+
+        """
+        if self.result is None:
+            return None
+        eigenvalue = self.result.decisive_eigenvalue
+        if eigenvalue is None and earlier:
+            eigenvalue = earlier[-1].decisive_eigenvalue
+        found = replace(self.result, **self.gauged, decisive_eigenvalue=eigenvalue, clipping=self._clipping)
+        if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
+            found = replace(found, noise_ratio=found.noise_ratio * self._clipping)
+        return found
 
 
 def _reading(result: ProbeResult) -> Reading:

@@ -44,6 +44,7 @@ class CriticalLearningRate(Estimator):
     # As with exponents: no products, and parameters in half precision, which cannot be moved a little, are refused.
     method = "finite_difference"
     tags = ("curvature/critical_sharpness$",)
+    is_gauged = False  # a product is what it is there to do without
 
     def __init__(self, settings: EstimatorSettings) -> None:
         super().__init__(settings)

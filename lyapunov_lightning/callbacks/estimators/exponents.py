@@ -82,6 +82,7 @@ class LyapunovExponents(Estimator):
             step=at.step.index,
             epoch=at.step.epoch,
             lambda_max=found.lambda_max,
+            decisive_eigenvalue=None if stability is None else found.lambda_max,
             lambda_min=found.lambda_min,
             residual=found.estimates[0].residual,
             residual_min=found.estimates[1].residual if len(found.estimates) > 1 else None,

@@ -29,6 +29,11 @@ class StepMap:
         """One over the largest stable curvature where it is the same at every step; negative if it goes uphill."""
         return (self.now - self.later / (1 + self.memory)) / (1 + self.kept)
 
+    @property
+    def lasting_pace(self) -> float:
+        """How far a gradient of 1 that lasts moves the parameter in each step, once the momentum has built up."""
+        return self.now + self.later / (1 - self.memory) if self.memory < 1 else math.inf
+
     def limit(self, agreement: float, decay: float = 0.0) -> float:
         """The largest stable batch sharpness, in the mean square.
 
