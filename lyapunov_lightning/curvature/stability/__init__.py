@@ -51,6 +51,24 @@ classical limit at ``p = 1``, and ``2(1 - m)/η`` towards ``p = 0``. At ``m = 0.
 """
 
 from lyapunov_lightning.curvature.stability.optimizers import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.stability.random_map import (
+    Exponent,
+    almost_sure_edge,
+    lyapunov_exponent,
+    mean_square_edge,
+    mean_square_growth,
+)
 from lyapunov_lightning.curvature.stability.step_map import StepMap
 
-__all__ = ["Stability", "StepMap", "is_known", "learning_rate", "stability_of"]
+__all__ = [
+    "Exponent",
+    "Stability",
+    "StepMap",
+    "almost_sure_edge",
+    "is_known",
+    "learning_rate",
+    "lyapunov_exponent",
+    "mean_square_edge",
+    "mean_square_growth",
+    "stability_of",
+]
