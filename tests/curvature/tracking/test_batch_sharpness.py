@@ -131,8 +131,8 @@ def test_continues_from_its_state():
     assert twin.estimate() == sharpness.estimate()
 
 
-# The gauge as a whole: with batches that each see one of two directions, what it measures and the limit at the agreement
-# that it measures are exact, so that the real optimizer has to diverge just beyond.
+# The gauge as a whole: with batches that each see one of two directions, what it measures is exact, and so is the limit
+# at the measured agreement.
 
 CURVATURE = 3.0
 
