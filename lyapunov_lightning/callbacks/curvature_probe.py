@@ -219,8 +219,10 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def charts(self) -> Charts:
-        limits = [*self._estimator.tags, "curvature/stability_limit$"]
-        return {"sharpness and stability limit": limits, "stability ratio": ["curvature/stability_ratio$"]}
+        rates = ["curvature/learning_rate$", "curvature/learning_rate_limit$"]
+        limits = [*self._estimator.tags, "curvature/batch_sharpness$", "curvature_details/stability_limit$"]
+        ratio = ["curvature/stability_ratio$"]
+        return {"learning rate and its limit": rates, "stability ratio": ratio, "sharpness and stability limit": limits}
 
     @override
     def figures(self) -> Figures:
@@ -378,7 +380,7 @@ class CurvatureProbe(CurvatureCallback):
         return None if diagnosis.kind == "unknown" else str(diagnosis)
 
     def _at_a_glance(self) -> "Picture":
-        """Sharpness and stability limit, and the loss below."""
+        """Sharpness and stability limit, the learning rate and its limit, and the loss below."""
         results: list[ProbeResult] = self.results
         diagnosis = self.diagnosis()
         label, values = self._estimator.plotted(results)
@@ -386,6 +388,9 @@ class CurvatureProbe(CurvatureCallback):
             [result.step for result in results],
             values,
             [result.stability_limit for result in results],
+            batch_sharpness=[result.batch_sharpness for result in results],
+            learning_rate=[result.learning_rate for result in results],
+            learning_rate_limit=[result.learning_rate_limit for result in results],
             losses=self._losses.series,
             met_at=diagnosis.met_at,
             crossings=diagnosis.crossings[1:],
