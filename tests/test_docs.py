@@ -149,7 +149,10 @@ def test_the_recipe_for_the_flattest_weights_saves_those_that_were_measured(read
         every_n_steps=1, hessian=namespace["HessianConfig"](data="fixed", num_batches=2)
     )
     pl.Trainer(callbacks=[again], max_steps=1).fit(flattest, YourData())
-    assert again.results[0].lambda_max == pytest.approx(min(found), rel=1e-3)
+    assert again.results[0].lambda_max == pytest.approx(
+        min(found), rel=1e-2
+    )  # each is known to 2 %, mostly to much less
+    assert sorted(found)[1] > 1.03 * min(found)  # so that other weights would be seen
 
 
 # Links
