@@ -117,12 +117,12 @@ class Noticing(Callback):
 
 @contextmanager
 def measured_batches() -> Iterator[list[list[Any]]]:
-    """What this rank measures on, one list of batches for each measurement."""
+    """The fixed data that this rank measures on, one list of batches for each measurement."""
     measured: list[list[Any]] = []
     plain = ProbeData.batches
 
-    def batches(self: ProbeData, batch: Any, batch_idx: int) -> Any:
-        probes = plain(self, batch, batch_idx)
+    def batches(self: ProbeData) -> Any:
+        probes = plain(self)
         if probes is not None:
             measured.append([copy.deepcopy(probe.batch) for probe in probes])
         return probes
