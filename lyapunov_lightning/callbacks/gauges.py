@@ -191,7 +191,7 @@ class DecreaseGauge:
         own.reset()  # its kept graphs would take their memory from the step
 
     def measure(self) -> Gauged:
-        """Observe the step, once it is made.
+        """Observe the step, once it is made; nothing is said while the last steps together have not gone downhill.
 
         Raises:
             NonFiniteCurvatureError: If loss or slope are not finite.
@@ -207,8 +207,9 @@ class DecreaseGauge:
         if slope:  # else the step was skipped, or the batch has no gradient
             self._steps.append((slope, change))
         total = sum(slope for slope, _ in self._steps)
-        # With momentum single steps go uphill and promise nothing; several together seldom do.
-        return {"lost_decrease": 1 - sum(change for _, change in self._steps) / total if total < 0 else None}
+        if not total < 0:  # uphill, as single steps with momentum are, so that they promised nothing
+            return {}
+        return {"lost_decrease": 1 - sum(change for _, change in self._steps) / total}
 
     def forget(self) -> None:
         """Drop what was noted of a step that was not made."""
