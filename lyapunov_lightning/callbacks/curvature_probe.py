@@ -84,7 +84,7 @@ class CurvatureProbe(CurvatureCallback):
       step has raised the measured loss. It is left out where no ``η_c`` is found.
     - ``curvature/lyapunov_exponent`` and ``curvature/inverse_h0`` (``"lyapunov"`` only): the exponent of the map that
       was followed, and the paper's quasi-Newton learning rate, which is ``(e − 1)/λ_max`` once settled, not
-      ``1/λ_max``. Batch sharpness and learning rate are then among the details.
+      ``1/λ_max``.
 
     and in the group ``curvature_details``, how good and how expensive that is:
 
@@ -249,7 +249,7 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def charts(self) -> Charts:
-        rates = ["curvature(_details)?/learning_rate$", "curvature/learning_rate_limit$"]
+        rates = ["curvature/learning_rate$", "curvature/learning_rate_limit$"]
         limits = [*self._estimator.tags, "curvature/batch_sharpness$", "curvature_details/stability_limit$"]
         ratio = ["curvature/stability_ratio$"]
         return {"learning rate and its limit": rates, "stability ratio": ratio, "sharpness and stability limit": limits}

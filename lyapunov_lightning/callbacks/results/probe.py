@@ -121,7 +121,6 @@ class ProbeResult(Result):
     @override
     def scalars(self) -> dict[str, float]:
         is_lyapunov = self.exponent is not None
-        gauged = "curvature_details" if is_lyapunov else "curvature"  # beside the paper's own curves there is no room
         lr_times_lambda_max = (
             None if self.learning_rate is None or self.lambda_max is None else self.learning_rate * self.lambda_max
         )
@@ -130,9 +129,9 @@ class ProbeResult(Result):
             "curvature/lambda_min": self.lambda_min,
             "curvature/preconditioned_lambda_max": self.preconditioned_lambda_max,
             "curvature/critical_sharpness": self.critical_sharpness,
-            f"{gauged}/batch_sharpness": self.batch_sharpness,
+            "curvature/batch_sharpness": self.batch_sharpness,
             "curvature/stability_ratio": self.stability_ratio,
-            f"{gauged}/learning_rate": self.learning_rate,
+            "curvature/learning_rate": self.learning_rate,
             "curvature/learning_rate_limit": self.learning_rate_limit,
             "curvature_details/stability_limit": self.stability_limit,
             "curvature_details/batch_agreement": self.batch_agreement,
