@@ -65,7 +65,7 @@ class Reference(Callback):
                 state = optimizer.state.get(parameter, {})
                 if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
                     name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-                    corrected = state[name] / (1 - group["betas"][1] ** state["step"])
+                    corrected = state[name] / (1 - group["betas"][1] ** float(state["step"]))
                     factor = 1 / (corrected.sqrt() + group["eps"])
                 elif isinstance(optimizer, torch.optim.RMSprop):
                     centre = state["grad_avg"] ** 2 if group["centered"] else 0
