@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from benchmarks.verdicts import __main__ as command_line
-from benchmarks.verdicts import report
+from benchmarks.verdicts import report, work
 from benchmarks.verdicts.design import BATCHES, every_pair, half_of_the_pairs
 from benchmarks.verdicts.held_out import HELD_OUT
 from benchmarks.verdicts.kept import Kept
 from benchmarks.verdicts.problems import PROBLEMS
 from benchmarks.verdicts.readings import UndrawnProbe, limit_of
 from benchmarks.verdicts.report import Reading, Score
-from benchmarks.verdicts.sweeps import HIGHEST, LOWEST, search
+from benchmarks.verdicts.sweeps import HIGHEST, LOWEST, Sweep, search
 from benchmarks.verdicts.training import (
     EVERY_PROBLEM,
     MORE_OPTIMIZERS,
@@ -81,6 +81,11 @@ def test_a_search_without_an_end_says_so() -> None:
     assert lost.rate is None
     assert not lost.is_inside
     assert min(lost.losses) == LOWEST
+
+
+def test_a_sweep_tells_little_if_hardly_anything_was_learned() -> None:
+    assert Sweep({0: 2.0, 1: math.inf}, untrained=2.4).tells_little
+    assert not Sweep({0: 1.0, 1: math.inf}, untrained=2.4).tells_little
 
 
 def test_the_rate_rises_and_falls_to_zero() -> None:
@@ -224,12 +229,13 @@ def test_tables_are_broken_down() -> None:
 
 def test_what_is_left_out_is_said() -> None:
     cell = Cell("toy", "SGD", None, "cosine", 1)
-    said = report.notes(["MNIST"], [cell], [Reading(cell, 1.0, 8, error="ValueError: no")], 3)
+    said = report.notes(["MNIST"], [cell], [SPIRALS], [Reading(cell, 1.0, 8, error="ValueError: no")], 3)
     assert "MNIST" in said[0]
     assert "toy, SGD, batch full, cosine, seed 1" in said[1]
-    assert "at 1/8: ValueError: no" in said[2]
-    assert said[3].startswith("3 cells")
-    assert report.notes([], [], [], 0) == []
+    assert "spirals, tanh, momentum, batch 8" in said[2]
+    assert "at 1/8: ValueError: no" in said[3]
+    assert said[4].startswith("3 cells")
+    assert report.notes([], [], [], [], 0) == []
 
 
 # What is kept
@@ -240,6 +246,11 @@ def test_lines_of_another_mark_are_not_there(tmp_path: Path) -> None:
     Kept(path, "first").add(SPIRALS, {"-3": None})
     assert Kept(path, "first").get(SPIRALS) == {"-3": None}
     assert Kept(path, "second").get(SPIRALS) is None
+
+
+def test_other_processes_find_the_work() -> None:
+    # What stands in a `__main__` is not found by a process that is spawned, and cannot be sent to one.
+    assert {thing.__module__ for thing in (work.work, work.Task, work.Finding)} == {"benchmarks.verdicts.work"}
 
 
 def test_the_command_line_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +268,7 @@ def test_the_command_line_goes_on_where_it_ended(tmp_path: Path, monkeypatch: py
     text = (tmp_path / "report.md").read_text()
     assert "2 cells, 12 readings" in text
     assert "Left out, as their data are not there: MNIST, ReLU." in text
-    monkeypatch.setattr(command_line, "work", lambda task: 1 / 0)  # nothing is left to do
+    monkeypatch.setattr(work, "work", lambda task: 1 / 0)  # nothing is left to do
     command_line.main([*chosen, "full", "8"])
     assert (tmp_path / "report.md").read_text() == text
     with pytest.raises(ZeroDivisionError):

@@ -16,15 +16,10 @@ Needed below --root: MNIST/raw, cifar-10-batches-py, ptb/ptb.train.txt; a proble
 
 import argparse
 import math
-import multiprocessing
-import os
 import random
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.__main__ import processor
 from benchmarks.quasi_newton import quiet
@@ -33,67 +28,10 @@ from benchmarks.verdicts.design import BATCHES, every_pair, half_of_the_pairs
 from benchmarks.verdicts.held_out import HELD_OUT
 from benchmarks.verdicts.kept import Kept, reading_mark, truth_mark
 from benchmarks.verdicts.problems import PROBLEMS
-from benchmarks.verdicts.readings import FRACTIONS, read
-from benchmarks.verdicts.sweeps import Sweep, sweep
 from benchmarks.verdicts.training import EVERY_PROBLEM, MORE_OPTIMIZERS, OPTIMIZERS, Cell, Size
+from benchmarks.verdicts.work import Task, kept_sweep, sweep_of, worked
 
 QUICK = Size(steps=40, samples=64)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A cell, and what is known of it already."""
-
-    cell: Cell
-    root: str
-    size: Size
-    losses: dict[str, float | None] | None
-    with_readings: bool
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a task has brought."""
-
-    task: Task
-    sweep: Sweep
-    readings: list[dict[str, Any]] | None
-    seconds: float
-
-
-def losses_of(kept: dict[str, float | None]) -> Sweep:
-    """A sweep as it was kept."""
-    return Sweep({int(exponent): math.inf if loss is None else loss for exponent, loss in kept.items()})
-
-
-def kept_losses(found: Sweep) -> dict[str, float | None]:
-    """A sweep as it is kept: JSON has no infinity."""
-    return {str(exponent): loss if math.isfinite(loss) else None for exponent, loss in found.losses.items()}
-
-
-def work(task: Task) -> Finding:
-    """Find what is not yet known of a cell."""
-    started, cell = time.perf_counter(), task.cell
-    found = sweep(cell, task.root, task.size) if task.losses is None else losses_of(task.losses)
-    readings = None
-    if task.with_readings and found.is_inside and found.rate is not None:
-        rates = {fraction: found.rate / fraction for fraction in FRACTIONS}
-        readings = [
-            {"fraction": fraction, "rate": rate, **read(cell, rate, task.root, task.size)}
-            for fraction, rate in rates.items()
-        ]
-    return Finding(task, found, readings, time.perf_counter() - started)
-
-
-def worked(tasks: list[Task], jobs: int) -> Iterable[Finding]:
-    """The findings as they come, from processes of one thread each; with one job all is done in this process."""
-    if jobs == 1:
-        yield from map(work, tasks)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    with multiprocessing.get_context("spawn").Pool(jobs, quiet) as pool:
-        yield from pool.imap_unordered(work, tasks)
 
 
 def batch_size(text: str) -> int | None:
@@ -147,8 +85,8 @@ def run(args: argparse.Namespace) -> str:
     started = time.perf_counter()
     for number, finding in enumerate(worked(tasks, args.jobs), 1):
         cell, found = finding.task.cell, finding.sweep
-        if finding.task.losses is None:
-            sweeps.add(cell, kept_losses(found))
+        if finding.task.sweep is None:
+            sweeps.add(cell, kept_sweep(found))
         if finding.readings is not None:
             readings.add(cell, finding.readings)
         elapsed = (time.perf_counter() - started) / 60
@@ -161,7 +99,7 @@ def run(args: argparse.Namespace) -> str:
 def reported(args: argparse.Namespace, cells: list[Cell], missing: list[str], sweeps: Kept, readings: Kept) -> str:
     """The tables of what is kept."""
     order = sorted(cells, key=lambda cell: cells_key(cell))
-    found = {cell: losses_of(sweeps.get(cell)) for cell in order if sweeps.get(cell) is not None}
+    found = {cell: sweep_of(sweeps.get(cell)) for cell in order if sweeps.get(cell) is not None}
     all_readings = [
         reading
         for cell, swept in found.items()
@@ -169,13 +107,14 @@ def reported(args: argparse.Namespace, cells: list[Cell], missing: list[str], sw
         for reading in report.readings_of(cell, swept.rate, readings.get(cell) or [])
     ]
     outside = [cell for cell, swept in found.items() if not swept.is_inside]
+    vague = [cell for cell, swept in found.items() if swept.is_inside and swept.tells_little]
     named = "held-out problems" if args.held_out else "problems"
     small = " Toy sizes: none of these numbers says anything." if args.quick else ""
     about = (
         f"`make verdicts`: {len({cell.problem for cell in found})} {named}, {len(found)} cells, "
         f"{len(all_readings)} readings; {processor()}.{small}"
     )
-    notes = report.notes(missing, outside, all_readings, len(cells) - len(found))
+    notes = report.notes(missing, outside, vague, all_readings, len(cells) - len(found))
     return report.markdown(about, all_readings, notes)
 
 

@@ -26,15 +26,15 @@ def copies(root: str) -> Samples:
     return pixels, pixels
 
 
-def halves(root: str) -> Samples:
-    """Left halves of digits with right halves, and whether they belong together, as 1 and -1."""
-    pixels, _ = digits(root)
-    left, right = pixels.view(-1, 8, 2, 4).permute(2, 0, 1, 3).reshape(2, len(pixels), 32)
+def views(root: str) -> Samples:
+    """Two views of three hidden numbers, or of two draws of them, and whether they belong together, as 1 and -1."""
     generator = seeded(21)
-    is_pair = torch.rand(len(pixels), generator=generator) < 0.5
-    others = right[torch.randperm(len(pixels), generator=generator)]
-    together = torch.stack([left, torch.where(is_pair[:, None], right, others)], dim=1)
-    return together, 2 * is_pair.float() - 1
+    hidden, others = torch.randn(2, SAMPLES, 3, generator=generator)
+    is_pair = torch.rand(SAMPLES, generator=generator) < 0.5
+    left, right = hidden, torch.where(is_pair[:, None], hidden, others)
+    ways = torch.randn(2, 3, 32, generator=generator) / 2
+    both = torch.stack([left @ ways[0], right @ ways[1]], dim=1)
+    return both + 0.1 * torch.randn(both.shape, generator=generator), 2 * is_pair.float() - 1
 
 
 def picture(root: str) -> Samples:
@@ -66,7 +66,7 @@ def heavy_tails(root: str) -> Samples:
     generator = seeded(24)
     inputs = torch.randn(SAMPLES, 6, generator=generator)
     tails = torch.randn(SAMPLES, generator=generator) / torch.rand(SAMPLES, generator=generator).sqrt().clamp(min=0.1)
-    return inputs, (inputs[:, 0] * inputs[:, 1] + torch.sin(2 * inputs[:, 2]) + 0.3 * tails).unsqueeze(1)
+    return inputs, (inputs[:, 0] * inputs[:, 1] + torch.sin(2 * inputs[:, 2]) + 0.1 * tails).unsqueeze(1)
 
 
 def two_branches(root: str) -> Samples:
@@ -75,7 +75,7 @@ def two_branches(root: str) -> Samples:
     inputs = 2 * torch.rand(SAMPLES, 1, generator=generator) - 1
     sign = 2.0 * torch.randint(2, (SAMPLES, 1), generator=generator) - 1
     noise = 0.5 * torch.randn(SAMPLES, 1, generator=generator)
-    return inputs, sign * (1.5 + torch.sin(4 * inputs)) + noise
+    return inputs, sign * (3 + torch.sin(3 * inputs)) + noise
 
 
 def communities() -> tuple[Tensor, Tensor, Tensor]:
@@ -91,8 +91,11 @@ def communities() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nodes(root: str) -> Samples:
-    """The numbers of the nodes, and their communities."""
-    return torch.arange(NODES), communities()[2]
+    """The numbers of the nodes, and their communities, one of ten drawn at random: no network can learn those."""
+    generator = seeded(27)
+    is_drawn = torch.rand(NODES, generator=generator) < 0.1
+    drawn = torch.randint(COMMUNITIES, (NODES,), generator=generator)
+    return torch.arange(NODES), torch.where(is_drawn, drawn, communities()[2])
 
 
 class GraphNetwork(nn.Module):
@@ -180,6 +183,14 @@ def density(outputs: Tensor, targets: Tensor) -> Tensor:
     return math.log(2 * math.pi) / 2 - each.logsumexp(1).mean()
 
 
+def mixture() -> nn.Module:
+    """Scores, centres and logarithms of widths of three normal distributions, with centres that lie apart."""
+    network = mlp([1, 32, 32, 9], nn.Tanh)
+    with torch.no_grad():
+        network[-1].bias[3:6] = torch.tensor([-1.0, 0.0, 1.0])
+    return network
+
+
 def with_dropout() -> nn.Module:
     """A network that forgets three of ten."""
     first, second = [nn.Linear(64, 48), nn.ReLU(), nn.Dropout(0.3)], [nn.Linear(48, 32), nn.ReLU(), nn.Dropout(0.3)]
@@ -190,11 +201,11 @@ HELD_OUT = {
     "autoencoder": Problem(copies, lambda: mlp([64, 24, 6, 24, 64], nn.ELU), functional.mse_loss),
     "GRU": Problem(pieces_of_text, Recurrent, functional.cross_entropy, "ptb/ptb.train.txt"),
     "SIREN": Problem(picture, Siren, functional.mse_loss, "cifar-10-batches-py"),
-    "two towers": Problem(halves, Towers, belong_together),
+    "two towers": Problem(views, Towers, belong_together),
     "dropout": Problem(digits, with_dropout, functional.cross_entropy),
     "deep linear": Problem(mixed, lambda: mlp([16, *[20] * 5, 8], nn.Identity), functional.mse_loss),
     "Poisson": Problem(counts, lambda: mlp([6, 32, 32, 1], nn.Softplus), deviance),
     "quantile": Problem(heavy_tails, lambda: mlp([6, 40, 32, 1], nn.SiLU), quantile),
-    "mixture density": Problem(two_branches, lambda: mlp([1, 32, 32, 9], nn.Tanh), density),
+    "mixture density": Problem(two_branches, mixture, density),
     "graph": Problem(nodes, GraphNetwork, functional.cross_entropy),
 }

@@ -22,8 +22,10 @@ SAMPLES = 1024
 """With 300 steps a batch of 4 sees them a little more than once."""
 FEWER = 512
 """For networks that take longer."""
-VOCABULARY = 64
-"""At least the number of characters of the Penn Treebank."""
+VOCABULARY = 50
+"""The characters of the Penn Treebank."""
+LENGTH = 6
+"""Of the pieces that a transformer reads."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,15 @@ def spirals(root: str) -> Samples:
     """Three spirals in the plane."""
     generator = seeded(5)
     length, labels = 0.3 + 3 * torch.rand(SAMPLES, generator=generator), torch.arange(SAMPLES) % 3
-    angle = 2.2 * length + labels * 2 * math.pi / 3
-    points = torch.stack([length * angle.cos(), length * angle.sin()], dim=1) / 2
-    return points + 0.05 * torch.randn(SAMPLES, 2, generator=generator), labels
+    angle = length + labels * 2 * math.pi / 3
+    points = torch.stack([length * angle.cos(), length * angle.sin()], dim=1)
+    return points + 0.1 * torch.randn(SAMPLES, 2, generator=generator), labels
 
 
 def wave(root: str) -> Samples:
-    """A smooth function of four numbers, without noise."""
-    inputs = 2 * torch.rand(SAMPLES, 4, generator=seeded(6)) - 1
-    return inputs, (torch.sin(3 * inputs.sum(1)) + inputs[:, 0] * inputs[:, 1]).unsqueeze(1)
+    """A smooth function of three numbers, without noise."""
+    inputs = 4 * torch.rand(SAMPLES, 3, generator=seeded(6)) - 2
+    return inputs, (torch.sin(inputs[:, :2].sum(1)) + inputs[:, 0] * inputs[:, 2] / 2).unsqueeze(1)
 
 
 def next_character(root: str) -> Samples:
@@ -105,9 +107,9 @@ def next_character(root: str) -> Samples:
 
 
 def pieces_of_text(root: str) -> Samples:
-    """Eight characters of the Penn Treebank, and the eight that follow each of them."""
+    """Pieces of the Penn Treebank, each with the piece shifted by one character."""
     pieces, shifted = characters(root)
-    return pieces[:FEWER, :8].contiguous(), shifted[:FEWER, :8].contiguous()
+    return pieces[:FEWER, :LENGTH].contiguous(), shifted[:FEWER, :LENGTH].contiguous()
 
 
 def scales(root: str) -> Samples:
@@ -188,7 +190,7 @@ def normed_characters() -> nn.Module:
 
 def transformer() -> nn.Module:
     """One layer, tied embeddings."""
-    return SmallTransformer(VOCABULARY, width=16, layers=1, length=8)
+    return SmallTransformer(VOCABULARY, width=16, layers=1, length=LENGTH)
 
 
 _MNIST, _CIFAR, _PTB = "MNIST/raw", "cifar-10-batches-py", "ptb/ptb.train.txt"
@@ -198,7 +200,7 @@ PROBLEMS = {
     "MNIST, ReLU": Problem(mnist, lambda: mlp([100, 40, 40, 10], nn.ReLU), _classes, _MNIST),
     "label noise": Problem(mislabelled_mnist, lambda: mlp([100, 48, 10], nn.GELU), _classes, _MNIST),
     "spirals, tanh": Problem(spirals, lambda: mlp([2, 32, 32, 3], nn.Tanh), _classes),
-    "regression, SiLU": Problem(wave, lambda: mlp([4, 32, 32, 1], nn.SiLU), _squares),
+    "regression, SiLU": Problem(wave, lambda: mlp([3, 32, 32, 1], nn.SiLU), _squares),
     "characters, LayerNorm": Problem(next_character, normed_characters, _classes, _PTB),
     "CNN, BatchNorm": Problem(small_cifar, lambda: cnn(nn.BatchNorm2d, nn.ReLU), _classes, _CIFAR),
     "CNN, GroupNorm": Problem(small_cifar, lambda: cnn(functools.partial(nn.GroupNorm, 2), nn.GELU), _classes, _CIFAR),

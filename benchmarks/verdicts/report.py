@@ -153,12 +153,19 @@ def markdown(about: str, readings: Sequence[Reading], notes: Sequence[str]) -> s
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
-def notes(missing: Sequence[str], outside: Sequence[Cell], readings: Sequence[Reading], unfinished: int) -> list[str]:
+def notes(
+    missing: Sequence[str],
+    outside: Sequence[Cell],
+    vague: Sequence[Cell],
+    readings: Sequence[Reading],
+    unfinished: int,
+) -> list[str]:
     """What a reader has to know beside the tables.
 
     Args:
         missing: Problems whose data are not there.
         outside: Cells whose largest usable rate is not inside the grid, and has no readings.
+        vague: Cells whose best run has hardly learned.
         readings: All readings.
         unfinished: How many cells were not run.
 
@@ -168,6 +175,11 @@ def notes(missing: Sequence[str], outside: Sequence[Cell], readings: Sequence[Re
         found.append(f"Left out, as their data are not there: {'; '.join(missing)}.")
     if outside:
         found.append("No largest usable rate inside the grid: " + "; ".join(map(describe, outside)) + ".")
+    if vague:
+        said = (
+            "In these cells the best run has hardly learned, and a rate at which nothing is learned counts as usable: "
+        )
+        found.append(said + "; ".join(map(describe, vague)) + ".")
     failed = [reading for reading in readings if reading.error]
     if failed:
         lines = [f"{describe(reading.cell)} at 1/{reading.fraction}: {reading.error}" for reading in failed]

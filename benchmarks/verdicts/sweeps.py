@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.verdicts.training import Cell, Size, final_loss
+from benchmarks.verdicts.training import Cell, Size, final_loss, untrained_loss
 
 USABLE = 1.25
 """A rate is usable whose final loss is at most that many times the best one."""
@@ -23,10 +23,12 @@ class Sweep:
 
     Attributes:
         losses: The final losses by the power of 2 that was the rate; infinite for a run that was lost.
+        untrained: The loss before the first step; None if it was not looked at.
 
     """
 
     losses: dict[int, float]
+    untrained: float | None = None
 
     @property
     def best(self) -> float:
@@ -43,6 +45,11 @@ class Sweep:
     def rate(self) -> float | None:
         """The largest usable rate."""
         return None if self.exponent is None else 2.0**self.exponent
+
+    @property
+    def tells_little(self) -> bool:
+        """Whether a run that learns nothing is about usable: the best one has hardly learned."""
+        return self.untrained is not None and self.untrained <= USABLE * self.best
 
     @property
     def is_inside(self) -> bool:
@@ -76,4 +83,5 @@ def search(final: Callable[[float], float], start: int) -> Sweep:
 
 def sweep(cell: Cell, root: str, size: Size) -> Sweep:
     """The search for the largest usable rate of a cell."""
-    return search(lambda rate: final_loss(cell, rate, root, size), STARTS[cell.optimizer])
+    found = search(lambda rate: final_loss(cell, rate, root, size), STARTS[cell.optimizer])
+    return replace(found, untrained=untrained_loss(cell, root, size))

@@ -205,3 +205,8 @@ def final_loss(cell: Cell, rate: float, root: str, size: Size) -> float:
     learner = Learner(cell, rate, size.steps)
     data = samples(cell.problem, root, size.samples)
     return in_loop(learner, loader(cell, root, size), functools.partial(learner.loss_of_all, data))
+
+
+def untrained_loss(cell: Cell, root: str, size: Size) -> float:
+    """The loss of all data before the first step."""
+    return Learner(cell, 0.0, size.steps).loss_of_all(samples(cell.problem, root, size.samples))
