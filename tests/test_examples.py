@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -11,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, DistributedSampler
 
+from examples import edge_under_noise
 from examples.data import Digits
 from examples.gauss_newton import drawn, half_squares, measured
 from lyapunov_lightning import callbacks
@@ -70,6 +72,30 @@ def test_ends_of_the_hessian_and_its_relatives_are_those_of_the_dense_matrices()
     assert [found.rest_min, found.rest] == pytest.approx(rest, rel=1e-2)
     assert found.rest_min < found.hessian_min < 0
     assert len(drawn([found, found], "Twice").axes) == 2
+
+
+@pytest.mark.parametrize("agreement", edge_under_noise.AGREEMENTS)
+def test_batches_agree_as_far_as_they_are_said_to_and_have_a_sharpness_of_one(agreement: float) -> None:
+    data = edge_under_noise.batches(agreement)
+    mean, square = data.probabilities @ data.curvatures, data.probabilities @ data.curvatures**2
+    assert data.probabilities.sum() == pytest.approx(1)
+    assert [mean**2 / square, square / mean] == pytest.approx([agreement, 1])
+
+
+def test_runs_of_sgd_under_noise_grow_as_in_theory() -> None:
+    data, rates = edge_under_noise.batches(0.3), np.array([0.15, 0.4])
+    theory, runs = (growth(rates, 0.9, data) for growth in (edge_under_noise.in_theory, edge_under_noise.in_runs))
+    assert runs.mean_square == pytest.approx(theory.mean_square, abs=6e-3)
+    assert runs.single == pytest.approx(theory.single, abs=3e-3)
+    assert [theory.mean_square[1] > 0 > theory.single[1], runs.mean_square[1] > 0 > runs.single[1]] == [True, True]
+    calm, rare = edge_under_noise.carried_by_few(rates, 0.9, data)
+    assert calm < 0.1 < 0.8 < rare
+    panels = [
+        edge_under_noise.Panel(momentum, agreement, 0.3, 0.6, theory, runs)
+        for momentum in edge_under_noise.MOMENTA
+        for agreement in edge_under_noise.AGREEMENTS
+    ]
+    assert len(edge_under_noise.drawn(panels).axes) == 6
 
 
 def test_every_callback_has_a_configuration() -> None:

@@ -212,7 +212,7 @@ PUBLIC = {
     " OnlineEstimate OperatorCheck PeerFailureError QuadraticFit SpectralDensity SymmetricOperator Window"
     " check_operator first_minimum lanczos power_iteration quadratic_fit scan_line spectral_density"
     " stochastic_moments",
-    "curvature.diagnosis": "diagnose loss_spikes",
+    "curvature.diagnosis": "Diagnosis Reading diagnose loss_spikes",
     "curvature.errors": "CurvatureWarning MeasurementError NonFiniteCurvatureError",
     "curvature.stability": "Stability stability_of",
     "curvature.tracking": "ExtremeTracker",

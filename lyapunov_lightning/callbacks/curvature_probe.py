@@ -1,5 +1,6 @@
 """The sharpness of the training loss, step by step."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,18 @@ from typing_extensions import override
 
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, MeasuredStep, Moment
 from lyapunov_lightning.callbacks.estimators.base import missed
+from lyapunov_lightning.callbacks.gauges import DecreaseGauge, Gauged, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
-from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, diagnose
+from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.stability import is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.reporting.losses import LossSeries
 from lyapunov_lightning.training.reporting.recording import Charts, Record
@@ -30,15 +33,30 @@ if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
 
 
+_READINGS_PER_LOG = 0.4
+"""Steps from one measurement to the next in those between which the trainer logs, by default: 20 of its 50."""
+
+_EIGENVALUE_EVERY = 5
+"""Which of these measurements are for the eigenvalue too, which costs several times as much; the first two are both."""
+
+_EARLY_STEP = 5
+"""A step that is measured besides, by default: how far a rate may go is decided early, where the sharpness has not met
+the limit yet, and before the second measurement there is nothing to compare batches with."""
+
+
 class CurvatureProbe(CurvatureCallback):
-    """Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
+    """Logs how far the learning rate is from where the training turns unstable, and the curvature that decides on it.
 
-    The largest eigenvalue, the *sharpness*, decides on the stability of the training: gradient descent with learning
-    rate η diverges along directions of curvature above 2/η, and networks tend to train right at
-    that edge of stability. The probe measures it every few steps on the batch of the step, or on fixed data, at the
-    parameters before the step, and changes nothing: the run is bit-identical to one without the probe.
+    Gradient descent with learning rate η diverges along directions of curvature above 2/η, and networks tend to train
+    right at that *edge of stability*. On all of the data it is the largest eigenvalue of the Hessian, the *sharpness*,
+    that meets the edge. Under mini-batches it is the *batch sharpness*, the curvature of a batch along the step that
+    its own gradient asks for, and with momentum the limit falls with how little the batches agree. The probe measures
+    all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
-    Four estimators (`lyapunov_lightning.callbacks.estimators` says more of each):
+    Every measurement takes the gradient and one Hessian-vector product for the batch sharpness, on all batches that the
+    step accumulates; the first three and every fourth after them as much again, to compare with another batch. The
+    eigenvalue is measured on the same data, or on fixed data, by one of four estimators
+    (`lyapunov_lightning.callbacks.estimators` says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
       eigenvectors; stops when the eigenvalue is known to `tol`. 4 to 10 products of about 2 gradients each.
@@ -47,26 +65,35 @@ class CurvatureProbe(CurvatureCallback):
     - ``"power"``: power iteration, the classical baseline. Tens of products.
     - ``"critical"``: the critical sharpness ``2/η_c`` along the step that the optimizer takes, with ``η_c`` the
       learning rate at which that step would bring the loss back to where it began. 5 to 10 evaluations of the loss and
-      no derivative, so it works with every kernel and every optimizer. No eigenvalue.
+      no derivative, so it works with every kernel and every optimizer. No eigenvalue, and no batch sharpness.
 
     Logged:
 
     - ``curvature/lambda_max``, ``curvature/lambda_min``: the eigenvalues of the ends asked for, in the unit of the
       loss's second derivative.
-    - ``curvature/stability_limit``: the eigenvalue at which the optimizer's present learning rate turns unstable. It is
-      one on ``lambda_max`` for SGD, and for the Adams, RMSprop, Adagrad, parameter groups of different settings and an
-      optimizer that maximizes one on ``curvature/preconditioned_lambda_max``, which is then measured as well; with
-      ``"lyapunov"``, which cannot, both are left out.
-    - ``curvature/stability_ratio``: the eigenvalue that counts for this optimizer over its limit. The edge of stability
-      is 1, whatever the optimizer.
+    - ``curvature/preconditioned_lambda_max``: the largest eigenvalue of the Hessian as the optimizer sees it, where the
+      limit is one on it: with the Adams, RMSprop, Adagrad, parameter groups of different settings and an optimizer that
+      maximizes. With ``"lyapunov"``, which cannot, it is left out.
+    - ``curvature/batch_sharpness``: the mean over the last eight measurements, in the metric of the optimizer.
+    - ``curvature/stability_ratio``: what binds, over its limit: of the batch sharpness and the eigenvalue that counts
+      for this optimizer the one that is nearer to it. The edge of stability is 1, whatever optimizer and batch. For an
+      optimizer whose limit is not known it is the share of a step's promised decrease that the curvature along it eats.
+    - ``curvature/learning_rate`` and ``curvature/learning_rate_limit``: the rate of the step, and the one at which the
+      ratio would be 1.
     - ``curvature/critical_sharpness`` (``"critical"`` only). Its limit is ``2/η``, its ratio ``η/η_c``: above 1 the
       step has raised the measured loss. It is left out where no ``η_c`` is found.
     - ``curvature/lyapunov_exponent`` and ``curvature/inverse_h0`` (``"lyapunov"`` only): the exponent of the map that
       was followed, and the paper's quasi-Newton learning rate, which is ``(e − 1)/λ_max`` once settled, not
-      ``1/λ_max``.
+      ``1/λ_max``. Batch sharpness and learning rate are then among the details.
 
     and in the group ``curvature_details``, how good and how expensive that is:
 
+    - ``stability_limit``: the curvature at which the learning rate of the step turns unstable, at the measured
+      ``batch_agreement``, which is 1 where all batches see the same curvature. ``batch_sharpness_error``: a standard
+      error. ``eigenvalue_ratio``: the last eigenvalue that counts over the limit.
+    - ``noise_ratio``: how much of the expected decrease of fresh data the second order of the steps takes away: a step
+      gains most at 0.5, nothing at 1. ``clipping``: what clipping left of the gradient's length, which the ratios
+      count.
     - ``value_error``: how far the eigenvalue is estimated to be from the true one: squared residual over the distance
       to the next eigenvalue seen. ``residual``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it. Both with
       ``_min`` for the smallest of both ends and with ``preconditioned_`` in front. ``converged`` is 1 where `tol` was
@@ -77,12 +104,13 @@ class CurvatureProbe(CurvatureCallback):
     - ``inverse_h0`` for the other estimators; ``lyapunov_exponent_sgd`` and ``paper_lambda_min``: exponent of the
       training map and smallest eigenvalue in the paper's convention.
 
-    The figure ``curvature/at_a_glance`` has sharpness and stability limit, and the training loss below. It is drawn at
-    the end of epochs with a new value, as far as that takes 2 % of the time, and at the end of the training or where it
-    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file in the
-    log folder. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame:
-    on the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
-    above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both at any time.
+    The figure ``curvature/at_a_glance`` has sharpness and stability limit, the learning rate and its limit, and the
+    training loss. It is drawn at the end of epochs with a new value, as far as that takes 2 % of the time, and at the
+    end of the training or where it breaks off, for all loggers that take figures (TensorBoard, Weights & Biases,
+    MLflow, Comet), else as a file in the log folder. Two sentences, ``curvature/summary``, then say what was seen and
+    whether the learning rate is to blame: on the console and in loggers that take texts. While the training goes on,
+    there is one warning if the ratio stays above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both
+    at any time.
 
     The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
     ``curvature/lambda_max``, and as `ProbeResult` in ``probe.results``. A measurement that fails is warned of once and
@@ -90,12 +118,14 @@ class CurvatureProbe(CurvatureCallback):
 
     Args:
         every_n_steps: Probe at the first opportunity after every n optimizer steps. Without it and `schedule` the probe
-            follows the trainer's ``log_every_n_steps``.
+            measures at step 5 and at 0.4 times the interval at which the trainer logs, which is every 20 steps.
         estimator: How the eigenvalue is estimated, see above.
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``; ``"critical"`` has none but the
             largest.
         tol: Relative accuracy of the eigenvalues, by their own estimate, and of the critical sharpness; of ``"power"``
             and ``"lyapunov"`` the relative residual.
+        eigenvalue_every: At which of these measurements the eigenvalue is measured too: at the first two, and at every
+            so many. None is every fifth where the probe follows the trainer's logging, else all.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch.
         iterations: Iterations of ``"lyapunov"`` for each probe.
@@ -118,6 +148,7 @@ class CurvatureProbe(CurvatureCallback):
 
     Reference:
         "A chaos theory approach to understand neural network optimization", Algorithm 1, secs. 2 and 3, appendix B;
+        the batch sharpness: A. Andreyev, P. Beneventano, "Edge of stochastic stability" (2024, with momentum 2026);
         the critical sharpness: "A scalable measure of loss landscape curvature for analyzing the training dynamics of
         LLMs" (2026).
 
@@ -125,6 +156,7 @@ class CurvatureProbe(CurvatureCallback):
 
     group = "curvature"
     result_class = ProbeResult
+    measures_whole_step = True
 
     def __init__(
         self,
@@ -133,6 +165,7 @@ class CurvatureProbe(CurvatureCallback):
         end: End = "largest",
         tol: float = 2e-2,
         *,
+        eigenvalue_every: int | None = None,
         schedule: Schedule | None = None,
         hessian: HessianConfig = HessianConfig(),
         iterations: int = 1,
@@ -145,8 +178,15 @@ class CurvatureProbe(CurvatureCallback):
         check_choice("end", end, End)
         check_positive("tol", tol)
         check_int("iterations", iterations, least=1)
+        if eigenvalue_every is not None:
+            check_int("eigenvalue_every", eigenvalue_every, least=1)
         check_positive("delta_q", delta_q)
         kind = ESTIMATORS[estimator]
+        if eigenvalue_every is not None and not kind.is_gauged:
+            raise ValueError(
+                f"`eigenvalue_every` should be None with `estimator={estimator!r}`, which measures nothing beside,"
+                f" got {eigenvalue_every}."
+            )
         super().__init__(
             every_n_steps, schedule, hessian, log_prefix, data="batch", method=kind.method, arguments=arguments
         )
@@ -162,8 +202,13 @@ class CurvatureProbe(CurvatureCallback):
             )
         )
         self.request = self._estimator.request
+        self._gauge_method = hessian.method
+        self._eigenvalue_every = eigenvalue_every
+        self._cadence = _Cadence(eigenvalue_every or 1)
+        self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
         self._step_hook = StepHook()
-        self._waiting: MeasuredStep | None = None
+        self._pending: _Pending | None = None
+        self._is_clipped = False
         self._is_stepping = False
         self._seconds = 0.0
         self._prog_bar = prog_bar
@@ -183,19 +228,31 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_restored:  # a probe may serve one run after another, of other parameters
+            self._cadence.start()
+            self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
+        self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
         self._release()
         self._losses.start(trainer)
         optimizer = self._estimator.start(trainer, type(self).__name__)
+        # Where there are several, which of them takes the step that is clipped nobody knows.
+        is_one = len(trainer.optimizers) == 1
+        self._is_clipped = self._estimator.is_gauged and is_one and may_clip(trainer, pl_module)
+        if optimizer is None and is_one:
+            [only] = trainer.optimizers
+            optimizer = only if only.param_groups and (self._is_clipped or not is_known(only)) else None
         if optimizer is not None:
             # Not by `on_train_batch_end`: there a scheduler has already set the next learning rate, and another
             # callback may have moved the parameters, so that neither the update nor its rate could be seen.
-            self._step_hook.attach(optimizer, partial(self._measure_at, trainer, "update"))
+            self._step_hook.attach(optimizer, partial(self._reach, trainer, "update"))
 
     @override
     def charts(self) -> Charts:
-        limits = [*self._estimator.tags, "curvature/stability_limit$"]
-        return {"sharpness and stability limit": limits, "stability ratio": ["curvature/stability_ratio$"]}
+        rates = ["curvature(_details)?/learning_rate$", "curvature/learning_rate_limit$"]
+        limits = [*self._estimator.tags, "curvature/batch_sharpness$", "curvature_details/stability_limit$"]
+        ratio = ["curvature/stability_ratio$"]
+        return {"learning rate and its limit": rates, "stability ratio": ratio, "sharpness and stability limit": limits}
 
     @override
     def figures(self) -> Figures:
@@ -213,15 +270,11 @@ class CurvatureProbe(CurvatureCallback):
             'unknown'
 
         """
-        results: list[ProbeResult] = self.results
-        found = diagnose(
-            [result.step for result in results],
-            [result.stability_ratio for result in results],
-            self._losses.series,
-            converged=[result.converged for result in results],
-            learning_rate=results[-1].learning_rate if results else None,
-        )
-        return self._estimator.reworded(found)
+        return self._estimator.reworded(diagnose([_reading(result) for result in self.results], self._losses.series))
+
+    def suggestion(self) -> float | None:
+        """The learning rate at the stability limit, as far as it is known: `Diagnosis.learning_rate_limit`."""
+        return self.diagnosis().learning_rate_limit
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,6 +298,14 @@ class CurvatureProbe(CurvatureCallback):
             self._recorder.tell(trainer, "summary", self._summary)
 
     @override
+    def advance(self, trainer: Trainer, batch_idx: int) -> bool:
+        is_due = super().advance(trainer, batch_idx)
+        if is_due:
+            # Here, before any callback asks for its operator: the search that all share is for what all of them want.
+            self.request = self._estimator.request if self._cadence.begin() else None
+        return is_due
+
+    @override
     def measure(self, hessian: LossHessian, step: Step) -> ProbeResult | None:
         at = MeasuredStep(
             hessian=hessian,
@@ -253,26 +314,35 @@ class CurvatureProbe(CurvatureCallback):
             warn_once=self._recorder.warn_once,
             owner=type(self).__name__,
         )
-        moment = self._estimator.begin(at)
+        moment: Moment = self._estimator.begin(at) if self._cadence.is_full else "start"
+        pending = _Pending(at)
         if moment == "start":
-            return self._estimator.measure(at)
-        # The operator is held beyond this hook, at whose end the shared one is dropped: it has the random numbers of
-        # before the step, which one that is made later would not have.
-        self._waiting = replace(at, moment=moment)
-        return None
+            pending.result = self._estimator.measure(at) if self._cadence.is_full else self._bare(at)
+        else:
+            pending.later = replace(at, moment=moment)
+            pending.awaited.append(moment)
+        if self._estimator.is_gauged:
+            self._gauge_step(at, pending)
+        if pending.awaited:
+            self._pending = pending
+            return None
+        return pending.complete(self.results)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The first backward pass after `measure` is that of the measured batch. With accumulation, ``.grad`` holds no
-        # other batch yet: a step is measured before its first one, and Lightning has set the gradients to zero in
-        # between.
-        self._measure_at(trainer, "gradient")
+        # The first backward pass after `measure` is that of the step's last batch.
+        self._reach(trainer, "gradient")
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._is_stepping = True
+        pending = self._pending
+        if pending is not None and self._is_clipped:
+            with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
+                pending.gradient_norm = pending.norm_of_gradient()
+            self._keep(trainer, record)
 
     @override
     def on_train_batch_end(
@@ -282,24 +352,41 @@ class CurvatureProbe(CurvatureCallback):
         # times.
         self._losses.see(trainer, outputs)
         is_stepping, self._is_stepping = self._is_stepping, False
-        if self._waiting is None:
+        pending = self._pending
+        if pending is None:
             return
-        # Where gradients are accumulated the optimizer steps after a later batch. A step that a loss scaler skips does
-        # come by ``on_before_optimizer_step``, and leaves the measurement waiting here.
-        if self._waiting.moment == "update" and not is_stepping:
+        # Under manual optimization the optimizer may step in a later batch. A step that a loss scaler skips does come
+        # by ``on_before_optimizer_step``, and leaves the measurement waiting here.
+        if "update" in pending.awaited and not is_stepping:
             return
-        at, self._waiting = self._waiting, None
-        self._estimator.forget()
-        with self._recorder.measurement(trainer, at.step.index) as record:
-            record.result = missed(at.moment)
+        self._forget()
+        with self._recorder.measurement(trainer, pending.step) as record:
+            if pending.result is None and pending.later is not None:
+                missed(pending.later.moment)
+            # What was measured before the step stands, though the step was not made.
+            record.result = pending.complete(self.results)
         self._keep(trainer, record)
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
-        return {**super()._stateful(), "losses": self._losses, "edge": self._edge, **self._estimator.parts()}
+        own: dict[str, Stateful] = {"losses": self._losses, "edge": self._edge, "cadence": self._cadence}
+        gauges: dict[str, Stateful] = {"sharpness": self._sharpness, "decrease": self._decrease}
+        return {**super()._stateful(), **own, **gauges, **self._estimator.parts()}
+
+    @override
+    def _follow_the_logging(self, trainer: Trainer) -> None:
+        super()._follow_the_logging(trainer)
+        every = log_interval(trainer)
+        if every and self._estimator.is_gauged:
+            # More often than Lightning logs, and the eigenvalue less often: the ratio comes from what is cheap.
+            interval = max(1, round(_READINGS_PER_LOG * every))
+            self.schedule_state.follow(Schedule(every_n_steps=interval, at_steps=(_EARLY_STEP,)))
+            self._cadence.follow(self._eigenvalue_every or _EIGENVALUE_EVERY)
 
     @override
     def _keep(self, trainer: Trainer, record: Record) -> None:
+        if record.has_failed:  # on all ranks, so that none of them waits for what others do not
+            self._forget()
         super()._keep(trainer, record)
         self._losses.collect(trainer)
         result = record.result
@@ -309,21 +396,14 @@ class CurvatureProbe(CurvatureCallback):
         ratio = result.stability_ratio
         if self._prog_bar and ratio is not None:
             self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
-        warning = self._edge.see(
-            result.step,
-            # A ratio that is not known to the tolerance may be above 1 by its error alone, and the warning is given
-            # once only.
-            ratio if result.converged else None,
-            self._losses.series,
-            learning_rate=result.learning_rate,
-        )
+        warning = self._edge.see(_reading(result), self._losses.series)
         if warning is not None:
             self._recorder.warn_once("too fast", warning)
 
     @override
     def _spend(self, seconds: float) -> None:
         self._seconds += seconds
-        if self._waiting is None:  # else a part of the measurement is still to come
+        if self._pending is None:  # else a part of the measurement is still to come
             seconds, self._seconds = self._seconds, 0.0
             super()._spend(seconds)
 
@@ -333,7 +413,7 @@ class CurvatureProbe(CurvatureCallback):
         return None if diagnosis.kind == "unknown" else str(diagnosis)
 
     def _at_a_glance(self) -> "Picture":
-        """Sharpness and stability limit, and the loss below."""
+        """Sharpness and stability limit, the learning rate and its limit, and the loss below."""
         results: list[ProbeResult] = self.results
         diagnosis = self.diagnosis()
         label, values = self._estimator.plotted(results)
@@ -341,6 +421,9 @@ class CurvatureProbe(CurvatureCallback):
             [result.step for result in results],
             values,
             [result.stability_limit for result in results],
+            batch_sharpness=[result.batch_sharpness for result in results],
+            learning_rate=[result.learning_rate for result in results],
+            learning_rate_limit=[result.learning_rate_limit for result in results],
             losses=self._losses.series,
             met_at=diagnosis.met_at,
             crossings=diagnosis.crossings[1:],
@@ -348,17 +431,159 @@ class CurvatureProbe(CurvatureCallback):
             title="" if diagnosis.kind == "unknown" else diagnosis.title,
         )
 
-    def _measure_at(self, trainer: Trainer, moment: Moment) -> None:
-        """Measure the step that was waiting for a moment of it."""
-        if self._waiting is None or self._waiting.moment != moment:
+    def _bare(self, at: MeasuredStep) -> ProbeResult:
+        """The result of a step of which the estimator measures nothing."""
+        limits = at.limits(at.stability())
+        return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **limits)
+
+    def _gauge_step(self, at: MeasuredStep, pending: "_Pending") -> None:
+        """Measure how near the step is to its edge, as far as that can be seen before it."""
+        stability = at.stability()
+        if stability is not None:
+            # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
+            # product by them has its step to find, and costs five times as much as an exact one.
+            config = replace(self.config, method=self._gauge_method)
+            is_shared, is_own = config == self.config, self.config.data == "batch"
+            own = at.hessian if is_shared and is_own else self.shared.on_batches(at.step, config)
+            fixed = at.hessian if is_shared and not is_own else None
+            hessian_on = partial(self.shared.on_batches, at.step, config)
+            pending.gauged = self._sharpness.measure(own, at.step.own_batches, stability, hessian_on, fixed)
+            if self._is_clipped:
+                pending.awaited.append("update")
+        elif self._observes_decrease(at):
+            own = at.hessian if self.config.data == "batch" else self.shared.on_batches(at.step, self.config)
+            self._decrease.begin(own)
+            pending.awaited.append("update")
+
+    def _observes_decrease(self, at: MeasuredStep) -> bool:
+        """Whether the step is that of one optimizer, seen from outside, whose limit nobody knows."""
+        optimizers = at.step.trainer.optimizers
+        return self._step_hook.is_attached and not is_known(optimizers[0])
+
+    def _reach(self, trainer: Trainer, moment: Moment) -> None:
+        """Go on with the measurement that waits for a moment of the step."""
+        pending = self._pending
+        if pending is None or moment not in pending.awaited:
             return
-        at, self._waiting = self._waiting, None  # before `_keep`, which counts the time once nothing is to come
-        with self._recorder.measurement(trainer) as record, failing_together(trainer):
-            record.result = self._estimator.measure(at)
+        pending.awaited.remove(moment)
+        if not pending.awaited:
+            self._pending = None  # before `_keep`, which counts the time once nothing is to come
+        with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
+            if pending.later is not None and pending.later.moment == moment:
+                pending.result, pending.later = self._estimator.measure(pending.later), None
+            if moment == "update":
+                if self._decrease.is_observing:
+                    pending.gauged = self._decrease.measure()
+                pending.see_clipping()
+            if not pending.awaited:
+                record.result = pending.complete(self.results)
         self._keep(trainer, record)
+
+    def _forget(self) -> None:
+        """Wait for no later moment of the step."""
+        self._pending = None
+        self._estimator.forget()
+        self._decrease.forget()
 
     def _release(self) -> None:
         """Drop what an interrupted step has left, and the hook on its optimizer."""
-        self._waiting, self._is_stepping, self._seconds = None, False, 0.0
-        self._estimator.forget()
+        self._forget()
+        self._is_stepping, self._seconds = False, 0.0
+        self._sharpness.start()
         self._step_hook.release()
+
+
+class _Cadence:
+    """Which of the measurements are for the eigenvalue as well.
+
+    Args:
+        every: Every how many of them.
+
+    """
+
+    def __init__(self, every: int) -> None:
+        self.follow(every)
+        self.start()
+
+    def start(self) -> None:
+        """Begin a run."""
+        self._count = 0
+        self.is_full = True
+
+    def follow(self, every: int) -> None:
+        """Take over the number."""
+        self._every = every
+
+    def begin(self) -> bool:
+        """Begin a measurement; returns whether it is for the eigenvalue as well."""
+        self.is_full = self._count < 2 or self._count % self._every == 0
+        self._count += 1
+        return self.is_full
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many measurements there were."""
+        return {"count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._count = state["count"]
+
+
+class _Pending:
+    """A measurement that goes on in later moments of its step.
+
+    Args:
+        at: The step.
+
+    Attributes:
+        step: Its index.
+        awaited: The moments that are still to come.
+        later: The step as the estimator is to see it at one of these moments, until it has. It holds the operator after
+            the shared one is dropped, since one that is made later has other random numbers.
+        result: What the estimator found, once it has.
+        gauged: What the gauges found.
+        gradient_norm: The length of the gradient before clipping.
+
+    """
+
+    def __init__(self, at: MeasuredStep) -> None:
+        self.step = at.step.index
+        self.awaited: list[Moment] = []
+        self.later: MeasuredStep | None = None
+        self.result: ProbeResult | None = None
+        self.gauged: Gauged = {}
+        self.gradient_norm: float | None = None
+        self._clipping: float | None = None
+        # Not the operator, whose kept graphs would take their memory from the step.
+        self._parameters, self._layout, self._space = at.hessian.parameters, at.hessian.layout, at.hessian.space
+
+    def norm_of_gradient(self) -> float:
+        """The length of the gradient in ``.grad``."""
+        return float(self._space.norm(self._layout.flatten([parameter.grad for parameter in self._parameters])))
+
+    def see_clipping(self) -> None:
+        """Compare the gradient that the optimizer has used with that before clipping."""
+        if self.gradient_norm:
+            self._clipping = self.norm_of_gradient() / self.gradient_norm
+
+    def complete(self, earlier: Sequence[ProbeResult]) -> ProbeResult | None:
+        """The result, with what the gauges found.
+
+        Args:
+            earlier: The results so far, of which the last has the eigenvalue that stands until the next one.
+
+        """
+        if self.result is None:
+            return None
+        eigenvalue = self.result.decisive_eigenvalue
+        if eigenvalue is None and earlier and earlier[-1].is_settled:  # else it is that of another metric
+            eigenvalue = earlier[-1].decisive_eigenvalue
+        found = replace(self.result, **self.gauged, decisive_eigenvalue=eigenvalue, clipping=self._clipping)
+        if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
+            found = replace(found, noise_ratio=found.noise_ratio * self._clipping)
+        return found
+
+
+def _reading(result: ProbeResult) -> Reading:
+    """A measurement as the diagnosis sees it."""
+    return Reading(result.step, result.stability_ratio, learning_rate=result.learning_rate, converged=result.converged)

@@ -71,6 +71,10 @@ class CurvatureCallback(Callback):
     result_class: ClassVar[type[Result]]
     """What `measure` returns."""
 
+    measures_whole_step: bool = False
+    """Whether a step that accumulates the gradients of several batches is measured before the last of them, when all
+    are known, and not before the first."""
+
     def __init__(
         self,
         every_n_steps: int | None,
@@ -305,7 +309,8 @@ class CurvatureCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, part in self._stateful().items():
-            part.load_state_dict(state_dict[name])
+            if name in state_dict:  # a checkpoint of an earlier version lacks what it did not measure
+                part.load_state_dict(state_dict[name])
         # The vectors are on the CPU, and whole, until `on_train_start` knows the device and the parts.
         self._is_restored = True
 

@@ -173,6 +173,20 @@ def log_interval(trainer: Trainer) -> int:
     return int(untyped.log_every_n_steps or 0)
 
 
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the optimizer steps after a later batch than the present one, asked before or within a batch."""
+    untyped: Any = trainer
+    return untyped.accumulate_grad_batches > 1 and bool(untyped.fit_loop.epoch_loop._should_accumulate())
+
+
+def may_clip(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether gradients may be changed between the backward pass and the step: by clipping or in the module's hooks."""
+    hooks = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+    bases = either("LightningModule")
+    own = any(getattr(type(pl_module), hook) not in [getattr(base, hook) for base in bases] for hook in hooks)
+    return trainer.gradient_clip_val is not None or own
+
+
 class Callback(_Callback):
     """The base class of callbacks that Trainers and command lines of both names take for theirs."""
 

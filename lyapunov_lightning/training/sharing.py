@@ -7,7 +7,8 @@ otherwise take their memory from the training.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +22,10 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.batches import ProbeData, StartPosition
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
+from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, is_accumulating
 from lyapunov_lightning.training.operators import Operators
-from lyapunov_lightning.training.replica.objective import Problem
+from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
 from lyapunov_lightning.training.reporting.progress import watched
 
 _OFFLOADED_BASIS_BYTES = 2**34
@@ -81,6 +83,7 @@ class Participant(Protocol):
     config: HessianConfig
     request: EigenRequest | None
     data_position: StartPosition
+    measures_whole_step: bool
 
     @property
     def search_start(self) -> Tensor | None:
@@ -100,6 +103,9 @@ class Step:
         batch: The batch, on the device.
         batch_idx: Its index in the epoch.
         due: The callbacks that measure before it.
+        earlier: The batches before it whose gradients are accumulated for the same optimizer step, if a callback that
+            is due measures them too.
+        lost: Why one of these could not be kept.
         index: The number of optimizer steps before it. At the end of the batch `trainer.global_step` is one higher.
 
     """
@@ -109,12 +115,28 @@ class Step:
     batch: Any
     batch_idx: int
     due: Sequence[Participant] = ()
+    earlier: Sequence[ProbeBatch] = ()
+    lost: Exception | None = None
     index: int = field(init=False)
 
     def __post_init__(self) -> None:
         # Kept, and not read from the trainer later: a measurement that ends after the optimizer's step would be logged
         # one step late.
         object.__setattr__(self, "index", int(self.trainer.global_step))
+
+    @cached_property
+    def own_batches(self) -> list[ProbeBatch]:
+        """The step's own data: its batch, and the accumulated ones before it.
+
+        Raises:
+            MeasurementError: If one of those could not be copied.
+
+        """
+        if self.lost is not None:
+            raise MeasurementError(f"A training batch cannot be copied, and so not be kept: {self.lost}")
+        # Copied, since some measurements end after the step (the slope along the update that was taken), and the step
+        # may write to its batch: `batch[0].sub_(mean)`.
+        return [*self.earlier, ProbeBatch(Copier()(self.batch), self.batch_idx, True)]
 
     @property
     def epoch(self) -> float:
@@ -148,6 +170,7 @@ class SharedMeasurements:
         self._shared: dict[HessianConfig, _Shared] = {}
         self._step: Step | None = None
         self._key: Any = None
+        self._accumulated = _AccumulatedStep()
 
     def start(self, trainer: Trainer, callback: Participant, owner: str) -> str | None:
         """Prepare the data of a callback, for the hook ``on_train_start``.
@@ -180,7 +203,11 @@ class SharedMeasurements:
             for data in self._data.values():
                 data.observe(batch, batch_idx)
             due = [callback for callback in self.callbacks if callback.advance(trainer, batch_idx)]
-            self._step, self._key = Step(trainer, pl_module, batch, batch_idx, due), key
+            due = self._accumulated.begin(trainer, due)
+            accumulated = self._accumulated
+            self._step = Step(trainer, pl_module, batch, batch_idx, due, accumulated.batches, accumulated.failure)
+            self._key = key
+            accumulated.keep(self._step)
         return self._step
 
     def hessian(
@@ -227,13 +254,32 @@ class SharedMeasurements:
         """
         data, trainer = self._data[config], step.trainer
         with failing_together(trainer):
-            batches = data.batches(step.batch, step.batch_idx)
+            batches = step.own_batches if config.data == "batch" else data.batches()
             if batches is None:
                 return None
             # The operator remembers the state of the generators from when it is made, and all its products see the same
             # dropout masks and augmentation. Each rank has masks of its own, as in training.
             with data.randomness(trainer.global_rank):
                 return self._operators.make(Problem(trainer, step.pl_module, config, batches, names), say)
+
+    def on_batches(self, step: Step, config: HessianConfig, batches: Sequence[ProbeBatch] | None = None) -> LossHessian:
+        """The Hessian of the step's own data, or of others that a callback has kept, whatever the configuration says.
+
+        Args:
+            step: The present step.
+            config: Which Hessian, but for the data.
+            batches: The data; the step's own if None.
+
+        Raises:
+            PeerFailureError: If another rank cannot build its part.
+
+        """
+        config = replace(config, data="batch")
+        if batches is None and config in self._shared:
+            return self._shared[config].operator
+        with failing_together(step.trainer):
+            own = step.own_batches if batches is None else batches
+            return self._operators.make(Problem(step.trainer, step.pl_module, config, own, None))
 
     def eigenpairs(self, step: Step, callback: Participant) -> Eigenpairs:
         """The eigenpairs that a callback requests, computed together with those of all that share its operator.
@@ -278,6 +324,39 @@ class SharedMeasurements:
             shared.waiting = [waiting for waiting in shared.waiting if waiting is not callback]
             if not shared.waiting:
                 del self._shared[callback.config]
+
+
+class _AccumulatedStep:
+    """A step whose gradient comes from several batches, for the callbacks that measure all of them.
+
+    They are due before the last of these batches and not before the first: until then the parameters stay where they
+    are.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[ProbeBatch] = []
+        self.failure: Exception | None = None
+        self._waiting: list[Participant] = []
+        self._index = -1
+
+    def begin(self, trainer: Trainer, due: Sequence[Participant]) -> list[Participant]:
+        """Before a batch: which callbacks measure now, of those that are due and those that wait."""
+        if trainer.global_step != self._index:  # a step that was broken off leaves callbacks waiting
+            self.batches, self.failure, self._waiting, self._index = [], None, [], trainer.global_step
+        self._waiting += [callback for callback in due if callback.measures_whole_step]
+        now = [callback for callback in due if not callback.measures_whole_step]
+        if self._waiting and not is_accumulating(trainer):
+            now, self._waiting = [*now, *self._waiting], []
+        return now
+
+    def keep(self, step: Step) -> None:
+        """Keep the batch for those that wait."""
+        if not self._waiting or self.failure is not None:
+            return
+        try:
+            self.batches = step.own_batches
+        except Exception as error:  # raised again by `own_batches`, where it ends a measurement and not the training
+            self.failure = error
 
 
 def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], space: VectorSpace) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from lyapunov_lightning.curvature.diagnosis import (
     TITLES,
     EdgeWatch,
     Kind,
+    Reading,
     classify,
     diagnose,
     diverged_at,
     loss_spikes,
 )
-from lyapunov_lightning.curvature.diagnosis.facts import Reading, RunFacts
+from lyapunov_lightning.curvature.diagnosis.facts import RunFacts
+from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS
 from lyapunov_lightning.curvature.diagnosis.sentences import SENTENCES
 from lyapunov_lightning.curvature.stability import stability_of
 
@@ -38,11 +40,22 @@ def with_spikes(losses: list[float], *steps: int, height: float = 3.0, width: in
     return spiked
 
 
-def told(ratios: Any, losses: list[float] | None = None, every: int = 10, **options: Any) -> Any:
+def told(
+    ratios: Any,
+    losses: list[float] | None = None,
+    every: int = 10,
+    *,
+    converged: Any = None,
+    learning_rate: float | None = None,
+) -> Any:
     """The diagnosis of ratios at every tenth step of a run of 400 steps."""
     losses = falling(400) if losses is None else losses
-    steps = range(0, every * len(ratios), every)
-    return diagnose(steps, ratios, (range(len(losses)), losses), **options)
+    are_sure = [True] * len(ratios) if converged is None else converged
+    readings = [
+        Reading(every * place, ratio, learning_rate=learning_rate, converged=is_sure)
+        for place, (ratio, is_sure) in enumerate(zip(ratios, are_sure, strict=True))
+    ]
+    return diagnose(readings, (range(len(losses)), losses))
 
 
 def ramp(to: float, meets_at: int = 160) -> list[float]:
@@ -175,15 +188,13 @@ def test_near_is_wider_where_measurements_are_far_apart():
 
 def seen(*ratios: float, **others: Any) -> RunFacts:
     """The facts of a run with these ratios at every tenth step, all converged, and nothing else to see."""
-    readings = tuple(Reading(10 * place, ratio) for place, ratio in enumerate(ratios))
+    readings = tuple(Reading(10 * place, ratio, learning_rate=0.1) for place, ratio in enumerate(ratios))
     facts = RunFacts(
         readings=readings,
-        converged=readings,
         spikes=(),
         lost_at=None,
         window=20,
         share_near=0.0,
-        learning_rate=0.1,
     )
     return replace(facts, **others)
 
@@ -192,7 +203,7 @@ CASES: list[tuple[Kind, RunFacts]] = [
     ("unknown", seen(lost_at=5)),
     ("diverged", seen(0.5, 1.2, 0.3, 0.2, lost_at=35)),
     ("diverged_below", seen(1.2, 0.3, 0.3, 0.3, lost_at=35)),
-    ("not_converged", seen(2.0, 2.0, 2.0, 2.0, 2.0, converged=(Reading(0, 2.0), Reading(10, 2.0)))),
+    ("not_converged", seen(2.0, 2.0, readings=tuple(Reading(step, 2.0, converged=step < 2) for step in range(5)))),
     ("few", seen(2.0, 2.0)),
     ("below", seen(0.5, 0.6, 0.94)),
     ("left", seen(2.0, 0.5, 0.5)),
@@ -213,6 +224,66 @@ def test_each_kind_has_a_title_sentences_and_a_case_above() -> None:
     assert {*TITLES} == {*SENTENCES} == {kind for kind, _ in CASES} == {*get_args(Kind)}
 
 
+# The learning rate at the limit.
+
+
+def test_the_limit_has_the_rate_of_its_own_step():
+    """Warm-up and decay over a curvature that stays: each ratio follows the rate of its own step."""
+    rates = [0.02 * min(1.0, step / 100) * (1 - step / 400) + 1e-9 for step in range(0, 400, 10)]
+    readings = [Reading(10 * place, 5 * rate, learning_rate=rate) for place, rate in enumerate(rates)]
+    found = diagnose(readings, (range(400), falling(400)))
+    assert found.kind == "below"
+    assert found.learning_rate_limit == pytest.approx(0.2)
+    low, high = LIMIT_FACTORS
+    assert found.learning_rate_range == pytest.approx((low * 0.2, high * 0.2))
+    assert found.consequence.endswith("the limit is met at 0.2.")
+
+
+def test_the_limit_is_that_of_the_last_part_and_of_no_single_measurement():
+    ratios = [0.5] * 20 + [0.2] * 20
+    ratios[35] = 7.0
+    assert told(ratios, learning_rate=0.1).learning_rate_limit == pytest.approx(0.1 / 0.2)
+
+
+@pytest.mark.parametrize("options", [{"learning_rate": None}, {"learning_rate": 0.0}])
+def test_without_a_rate_no_limit_is_named(options):
+    found = told([0.3] * 40, **options)
+    assert (found.learning_rate_limit, found.learning_rate_range, found.confidence) == (None, None, "none")
+
+
+def test_curvature_that_bends_down_names_no_limit():
+    found = told([-0.3] * 40, learning_rate=0.1)
+    assert (found.learning_rate_limit, found.learning_rate_range, found.confidence) == (None, None, "none")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "converged", "level"),
+    [
+        ([0.3 + 0.01 * (i % 3) for i in range(40)], None, "high, by 13 measurements that differ by a factor of 1.05"),
+        (
+            [0.3 * 2.0 ** (i % 3) for i in range(40)],
+            None,
+            "moderate, by 13 measurements that differ by a factor of 2.79",
+        ),
+        ([0.3] * 4, None, "moderate, by 4 measurements"),
+        ([0.3 * 4.0 ** (i % 3) for i in range(40)], None, "low, by 13 measurements that differ by a factor of 7.81"),
+        ([0.3], None, "low, by one measurement"),
+        ([0.3] * 40, [i % 3 == 0 for i in range(40)], "low, by 5 measurements that differ by a factor of 1, 26 others"),
+        ([], None, "none"),
+    ],
+)
+def test_confidence_comes_from_number_spread_and_convergence(ratios, converged, level):
+    assert told(ratios, converged=converged, learning_rate=0.1).confidence.startswith(level)
+
+
+def test_what_may_not_be_judged_is_no_evidence():
+    """An Adam's first steps: ratios of hundreds while its moments settle."""
+    readings = [Reading(10 * place, 420.0, learning_rate=1e-3, judged=False) for place in range(5)]
+    readings += [Reading(10 * place, 0.5, learning_rate=1e-3) for place in range(5, 40)]
+    found = diagnose(readings, (range(400), falling(400)))
+    assert (found.kind, found.met_at, found.learning_rate_limit) == ("below", None, pytest.approx(2e-3))
+
+
 # Gradient descent on problems of which the answer is known.
 
 
@@ -221,18 +292,17 @@ def descent(curvature: float, lr: float, optimizer: Any, num_steps: int = 200) -
     x = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
     scale = torch.tensor([curvature, 0.1 * curvature], dtype=torch.float64)
     trained = optimizer([x], lr)
-    steps, ratios, losses = [], [], []
+    readings, losses = [], []
     for step in range(num_steps):
         loss = (scale * x**2).sum() / 2
         if step % 10 == 0:
             stability = stability_of(trained, [x], None)
-            steps.append(step)
-            ratios.append(curvature / stability.limit)
+            readings.append(Reading(step, curvature / stability.limit, learning_rate=lr))
         trained.zero_grad()
         loss.backward()
         trained.step()
         losses.append(float(loss))
-    return diagnose(steps, ratios, (range(num_steps), losses), learning_rate=lr)
+    return diagnose(readings, (range(num_steps), losses))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -243,6 +313,7 @@ def test_a_quadratic_is_below_or_lost_by_its_learning_rate(momentum, share, kind
     found = descent(curvature, share * edge, lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=momentum))
     assert found.kind == kind
     assert f"the limit is met at {edge:.2g}." in found.consequence
+    assert found.learning_rate_limit == pytest.approx(edge)
 
 
 # Spikes.
@@ -288,7 +359,7 @@ def warned_at(ratios: list[float | None], losses: list[float], every: int = 10) 
     watch, warned = EdgeWatch(), []
     for index, ratio in enumerate(ratios):
         step = every * index
-        if watch.see(step, ratio, (range(step), losses[:step])) is not None:
+        if watch.see(Reading(step, ratio), (range(step), losses[:step])) is not None:
             warned.append(step)
     return warned
 
@@ -316,13 +387,14 @@ def test_does_not_warn_without_both(ratios, losses):
 
 def test_does_not_warn_where_no_loss_has_been_seen_since() -> None:
     watch = EdgeWatch()
-    assert [watch.see(step, 1.5, (range(30), [1.0] * 30)) for step in range(0, 200, 10)] == [None] * 20
+    assert [watch.see(Reading(step, 1.5), (range(30), [1.0] * 30)) for step in range(0, 200, 10)] == [None] * 20
 
 
 def test_the_warning_tells_the_figures():
     watch = EdgeWatch()
     losses = [1.0] * 100 + [2.0] * 60
-    texts = [watch.see(step, 1.5, (range(step), losses[:step]), learning_rate=0.3) for step in range(0, 160, 10)]
+    readings = [Reading(step, 1.5, learning_rate=0.3) for step in range(0, 160, 10)]
+    texts = [watch.see(reading, (range(reading.step), losses[: reading.step])) for reading in readings]
     [text] = [text for text in texts if text is not None][:1]
     assert "above the stability limit since step 0, 1.50 times it at step" in text
     assert "risen from 1 to 1.5" in text
@@ -333,9 +405,17 @@ def test_the_watch_goes_on_in_a_resumed_run():
     losses = [1.0] * 100 + [2.0] * 60
     one, other = EdgeWatch(), EdgeWatch()
     for step in range(0, 120, 10):
-        one.see(step, 1.5, (range(step), losses[:step]))
+        one.see(Reading(step, 1.5), (range(step), losses[:step]))
     other.load_state_dict(one.state_dict())
-    assert one.see(120, 1.5, (range(120), losses[:120])) == other.see(120, 1.5, (range(120), losses[:120])) is not None
+    text, again = (watch.see(Reading(120, 1.5), (range(120), losses[:120])) for watch in (one, other))
+    assert text == again is not None
+
+
+@pytest.mark.parametrize("excuse", ["converged", "judged"])
+def test_does_not_warn_of_ratios_that_do_not_count(excuse):
+    losses, watch = [1.0] * 100 + [2.0] * 60, EdgeWatch()
+    readings = [replace(Reading(step, 1.5), **{excuse: False}) for step in range(0, 160, 10)]
+    assert [watch.see(reading, (range(reading.step), losses[: reading.step])) for reading in readings] == [None] * 16
 
 
 def test_level_is_the_median_since_the_limit_was_met():

@@ -4,6 +4,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -15,7 +16,6 @@ from lyapunov_lightning.callbacks import spectrum_tracker
 from lyapunov_lightning.training import config, operators, sharing, spacing
 from lyapunov_lightning.training.reporting import recording
 from tests.distributed.models import (
-    STEPS,
     PlannedError,
     Smooth,
     final,
@@ -67,7 +67,7 @@ def failing_measurements(rank: int) -> dict[str, Any]:
 @contextmanager
 def failing_once(module: Any, name: str, only: bool) -> Iterator[None]:
     """Let a function, as a module knows it, fail at its second call; on this rank if `only`."""
-    plain, calls = getattr(module, name), iter(range(STEPS))
+    plain, calls = getattr(module, name), count()
 
     def function(*args: Any, **options: Any) -> Any:
         if next(calls) == FAILING_STEP and only:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.data.batches import ProbeData
-from tests.distributed.ranks import TIMEOUT, WORLD_SIZE
+from tests.distributed.ranks import TIMEOUT
 from tests.training.live import RememberingLogger
 
 OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nudge)(_details)?/")
 """What the package's callbacks log."""
 
-STEP_BATCHES = [5, 3]
+STEP_BATCHES = [5, 3, 2]
 """Batch size of each rank where the shards are unequal."""
 
 STEPS = 4
@@ -83,7 +84,7 @@ def trainer_of(*callbacks: Callback, **settings: Any) -> pl.Trainer:
         "strategy": strategy(),
         **settings,
     }
-    return pl.Trainer(accelerator="cpu", devices=WORLD_SIZE, callbacks=list(callbacks), **settings)
+    return pl.Trainer(accelerator="cpu", devices=dist.get_world_size(), callbacks=list(callbacks), **settings)
 
 
 def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **settings: Any) -> pl.Trainer:
@@ -117,12 +118,12 @@ class Noticing(Callback):
 
 @contextmanager
 def measured_batches() -> Iterator[list[list[Any]]]:
-    """What this rank measures on, one list of batches for each measurement."""
+    """The fixed data that this rank measures on, one list of batches for each measurement."""
     measured: list[list[Any]] = []
     plain = ProbeData.batches
 
-    def batches(self: ProbeData, batch: Any, batch_idx: int) -> Any:
-        probes = plain(self, batch, batch_idx)
+    def batches(self: ProbeData) -> Any:
+        probes = plain(self)
         if probes is not None:
             measured.append([copy.deepcopy(probe.batch) for probe in probes])
         return probes

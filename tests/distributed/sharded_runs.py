@@ -43,6 +43,9 @@ PARAMETERS = sum(p.numel() for p in transformer().parameters())
 FIXED = HessianConfig("fixed", num_batches=2)
 STEP = HessianConfig("batch")
 
+ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
+"""Of which memory which way is taken."""
+
 CALLBACKS: dict[str, Any] = {
     "probe": lambda: CurvatureProbe(1, end="both", tol=1e-8),
     "lyapunov": lambda: CurvatureProbe(1, "lyapunov", end="both"),
@@ -120,6 +123,33 @@ def sharded_callbacks(rank: int) -> dict[str, Any]:
         }
         for name, make in CALLBACKS.items()
     }
+
+
+class Unknown(torch.optim.SGD):
+    """An optimizer of the user's own, of which no limit is known."""
+
+
+GAUGED: dict[str, Any] = {
+    "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.95)),
+    "unknown": partial(Unknown, momentum=0.9),
+}
+"""Optimizers whose steps are gauged."""
+
+
+@check
+def sharded_gauges(rank: int) -> dict[str, Any]:
+    """How near trainings are to their edge, of ranks with unequal numbers of samples and gradients that are clipped."""
+    settings: dict[str, Any] = {"sizes": (5, 3), "num_batches": 4, "gradient_clip_val": 0.5}
+    found: dict[str, Any] = {}
+    for name, optimizer in GAUGED.items():
+        for way, room in {"copied": None, **ROOM}.items():
+            probe = CurvatureProbe(
+                1, tol=0.5, eigenvalue_every=9, hessian=HessianConfig("batch", max_gather_bytes=room)
+            )
+            kind = strategy() if way == "copied" else sharded_strategy()
+            module = Decoder(optimizer=optimizer, lr=0.05)
+            found.setdefault(name, {})[way] = trained(rank, probe, module=module, strategy=kind, **settings)
+    return found
 
 
 class Unfreezing(pl.Callback):
@@ -300,9 +330,6 @@ def sharded_numbers(rank: int) -> dict[str, Any]:
 
 # What goes wrong.
 
-
-ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
-"""Of which memory which way is taken."""
 
 FAILURES: dict[str, tuple[tuple[int, ...], str, str]] = {
     "one rank": ((1,), "after", "gathered"),

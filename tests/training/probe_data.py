@@ -146,7 +146,7 @@ def drawn(loader: Any, rank: int = 0, **settings: Any) -> list[Any]:
     """The fixed batches of a loader that can be drawn from."""
     data, note = started(trainer_of(loader, rank), **settings)
     assert note is None, note
-    probes = data.batches(None, 0)
+    probes = data.batches()
     assert all(isinstance(probe, ProbeBatch) and not probe.is_transferred for probe in probes)
     assert [probe.batch_idx for probe in probes] == list(range(len(probes)))
     return [probe.batch for probe in probes]
@@ -156,7 +156,7 @@ def cause(loader: Any, **settings: Any) -> str:
     """Why batches of a loader are kept as they pass."""
     data, note = started(trainer_of(loader), **settings)
     assert note is not None
-    assert data.batches(None, 0) is None
+    assert data.batches() is None
     return note
 
 

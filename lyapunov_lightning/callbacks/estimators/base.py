@@ -28,9 +28,8 @@ Moment = Literal["start", "gradient", "update"]
 """When in a step an estimator measures.
 
 - ``"start"``: before the step.
-- ``"gradient"``: after the backward pass of the step's first batch, whose gradient is in ``.grad``.
-- ``"update"``: after the optimizer has moved the parameters, before anything else does. With gradient accumulation that
-  is some batches after the first one.
+- ``"gradient"``: after the backward pass of the step's batch, whose gradient is in ``.grad``.
+- ``"update"``: after the optimizer has moved the parameters, before anything else does.
 """
 
 
@@ -104,8 +103,9 @@ class MeasuredStep:
         if not is_known(optimizer):
             self.warn_once(
                 "unknown optimizer",
-                f"the stability limit of {type(optimizer).__name__} is not known, so `curvature/stability_limit` and"
-                " `curvature/stability_ratio` are left out.",
+                f"the stability limit of {type(optimizer).__name__} is not known. `curvature/stability_ratio` is then"
+                " the share of a step's promised decrease that the curvature along it eats. Its edge is known less"
+                " well: 1 without momentum, down to half of that with it.",
             )
         # In the order of the measured parameters, and as the optimizer is set now: Adam's preconditioner and the
         # learning rate change with every step.
@@ -141,6 +141,9 @@ class Estimator(ABC):
 
     tags: ClassVar[Sequence[str]] = ("curvature/lambda_max$", "curvature/preconditioned_lambda_max$")
     """Regular expressions of the tags that belong on one chart with the stability limit."""
+
+    is_gauged: ClassVar[bool] = True
+    """Whether the probe measures the batch sharpness of the same step as well."""
 
     request: EigenRequest | None = None
     """The eigenpairs of the Hessian that it takes from a search shared by all callbacks; None if it needs none."""

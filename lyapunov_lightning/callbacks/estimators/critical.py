@@ -44,6 +44,7 @@ class CriticalLearningRate(Estimator):
     # As with exponents: no products, and parameters in half precision, which cannot be moved a little, are refused.
     method = "finite_difference"
     tags = ("curvature/critical_sharpness$",)
+    is_gauged = False  # a product is what it is there to do without
 
     def __init__(self, settings: EstimatorSettings) -> None:
         super().__init__(settings)
@@ -135,14 +136,16 @@ class CriticalLearningRate(Estimator):
         found = diagnosis
         is_blamed = found.kind == "left" and 2 * found.num_near >= len(found.spikes) > 0
         clears = found.kind in ("below", "left", "diverged_below") and not is_blamed
+        told = replace(found, sharpness=found.sharpness.replace("he sharpness", "he critical sharpness"))
+        if not clears:
+            return told
         return replace(
-            found,
-            sharpness=found.sharpness.replace("he sharpness", "he critical sharpness"),
+            told,
             consequence="That clears the steps that were measured and no others: the critical sharpness rises once a"
             " step is about to raise the loss, and the largest eigenvalue long before. Use `estimator='lanczos'` to see"
-            " how much room there is."
-            if clears
-            else found.consequence,
+            " how much room there is.",
+            learning_rate_limit=None,
+            confidence="none",
         )
 
 

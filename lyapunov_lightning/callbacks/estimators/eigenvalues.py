@@ -10,6 +10,7 @@ from lyapunov_lightning.callbacks.estimators.base import Estimator, EstimatorSet
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
+from lyapunov_lightning.curvature.stability import Stability
 from lyapunov_lightning.curvature.tracking.extremes import ExtremeTracker, Solver
 from lyapunov_lightning.training.callback import Stateful
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart
@@ -55,6 +56,7 @@ class Eigenvalues(Estimator):
             matvecs=pairs.num_matvecs + (0 if top is None else top.num_matvecs),
             # The paper's learning rate h0 is no learning rate where the loss curves down in every direction.
             inverse_h0=H0_CONVENTION / lambda_max if lambda_max is not None and lambda_max > 0 else None,
+            decisive_eigenvalue=_decisive(lambda_max, top, stability),
             preconditioned_lambda_max=None if top is None else float(top.largest),
             preconditioned_residual=None if top is None else float(top.residuals[0]),
             preconditioned_value_error=None if top is None else float(top.value_errors[0]),
@@ -64,6 +66,13 @@ class Eigenvalues(Estimator):
     @override
     def parts(self) -> dict[str, Stateful]:
         return {"preconditioned": self._preconditioned}
+
+
+def _decisive(lambda_max: float | None, top: Eigenpairs | None, stability: Stability | None) -> float | None:
+    """The eigenvalue that the optimizer's limit is one on, if it was measured."""
+    if top is not None:
+        return float(top.largest)
+    return lambda_max if stability is not None and stability.is_on_hessian else None
 
 
 class LanczosEigenvalues(Eigenvalues):

@@ -6,9 +6,6 @@ from typing_extensions import override
 
 from lyapunov_lightning.training.results import Result, known
 
-_DECISIVE = ("critical_sharpness", "preconditioned_lambda_max", "lambda_max")
-"""The fields that `ProbeResult.stability_limit` may be a limit on: the first one that was measured is the one."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(Result):
@@ -23,9 +20,23 @@ class ProbeResult(Result):
         value_error_min: The same of the smallest one, where both are asked for.
         converged: Whether the tolerance was met by all.
         matvecs: Hessian-vector products spent, or differences of gradients.
-        learning_rate: The optimizer's, the highest of its groups.
-        stability_limit: The eigenvalue at which that learning rate turns unstable; for the critical sharpness
+        learning_rate: The optimizer's at this step, the highest of its groups.
+        stability_limit: The curvature at which that learning rate turns unstable: of the batch sharpness at the
+            agreement that was measured, and of the eigenvalue that counts; for the critical sharpness
             ``2 / learning_rate``, whatever the optimizer.
+        batch_sharpness: The curvature of a mini-batch along its own step, in the metric of the optimizer; the mean over
+            the last measurements.
+        batch_sharpness_error: Its standard error.
+        step_sharpness: The batch sharpness of this step alone.
+        batch_agreement: How far batches agree in their curvature, from 0 to 1.
+        noise_ratio: What the second order of the steps takes from the decrease of fresh data, as a share of it: a step
+            gains most at 0.5, and nothing at 1.
+        lost_decrease: The share of a step's promised decrease that the curvature along it eats, for an optimizer whose
+            limit is not known.
+        decisive_eigenvalue: The eigenvalue that the limit is one on; that of an earlier step where it was not measured
+            at this one.
+        clipping: What clipping left of the gradient's length; None where nothing can be clipped.
+        is_settled: Whether an adaptive optimizer has made enough steps to be judged.
         preconditioned_lambda_max: The largest eigenvalue of the preconditioned Hessian with the weight decay that is
             part of the gradient, where the limit is one on it; of the negative one where the loss is maximized.
         preconditioned_residual: The residual of that.
@@ -50,6 +61,15 @@ class ProbeResult(Result):
     matvecs: int = 0
     learning_rate: float | None = None
     stability_limit: float | None = None
+    batch_sharpness: float | None = None
+    batch_sharpness_error: float | None = None
+    step_sharpness: float | None = None
+    batch_agreement: float | None = None
+    noise_ratio: float | None = None
+    lost_decrease: float | None = None
+    decisive_eigenvalue: float | None = None
+    clipping: float | None = None
+    is_settled: bool = True
     preconditioned_lambda_max: float | None = None
     preconditioned_residual: float | None = None
     preconditioned_value_error: float | None = None
@@ -62,18 +82,46 @@ class ProbeResult(Result):
 
     @property
     def stability_ratio(self) -> float | None:
-        """The eigenvalue that counts for the optimizer over its limit; 1 is the edge of stability, whatever it is.
+        """What binds, over its limit; 1 is the edge of stability, whatever the optimizer and the batch.
 
-        With the critical sharpness it is the learning rate over the critical one: above 1 the step raised the loss.
+        Of the batch sharpness and the eigenvalue that counts it is the one that is nearer to its limit. With the
+        critical sharpness it is the learning rate over the critical one: above 1 the step raised the loss. For an
+        optimizer whose limit is not known it is the share of the promised decrease that is lost, see `lost_decrease`.
 
         """
-        measured: list[float | None] = [getattr(self, name) for name in _DECISIVE]
-        decisive = next((value for value in measured if value is not None), None)
-        return None if decisive is None or self.stability_limit is None else decisive / self.stability_limit
+        found = [self._ratio(self.critical_sharpness), self._ratio(self.batch_sharpness), self.eigenvalue_ratio]
+        known = [ratio for ratio in found if ratio is not None]
+        return max(known) if known else self.lost_decrease
+
+    @property
+    def eigenvalue_ratio(self) -> float | None:
+        """The eigenvalue that counts for the optimizer over the limit."""
+        return self._ratio(self.decisive_eigenvalue)
+
+    @property
+    def step_ratio(self) -> float | None:
+        """The batch sharpness of this step alone over the limit: it shows at once what the mean shows later."""
+        return self._ratio(self.step_sharpness)
+
+    @property
+    def learning_rate_limit(self) -> float | None:
+        """The learning rate at which the ratio of this step would be 1."""
+        ratio = self.stability_ratio
+        return (
+            self.learning_rate / ratio if self.learning_rate is not None and ratio is not None and ratio > 0 else None
+        )
+
+    def _ratio(self, curvature: float | None) -> float | None:
+        """A curvature over the limit, of the step that is really made."""
+        if curvature is None or self.stability_limit is None:
+            return None
+        # A gradient that is clipped to a tenth moves the parameters as a tenth of the learning rate would.
+        return curvature / self.stability_limit * (1.0 if self.clipping is None else self.clipping)
 
     @override
     def scalars(self) -> dict[str, float]:
         is_lyapunov = self.exponent is not None
+        gauged = "curvature_details" if is_lyapunov else "curvature"  # beside the paper's own curves there is no room
         lr_times_lambda_max = (
             None if self.learning_rate is None or self.lambda_max is None else self.learning_rate * self.lambda_max
         )
@@ -82,8 +130,16 @@ class ProbeResult(Result):
             "curvature/lambda_min": self.lambda_min,
             "curvature/preconditioned_lambda_max": self.preconditioned_lambda_max,
             "curvature/critical_sharpness": self.critical_sharpness,
-            "curvature/stability_limit": self.stability_limit,
+            f"{gauged}/batch_sharpness": self.batch_sharpness,
             "curvature/stability_ratio": self.stability_ratio,
+            f"{gauged}/learning_rate": self.learning_rate,
+            "curvature/learning_rate_limit": self.learning_rate_limit,
+            "curvature_details/stability_limit": self.stability_limit,
+            "curvature_details/batch_agreement": self.batch_agreement,
+            "curvature_details/batch_sharpness_error": self.batch_sharpness_error,
+            "curvature_details/eigenvalue_ratio": self.eigenvalue_ratio,
+            "curvature_details/noise_ratio": self.noise_ratio,
+            "curvature_details/clipping": self.clipping,
             "curvature/lyapunov_exponent": self.exponent,
             f"curvature{'' if is_lyapunov else '_details'}/inverse_h0": self.inverse_h0,
             "curvature_details/lyapunov_exponent_sgd": self.exponent_sgd,

@@ -24,9 +24,10 @@ Two things these rules cannot know. The ratio of a mini-batch is as a rule above
 batches, whose sharpest direction is another one at the next step; there ``above`` is common and harmless. And a ratio
 is known only where it was measured: what rises and falls between two measurements is not seen.
 
-The room has four parts, and each knows only those before it: `losses` (what a series of losses shows by itself),
-`facts` (what was seen in a run), `kinds` (the rules above) and `sentences` (what is said of each kind). `watch` judges
-a run that is not over. Nothing here knows the callback or how the ratios were measured.
+The room has five parts, and each knows only those before it: `readings` (the measurements, and the learning rate that
+they name), `losses` (what a series of losses shows by itself), `facts` (what was seen in a run), `kinds` (the rules
+above) and `sentences` (what is said of each kind). `watch` judges a run that is not over. Nothing here knows the
+callback or how the ratios were measured.
 
 References:
     J. Cohen et al., "Gradient descent on neural networks typically occurs at the edge of stability", 2021, for the edge
@@ -36,7 +37,8 @@ References:
 
 from lyapunov_lightning.curvature.diagnosis.kinds import Kind, classify
 from lyapunov_lightning.curvature.diagnosis.losses import diverged_at, loss_spikes
+from lyapunov_lightning.curvature.diagnosis.readings import Reading
 from lyapunov_lightning.curvature.diagnosis.sentences import TITLES, Diagnosis, diagnose
 from lyapunov_lightning.curvature.diagnosis.watch import EdgeWatch
 
-__all__ = ["TITLES", "Diagnosis", "EdgeWatch", "Kind", "classify", "diagnose", "diverged_at", "loss_spikes"]
+__all__ = ["TITLES", "Diagnosis", "EdgeWatch", "Kind", "Reading", "classify", "diagnose", "diverged_at", "loss_spikes"]

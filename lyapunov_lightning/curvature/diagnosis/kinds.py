@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, RunFacts
+from lyapunov_lightning.curvature.diagnosis.facts import RunFacts, is_at_limit
+from lyapunov_lightning.curvature.diagnosis.readings import FEWEST
 
 Kind = Literal[
     "unknown",
@@ -17,9 +18,6 @@ Kind = Literal[
     "at_edge",
 ]
 
-FEWEST = 3
-"""How many measurements it takes to judge a run."""
-
 _LEFT_BELOW = 0.8
 """The median of the last third of the ratios below which the run has left the limit."""
 
@@ -32,12 +30,12 @@ def classify(facts: RunFacts) -> Kind:
     if not facts.readings:
         return "unknown"
     if facts.lost_at is not None:
-        return "diverged" if any(ratio >= AT_LIMIT for _, ratio in facts.before_lost) else "diverged_below"
+        return "diverged" if any(map(is_at_limit, facts.before_lost)) else "diverged_below"
     # After the divergence, for which a ratio that did not converge is evidence enough, and before all that needs
     # levels.
-    if 2 * len(facts.converged) < len(facts.readings):
+    if facts.num_unsure > len(facts.counted):
         return "not_converged"
-    if len(facts.converged) < FEWEST:
+    if len(facts.counted) < FEWEST:
         return "few"
     if facts.level is None or not facts.at_limit:
         return "below"

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
-NORMAL_SPREAD = 1.4826
-"""The standard deviation of a normal distribution over its median absolute deviation."""
+from lyapunov_lightning.curvature.diagnosis.readings import NORMAL_SPREAD
 
 _CALM = 20
 """How many losses the next one is compared with."""

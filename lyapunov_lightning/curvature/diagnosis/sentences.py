@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, NEAR, Reading, RunFacts, facts_of
+from lyapunov_lightning.curvature.diagnosis.facts import NEAR, RunFacts, facts_of, is_at_limit
 from lyapunov_lightning.curvature.diagnosis.kinds import Kind, classify
+from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS, Reading, confidence, learning_rate_limit
 
 TITLES: dict[Kind, str] = {
     "unknown": "stability limit unknown",
@@ -35,6 +36,9 @@ class Diagnosis:
         spikes: The steps at which the loss began to spike.
         num_near: How many of these came near a measurement at the limit.
         window: Within how many steps of a measurement a spike counts as near.
+        learning_rate_limit: The learning rate at which the run would be at the limit: the median of what the last third
+            of the measurements name, each with the learning rate of its own step. None if none names one.
+        confidence: How sure that is, in words.
 
     """
 
@@ -47,6 +51,16 @@ class Diagnosis:
     spikes: tuple[int, ...] = ()
     num_near: int = 0
     window: int = NEAR
+    learning_rate_limit: float | None = None
+    confidence: str = "none"
+
+    @property
+    def learning_rate_range(self) -> tuple[float, float] | None:
+        """Where the learning rate at the limit lies in four of five runs; None if none is named."""
+        if self.learning_rate_limit is None:
+            return None
+        low, high = LIMIT_FACTORS
+        return low * self.learning_rate_limit, high * self.learning_rate_limit
 
     @property
     def title(self) -> str:
@@ -57,37 +71,29 @@ class Diagnosis:
         return f"{self.sharpness} {self.consequence}"
 
 
-def diagnose(
-    steps: Sequence[int],
-    ratios: Sequence[float | None],
-    losses: tuple[Sequence[int], Sequence[float]] = ((), ()),
-    *,
-    converged: Sequence[bool] | None = None,
-    learning_rate: float | None = None,
-) -> Diagnosis:
+def diagnose(readings: Sequence[Reading], losses: tuple[Sequence[int], Sequence[float]] = ((), ())) -> Diagnosis:
     """Say what the stability ratios and the losses of a run mean for its learning rate.
 
     Args:
-        steps: The optimizer steps of the measurements, ascending.
-        ratios: The stability ratios at these; None where there is none.
+        readings: The measurements, in the order of their steps.
         losses: Steps and values of the training loss.
-        converged: Whether each measurement met its tolerance; all did if None.
-        learning_rate: The present one, to name the one that would meet the limit.
 
     Returns:
         The diagnosis, by the rules in `lyapunov_lightning.curvature.diagnosis`.
 
     Example::
 
-        >>> from lyapunov_lightning.curvature.diagnosis import diagnose
-        >>> found = diagnose([0, 10, 20, 30], [0.2, 0.6, 1.01, 0.99], (range(40), [1 / (1 + t) for t in range(40)]))
-        >>> found.kind, found.met_at
-        ('at_edge', 20)
+        >>> from lyapunov_lightning.curvature.diagnosis import Reading, diagnose
+        >>> ratios = {0: 0.2, 10: 0.6, 20: 1.01, 30: 0.99}
+        >>> readings = [Reading(step, ratio, learning_rate=0.1) for step, ratio in ratios.items()]
+        >>> found = diagnose(readings, (range(40), [1 / (1 + t) for t in range(40)]))
+        >>> found.kind, found.met_at, round(found.learning_rate_limit, 2)
+        ('at_edge', 20, 0.13)
         >>> print(found.sharpness)
         The sharpness met the stability limit at step 20 and stayed at 1.00 times it.
 
     """
-    facts = facts_of(steps, ratios, losses, converged=converged, learning_rate=learning_rate)
+    facts = facts_of(readings, losses)
     kind = classify(facts)
     sharpness, consequence = SENTENCES[kind](facts)
     if kind == "unknown":  # spikes without a ratio would say nothing of the learning rate
@@ -102,6 +108,8 @@ def diagnose(
         spikes=facts.spikes,
         num_near=facts.num_near,
         window=facts.window,
+        learning_rate_limit=learning_rate_limit(facts.counted),
+        confidence=confidence(facts.counted, facts.num_unsure),
     )
 
 
@@ -114,19 +122,19 @@ def _unknown(facts: RunFacts) -> tuple[str, str]:
 
 def _diverged(facts: RunFacts) -> tuple[str, str]:
     # The first of the ratios at the limit: the later ones were measured on parameters that were already thrown about.
-    step, ratio = next(reading for reading in facts.before_lost if reading.ratio >= AT_LIMIT)
+    first = next(filter(is_at_limit, facts.before_lost))
     return (
-        f"The sharpness was {shown(ratio)} times the stability limit at step {step}, and the loss was lost from step"
-        f" {facts.lost_at} on.",
-        f"The learning rate is too large{where_the_limit_is(facts.learning_rate, ratio)}.",
+        f"The sharpness was {shown(first.value)} times the stability limit at step {first.step}, and the loss was lost"
+        f" from step {facts.lost_at} on.",
+        f"The learning rate is too large{where_the_limit_is(first)}.",
     )
 
 
 def _diverged_below(facts: RunFacts) -> tuple[str, str]:
     seen = "not measured"
     if facts.before_lost:
-        step, ratio = facts.before_lost[-1]
-        seen = f"{shown(ratio)} times the stability limit at step {step}"
+        last = facts.before_lost[-1]
+        seen = f"{shown(last.value)} times the stability limit at step {last.step}"
     return (
         f"The loss was lost from step {facts.lost_at} on, and the sharpness before that was {seen}.",
         "As far as was measured, the learning rate is not to blame: look for what else is wrong, such as numbers that"
@@ -136,25 +144,25 @@ def _diverged_below(facts: RunFacts) -> tuple[str, str]:
 
 def _not_converged(facts: RunFacts) -> tuple[str, str]:
     return (
-        f"Only {len(facts.converged)} of {len(facts.readings)} measurements of the sharpness met their tolerance.",
+        f"Only {len(facts.counted)} of {len(facts.readings)} measurements of the sharpness met their tolerance.",
         "That is too few to blame the learning rate or to clear it: raise `tol`, or measure on more data.",
     )
 
 
 def _few(facts: RunFacts) -> tuple[str, str]:
-    step, ratio = facts.converged[-1]
+    last = facts.counted[-1]
     return (
-        f"The sharpness was measured {_times(len(facts.converged))}: {shown(ratio)} times the stability limit at step"
-        f" {step}.",
+        f"The sharpness was measured {_times(len(facts.counted))}: {shown(last.value)} times the stability limit at"
+        f" step {last.step}.",
         "That is too few to say more: measure more often.",
     )
 
 
 def _below(facts: RunFacts) -> tuple[str, str]:
-    highest, last = facts.highest, facts.converged[-1]
-    at_the_end = f", {shown(last.ratio)} times it at the end" if highest.step != last.step else ""
+    highest, last = facts.highest, facts.counted[-1]
+    at_the_end = f", {shown(last.value)} times it at the end" if highest.step != last.step else ""
     return (
-        f"The sharpness stayed below the stability limit: {shown(highest.ratio)} times it at most, at step"
+        f"The sharpness stayed below the stability limit: {shown(highest.value)} times it at most, at step"
         f" {highest.step}{at_the_end}.",
         _room(facts, highest),
     )
@@ -167,15 +175,15 @@ def _room(facts: RunFacts, highest: Reading) -> str:
             f"The loss spiked {_times(len(facts.spikes))} all the same: look for another cause than the learning rate."
         )
     # The rate at the limit would be negative or infinite.
-    if highest.ratio <= 0:
+    if highest.value <= 0:
         return "The loss did not spike, and no direction of positive curvature was seen."
-    return f"The learning rate has room{where_the_limit_is(facts.learning_rate, highest.ratio)}."
+    return f"The learning rate has room{where_the_limit_is(highest)}."
 
 
 def _left(facts: RunFacts) -> tuple[str, str]:
     sharpness = (
         f"The sharpness was at the stability limit from step {facts.met_at} to step {facts.at_limit[-1].step},"
-        f" {shown(facts.highest.ratio)} times it at most, and {shown(facts.last_level)} times it at the end."
+        f" {shown(facts.highest.value)} times it at most, and {shown(facts.last_level)} times it at the end."
     )
     if 2 * facts.num_near >= len(facts.spikes) > 0:
         return sharpness, f"{_came_near(facts)}: the learning rate was too large then."
@@ -215,12 +223,10 @@ SENTENCES: dict[Kind, Callable[[RunFacts], tuple[str, str]]] = {
 """For each kind what is said of the sharpness, and what follows from it."""
 
 
-def where_the_limit_is(learning_rate: float | None, ratio: float) -> str:
-    """The learning rate at the limit, in words; nothing if the present one is not known."""
-    if learning_rate is None or not learning_rate > 0:
-        return ""
-    # For every optimizer of `stability` the limit on the curvature is in inverse proportion to the learning rate.
-    return f": at that sharpness the limit is met at {learning_rate / ratio:.2g}"
+def where_the_limit_is(reading: Reading) -> str:
+    """The learning rate at the limit, in words; nothing if that of the measurement is not known."""
+    limit = reading.learning_rate_limit
+    return "" if limit is None else f": at that sharpness the limit is met at {limit:.2g}"
 
 
 def shown(ratio: float) -> str:

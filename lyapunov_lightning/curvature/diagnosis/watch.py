@@ -5,8 +5,8 @@ from statistics import median
 from typing import Any
 
 from lyapunov_lightning.curvature.diagnosis.facts import NEAR
-from lyapunov_lightning.curvature.diagnosis.kinds import FEWEST
 from lyapunov_lightning.curvature.diagnosis.losses import is_higher
+from lyapunov_lightning.curvature.diagnosis.readings import FEWEST, Reading
 from lyapunov_lightning.curvature.diagnosis.sentences import shown, where_the_limit_is
 
 
@@ -21,28 +21,21 @@ class EdgeWatch:
     def __init__(self) -> None:
         self._above: list[tuple[int, float]] = []
 
-    def see(
-        self,
-        step: int,
-        ratio: float | None,
-        losses: tuple[Sequence[int], Sequence[float]],
-        *,
-        learning_rate: float | None = None,
-    ) -> str | None:
+    def see(self, reading: Reading, losses: tuple[Sequence[int], Sequence[float]]) -> str | None:
         """Take a measurement into account.
 
         Args:
-            step: The optimizer step before which it was made.
-            ratio: The stability ratio; None if it is not known or did not converge.
+            reading: The measurement.
             losses: Steps and values of the training loss so far.
-            learning_rate: The present one.
 
         Returns:
             The text of a warning, if both hold now.
 
         """
         # Forgotten at one ratio below: at the edge of stability the ratio swings about 1, which is no reason to warn.
-        if ratio is None or not ratio > 1:
+        # A ratio that is not known to its tolerance may be above 1 by its error alone, and is no reason either.
+        step, ratio = reading.step, reading.ratio
+        if ratio is None or not (ratio > 1 and reading.converged and reading.judged):
             self._above = []
             return None
         self._above.append((step, ratio))
@@ -59,7 +52,7 @@ class EdgeWatch:
         return (
             f"the sharpness has been above the stability limit since step {self._above[0][0]}, {shown(ratio)} times"
             f" it at step {step}, and the loss has risen from {median(before):.3g} to {median(lately):.3g} since step"
-            f" {since}. The learning rate is too large{where_the_limit_is(learning_rate, ratio)}."
+            f" {since}. The learning rate is too large{where_the_limit_is(reading)}."
         )
 
     def state_dict(self) -> dict[str, Any]:

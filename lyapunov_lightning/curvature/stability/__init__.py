@@ -48,9 +48,30 @@ root ``B`` of
 
 which is ``2(1 - m²) / (η (1 + m - 2mp))`` for SGD with momentum ``m``: ``2/η`` without momentum whatever ``p``, the
 classical limit at ``p = 1``, and ``2(1 - m)/η`` towards ``p = 0``. At ``m = 0.9`` the ends are a factor of 19 apart.
+
+**Single runs.** What the mean over all draws of batches does, and what almost every run does, are two things: beyond
+this limit rare excursions carry the mean, while the others shrink. `random_map` computes both.
 """
 
 from lyapunov_lightning.curvature.stability.optimizers import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.stability.random_map import (
+    Exponent,
+    almost_sure_edge,
+    lyapunov_exponent,
+    mean_square_edge,
+    mean_square_growth,
+)
 from lyapunov_lightning.curvature.stability.step_map import StepMap
 
-__all__ = ["Stability", "StepMap", "is_known", "learning_rate", "stability_of"]
+__all__ = [
+    "Exponent",
+    "Stability",
+    "StepMap",
+    "almost_sure_edge",
+    "is_known",
+    "learning_rate",
+    "lyapunov_exponent",
+    "mean_square_edge",
+    "mean_square_growth",
+    "stability_of",
+]

@@ -13,6 +13,10 @@ from lyapunov_lightning.curvature.linear import LinearOperator, ScaledOperator
 from lyapunov_lightning.curvature.stability.step_map import StepMap
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
 
+_SETTLED = 20
+"""Steps after which an adaptive optimizer is judged by its divisor, a mean of so many squares: of normal ones it is off
+by a third then, and in the first steps, where it is the gradient's own size, by any factor."""
+
 _Group = Mapping[str, Any]
 _State = Mapping[str, Any]
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -34,6 +38,7 @@ class Stability:
         sign: -1 for an optimizer that maximizes the loss, else 1.
         decay: What weight decay adds to the curvature and is taken from the limit, where that is done.
         maps: What the steps do, each kind once, with the pace of its parameters over the highest one.
+        is_settled: Whether what divides the gradient is the mean of enough squares to judge by it.
 
     """
 
@@ -44,6 +49,7 @@ class Stability:
     sign: float = 1.0
     decay: float = 0.0
     maps: tuple[tuple[StepMap, float], ...] = ()
+    is_settled: bool = True
 
     def limit_at(self, agreement: float) -> float:
         """The batch sharpness at which the optimizer turns unstable under mini-batches.
@@ -66,6 +72,15 @@ class Stability:
         # in the classical metric, and the smallest limit counts, which is on the safe side.
         limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps)
         return min(limits, default=math.inf)
+
+    @property
+    def lasting_pace(self) -> float:
+        """How far a gradient that lasts moves the parameters in a step, momentum included: ``η / (1 - m)`` for SGD.
+
+        In the metric of `scale`, which holds the ratios of the groups already.
+
+        """
+        return max((map.lasting_pace / ratio for map, ratio in self.maps), default=0.0)
 
     @property
     def is_on_hessian(self) -> bool:
@@ -136,16 +151,17 @@ def stability_of(
     limit, sign = 1 / highest, signs.pop()
     ratios = [0.0 if move is None else move.pace / highest for move in moves]
     decays = [0.0 if move is None else move.decay for move in moves]
+    is_settled = not rule.is_adaptive or max(float(state.get("step", 0)) for _, state in trained) >= _SETTLED
     paired = zip(moves, ratios, strict=True)
     maps = tuple(dict.fromkeys((move.map, ratio) for move, ratio in paired if move is not None))
     # What is the same for all parameters is taken from the limit and not added to the matrix, which then is the Hessian
     # itself. Not where the decay alone exceeds the limit: a limit has to be positive.
     if not rule.is_adaptive and len(set(ratios)) == len(set(decays)) == 1 and decays[0] < limit:
-        return Stability(lr, limit - decays[0], None, None, sign, decays[0], maps)
+        return Stability(lr, limit - decays[0], None, None, sign, decays[0], maps, is_settled)
     squares = _squares(rule, owners, states, ratios, parameters, layout)
     scale = None if not rule.is_adaptive and set(ratios) == {1.0} else layout.flatten(squares).sqrt_()
     shifts = [None if square is None or not w else square * w for square, w in zip(squares, decays, strict=True)]
-    return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign, 0.0, maps)
+    return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign, 0.0, maps, is_settled)
 
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:

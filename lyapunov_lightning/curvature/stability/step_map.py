@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
@@ -13,7 +14,8 @@ class StepMap:
 
     Attributes:
         now: By how much a gradient of 1 moves the parameter in its own step, the learning rate included.
-        later: By how much it moves it in the next step.
+        later: By how much it moves it in the next step; at most ``memory·now``, as with all of these optimizers: beyond
+            that a step may spiral away before it swings from side to side.
         memory: What is left of a momentum after a step.
         kept: What decoupled weight decay leaves of the parameter.
 
@@ -28,6 +30,16 @@ class StepMap:
     def pace(self) -> float:
         """One over the largest stable curvature where it is the same at every step; negative if it goes uphill."""
         return (self.now - self.later / (1 + self.memory)) / (1 + self.kept)
+
+    @property
+    def lasting_pace(self) -> float:
+        """How far a gradient of 1 that lasts moves the parameter in each step, once the momentum has built up."""
+        return self.now + self.later / (1 - self.memory) if self.memory < 1 else math.inf
+
+    def step(self, x: Any, v: Any, curvature: Any) -> tuple[Any, Any]:
+        """Parameter and momentum after a step on a batch of this curvature; each may be a number or an array."""
+        gradient = curvature * x
+        return self.kept * x - self.now * gradient - v, self.memory * v + self.later * gradient
 
     def limit(self, agreement: float, decay: float = 0.0) -> float:
         """The largest stable batch sharpness, in the mean square.
@@ -54,7 +66,7 @@ class StepMap:
         # room on its far side nothing is stable, as with a momentum of 1.
         if room(_NO_CURVATURE) < 0:
             return 0.0
-        roots = room.roots()
+        roots = room.trim(_NO_COEFFICIENT).roots()
         real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
         # The smallest: stability is lost there, and a room that is positive again beyond is never reached.
         positive = real[real > _NO_CURVATURE]
@@ -64,6 +76,9 @@ class StepMap:
 _NO_CURVATURE = 1e-9
 """A batch sharpness that counts as none, in units of the classical limit. The smallest limit is about ``(1 - m) / 2``
 of that, towards ``p = 0``, so that a momentum of 1 - 1e-8 is still distinguished from 1."""
+
+_NO_COEFFICIENT = 1e-60
+"""Up to which a leading coefficient counts as 0: the root that it adds lies beyond all curvatures, and overflows."""
 
 _SAME_ROOT = 1e-6
 """Imaginary part, relative to the root, up to which rounding may have split a double real root."""

@@ -106,17 +106,13 @@ class ProbeData:
         if self._num_to_keep == 0:
             self._fixed, self._passing = self._passing, []
 
-    def batches(self, batch: Any, batch_idx: int) -> list[ProbeBatch] | None:
-        """This rank's batches for a measurement at the present step, or None while they are not complete.
+    def batches(self) -> list[ProbeBatch] | None:
+        """This rank's fixed batches, or None while they are not complete.
 
         Raises:
             MeasurementError: If a batch that was to be kept could not be copied.
 
         """
-        if self._config.data == "batch":
-            # Copied, since some measurements end after the step (the slope along the update that was taken), and the
-            # step may write to its batch: `batch[0].sub_(mean)`.
-            return [ProbeBatch(Copier()(batch), batch_idx, True)]
         if self._failure is not None:
             raise MeasurementError(f"A training batch cannot be copied, and so not be kept: {self._failure}")
         return self._fixed

@@ -17,6 +17,11 @@ class StepHook:
     def __init__(self) -> None:
         self._handle: RemovableHandle | None = None
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it calls."""
+        return self._handle is not None
+
     def attach(self, optimizer: torch.optim.Optimizer, call: Callable[[], None]) -> None:
         """Call a function after every step of this optimizer from now on, and of no other one."""
         self.release()

@@ -29,13 +29,13 @@ def growth(map: StepMap, sharpness: float, agreement: float) -> float:
 
 @given(
     now=st.floats(0.05, 2.0),
-    later=st.floats(0.0, 1.5),
+    passed_on=st.floats(0.0, 1.0),
     memory=st.floats(0.0, 0.98),
     kept=st.floats(0.7, 1.0),
     agreement=shares,
 )
-def test_second_moments_decay_below_the_limit_and_grow_above_it(now, later, memory, kept, agreement):
-    map = StepMap(now, later, memory, kept)
+def test_second_moments_decay_below_the_limit_and_grow_above_it(now, passed_on, memory, kept, agreement):
+    map = StepMap(now, passed_on * memory * now, memory, kept)
     limit = map.limit(agreement)
     assume(1e-3 < limit < 1e4)
     assert growth(map, 0.999 * limit, agreement) < 1
@@ -46,6 +46,12 @@ def test_second_moments_decay_below_the_limit_and_grow_above_it(now, later, memo
 def test_the_limit_is_in_inverse_proportion_to_the_rate(rate, momentum, agreement):
     unit = StepMap(1.0, momentum, momentum).limit(agreement)
     assert StepMap(rate, rate * momentum, momentum).limit(agreement) == pytest.approx(unit / rate, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [5e-324, 1e-310, 1e-100, 1e-30])
+def test_a_momentum_of_next_to_nothing_does_not_move_the_limit(momentum):
+    assert StepMap(0.5, 0.5 * momentum, momentum).limit(0.5) == pytest.approx(4)
+    assert StepMap(0.5, 0.0, momentum).limit(0.5) == pytest.approx(4)
 
 
 def test_a_step_uphill_or_of_no_length_has_no_limit():

@@ -24,6 +24,7 @@ from lyapunov_lightning.training.data import batches
 from lyapunov_lightning.training.data.batches import ProbeData
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.objective import TrainingObjective
+from lyapunov_lightning.training.sharing import Step
 from tests.training.probe_data import Numbered, Restless, cause, drawn, positions, reset, started, trainer_of
 
 
@@ -71,7 +72,7 @@ class Measured(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.data.observe(batch, batch_idx)
-        self.offered.append(self.data.batches(batch, batch_idx))
+        self.offered.append(self.data.batches())
 
     @property
     def positions(self) -> list[int]:
@@ -86,7 +87,7 @@ def test_the_batch_of_the_step_is_what_training_step_gets():
     before = RandomState.capture()
     assert data.start("Owner", SimpleNamespace()) is None
     data.observe(batch, 3)
-    [probe] = data.batches(batch, 3)
+    [probe] = Step(SimpleNamespace(global_step=0), None, batch, 3).own_batches
     batch.zero_()  # by the step, before the measurement ends
     assert probe.batch.tolist() == [1, 1]
     assert (probe.batch_idx, probe.is_transferred) == (3, True)
@@ -320,9 +321,9 @@ def test_all_ranks_keep_as_many_batches_if_one_has_to(monkeypatch, failing_call)
     assert "the first 2 batches" in note
     assert "another rank" in note
     data.observe(torch.ones(1), 0)
-    assert data.batches(None, 0) is None
+    assert data.batches() is None
     data.observe(torch.ones(1), 1)
-    assert len(data.batches(None, 1)) == 2
+    assert len(data.batches()) == 2
 
 
 # Batches of any class.
@@ -416,7 +417,7 @@ def test_batches_of_any_class_are_kept_as_they_were(kind):
     batch = build(torch.arange(16.0).reshape(4, 4))
     data, _ = started(trainer_of(Plain()), num_batches=1)
     data.observe(batch, 0)
-    [probe] = data.batches(batch, 0)
+    [probe] = data.batches()
     assert type(probe.batch) is type(batch)
     if kind in ("strided-nested", "sparse"):
         batch.mul_(-1.0)
@@ -439,7 +440,7 @@ def test_a_batch_that_can_be_gone_through_once_is_refused():
     once = (entry for entry in source)
     data, _ = started(trainer_of(Plain()), num_batches=1)
     data.observe(once, 0)
-    [probe] = data.batches(once, 0)
+    [probe] = data.batches()
     with pytest.raises(MeasurementError, match="generator, which cannot be copied"):
         next(probe.batch)
     assert len(list(once)) == 1
@@ -474,13 +475,13 @@ def test_transfer_hooks_are_applied_once_to_every_batch(fit, data):
     raw = torch.stack([Numbered(4)[index] for index in range(4)])
 
     def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> None:
-        if probe_data.batches(batch, batch_idx) is None:
-            probe_data.start("Owner", trainer)
+        probe_data.start("Owner", trainer)
+        probes = Step(trainer, module, batch, batch_idx).own_batches if data == "batch" else probe_data.batches()
         objective = TrainingObjective(trainer, module)
         expected = module.layer((raw + 1) * 2 / 100).square().mean()
         for _ in range(3):  # also when it is evaluated again and again
             losses = []
-            for probe in probe_data.batches(batch, batch_idx):
+            for probe in probes:
                 with objective.evaluated(probe) as evaluation:
                     losses.append(evaluation.loss.detach())
             assert torch.allclose(torch.stack(losses).mean(), expected, rtol=1e-5)

@@ -278,7 +278,7 @@ def test_ranks_agree_on_an_order_where_their_training_does(monkeypatch, seeds, o
         trainer.strategy = SimpleNamespace(broadcast=lambda sending: sent.append(sending) or sent[0])
         data, note = probe_data.started(trainer, fraction=1.0)
         assert note is None
-        return positions(probe.batch for probe in data.batches(None, 0))
+        return positions(probe.batch for probe in data.batches())
 
     first, second = share(0), share(1)
     assert len(first) == len(second) == 6
