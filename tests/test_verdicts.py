@@ -16,7 +16,7 @@ from benchmarks.verdicts.design import BATCHES, every_pair, half_of_the_pairs
 from benchmarks.verdicts.held_out import HELD_OUT
 from benchmarks.verdicts.kept import Kept
 from benchmarks.verdicts.problems import PROBLEMS
-from benchmarks.verdicts.readings import UndrawnProbe, limit_of
+from benchmarks.verdicts.readings import read
 from benchmarks.verdicts.report import Reading, Score
 from benchmarks.verdicts.sweeps import HIGHEST, LOWEST, Sweep, search
 from benchmarks.verdicts.training import (
@@ -144,16 +144,19 @@ def test_every_problem_without_data_trains(name: str) -> None:
 
 
 def test_the_probe_is_read() -> None:
-    cell = Cell("bad conditioning", "SGD", None, "constant", 0)
-    probe = UndrawnProbe(every_n_steps=2)
-    in_trainer(Learner(cell, 0.01, TOY.steps), loader(cell, NO_DATA, TOY), [probe])
-    limit = limit_of(probe)
-    assert limit is not None
-    assert 0.02 < limit < 2
+    cell, size = Cell("bad conditioning", "SGD", None, "constant", 0), Size(120, 64)
+    found = read(cell, 0.02, NO_DATA, size)
+    assert 0.05 < found["limit"] < 2
+    low, high = found["range"]
+    assert low < found["limit"] < high
+    assert len(found["measured"]) >= 6
+    assert [rate for _, rate, *_ in found["measured"]] == [0.02] * len(found["measured"])
 
 
-def test_a_limit_that_is_not_known_is_none() -> None:
-    assert limit_of(UndrawnProbe()) is None
+def test_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "configure_optimizers", lambda *_: 1 / 0)
+    found = read(Cell("bad conditioning", "SGD", 8, "constant", 0), 0.02, NO_DATA, TOY)
+    assert found == {"limit": None, "error": "ZeroDivisionError: division by zero"}
 
 
 # The design
