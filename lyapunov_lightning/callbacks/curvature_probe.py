@@ -539,10 +539,10 @@ class _Pending:
         """
         if self.result is None:
             return None
-        eigenvalue = self.result.decisive_eigenvalue
-        if eigenvalue is None and earlier:
-            eigenvalue = earlier[-1].decisive_eigenvalue
-        found = replace(self.result, **self.gauged, decisive_eigenvalue=eigenvalue, clipping=self._clipping)
+        found = replace(self.result, **self.gauged, clipping=self._clipping)
+        # Not across the step at which an Adam's moments settle: before it they are those of another metric.
+        if found.decisive_eigenvalue is None and earlier and earlier[-1].is_settled == found.is_settled:
+            found = replace(found, decisive_eigenvalue=earlier[-1].decisive_eigenvalue)
         if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
             found = replace(found, noise_ratio=found.noise_ratio * self._clipping)
         return found
