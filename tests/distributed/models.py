@@ -2,9 +2,12 @@
 
 import copy
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -88,8 +91,9 @@ def trainer_of(*callbacks: Callback, **settings: Any) -> pl.Trainer:
 
 
 def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **settings: Any) -> pl.Trainer:
+    path = settings.pop("ckpt_path", None)
     trainer = trainer_of(*callbacks, **settings)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=path)
     return trainer
 
 
@@ -136,6 +140,23 @@ def measured_batches() -> Iterator[list[list[Any]]]:
 
 
 @contextmanager
+def failing_once(place: Any, name: str, only: bool, call: int = 1) -> Iterator[None]:
+    """Let a function, as a module or a class knows it, fail at its second call, or another; on this rank if `only`."""
+    plain, calls = getattr(place, name), count()
+
+    def function(*args: Any, **options: Any) -> Any:
+        if next(calls) == call and only:
+            raise PlannedError("planned")
+        return plain(*args, **options)
+
+    setattr(place, name, function)
+    try:
+        yield
+    finally:
+        setattr(place, name, plain)
+
+
+@contextmanager
 def warned() -> Iterator[list[str]]:
     """The package's warnings on this rank, each time that one is given."""
     messages: list[str] = []
@@ -168,12 +189,32 @@ def own_entries(logger: RememberingLogger) -> list[tuple[int, dict[str, float]]]
     ]
 
 
-def observed(callback: Any, loader: Any, module: pl.LightningModule | None = None, **settings: Any) -> dict[str, Any]:
-    """A training in double precision, and all that is known of it afterwards."""
+class Saving(Callback):
+    """Writes a checkpoint at the end of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know."""
+    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    return Path(str(names[0]))
+
+
+def observed(
+    callback: Any, loader: Any, module: pl.LightningModule | None = None, *beside: Callback, **settings: Any
+) -> dict[str, Any]:
+    """A training in double precision, with callbacks beside the one in question, and all that is known afterwards."""
     logger, snapshots = RememberingLogger(), Snapshots()
     module = Smooth() if module is None else module
     with measured_batches() as measured, warned() as messages:
-        fit(module, loader, snapshots, callback, logger=logger, **{"precision": "64-true", **settings})
+        fit(module, loader, snapshots, callback, *beside, logger=logger, **{"precision": "64-true", **settings})
     return {
         "logged": own_entries(logger),
         "results": callback.results,

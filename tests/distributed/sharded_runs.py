@@ -1,15 +1,12 @@
 """Models whose parameters are sharded over the ranks, measured and acted upon."""
 
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,7 +30,16 @@ from lyapunov_lightning.training.fsdp import put_away
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
-from tests.distributed.models import PlannedError, own_entries, said, strategy, trainer_of, warned
+from tests.distributed.models import (
+    PlannedError,
+    Saving,
+    own_entries,
+    said,
+    shared_folder,
+    strategy,
+    trainer_of,
+    warned,
+)
 from tests.distributed.ranks import check
 from tests.distributed.sharded_models import Decoder, sharded_strategy, texts, transformer
 from tests.training.live import RememberingLogger
@@ -139,7 +145,7 @@ GAUGED: dict[str, Any] = {
 @check
 def sharded_gauges(rank: int) -> dict[str, Any]:
     """How near trainings are to their edge, of ranks with unequal numbers of samples and gradients that are clipped."""
-    settings: dict[str, Any] = {"sizes": (5, 3), "num_batches": 4, "gradient_clip_val": 0.5}
+    settings: dict[str, Any] = {"sizes": (5, 3), "num_batches": 3, "gradient_clip_val": 0.5}
     found: dict[str, Any] = {}
     for name, optimizer in GAUGED.items():
         for way, room in {"copied": None, **ROOM}.items():
@@ -387,7 +393,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 @check
 def sharded_resume(rank: int) -> dict[str, Any]:
     """Trainings that go on from sharded checkpoints, and one from a whole checkpoint."""
-    folder = Path(shared_folder())
+    folder = shared_folder()
     found: dict[str, Any] = {}
     for name, options in RESUMED.items():
         for is_sharded in (True, False) if name == "nudge" else (True,):
@@ -412,24 +418,6 @@ def sharded_resume(rank: int) -> dict[str, Any]:
                 zip(("straight", "resumed"), runs, strict=True)
             )
     return found
-
-
-class Saving(pl.Callback):
-    """Writes a checkpoint at the end of the first epoch."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
-def shared_folder() -> str:
-    """A new folder that all ranks know."""
-    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names)
-    return str(names[0])
 
 
 class GoingBack(pl.Callback):
