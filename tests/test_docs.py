@@ -134,6 +134,27 @@ def test_the_first_program_draws_a_curve(
     assert Path("sharpness.svg").exists()
 
 
+def test_the_recipe_for_the_flattest_weights_saves_those_that_were_measured(readers_own: dict[str, Any]) -> None:
+    [recipe] = [text for text in blocks("docs/recipes.md", "python") if "KeepFlattest" in text]
+    probe_and_fit = (
+        "from lightning.pytorch import Trainer\nfrom lyapunov_lightning import CurvatureProbe, HessianConfig\n"
+    )
+    namespace = {"__name__": "page", **readers_own, "your_lightning_module": YourModule(lr=2.0)}
+    exec(compile(probe_and_fit + recipe, "recipes", "exec"), namespace)
+    found = [result.lambda_max for result in namespace["probe"].results]
+    assert len(found) == 3
+    flattest = YourModule()
+    flattest.load_state_dict(torch.load("flattest.ckpt", weights_only=True)["state_dict"])
+    again = namespace["CurvatureProbe"](
+        every_n_steps=1, hessian=namespace["HessianConfig"](data="fixed", num_batches=2)
+    )
+    pl.Trainer(callbacks=[again], max_steps=1).fit(flattest, YourData())
+    assert again.results[0].lambda_max == pytest.approx(
+        min(found), rel=1e-2
+    )  # each is known to 2 %, mostly to much less
+    assert sorted(found)[1] > 1.03 * min(found)  # so that other weights would be seen
+
+
 # Links
 
 

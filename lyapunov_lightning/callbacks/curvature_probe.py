@@ -45,14 +45,18 @@ the limit yet, and before the second measurement there is nothing to compare bat
 
 
 class CurvatureProbe(CurvatureCallback):
-    """Logs the extreme eigenvalue of the training loss's Hessian while a module trains.
+    """Logs how far the learning rate is from where the training turns unstable, and the curvature that decides on it.
 
-    The largest eigenvalue, the *sharpness*, decides on the stability of the training: gradient descent with learning
-    rate η diverges along directions of curvature above 2/η, and networks tend to train right at
-    that edge of stability. The probe measures it every few steps on the batch of the step, or on fixed data, at the
-    parameters before the step, and changes nothing: the run is bit-identical to one without the probe.
+    Gradient descent with learning rate η diverges along directions of curvature above 2/η, and networks tend to train
+    right at that *edge of stability*. On all of the data it is the largest eigenvalue of the Hessian, the *sharpness*,
+    that meets the edge. Under mini-batches it is the *batch sharpness*, the curvature of a batch along the step that
+    its own gradient asks for, and with momentum the limit falls with how little the batches agree. The probe measures
+    all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
-    Four estimators (`lyapunov_lightning.callbacks.estimators` says more of each):
+    Every measurement takes the gradient and one Hessian-vector product for the batch sharpness, on all batches that the
+    step accumulates; the first three and every fourth after them as much again, to compare with another batch. The
+    eigenvalue is measured on the same data, or on fixed data, by one of four estimators
+    (`lyapunov_lightning.callbacks.estimators` says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
       eigenvectors; stops when the eigenvalue is known to `tol`. 4 to 10 products of about 2 gradients each.
@@ -61,18 +65,21 @@ class CurvatureProbe(CurvatureCallback):
     - ``"power"``: power iteration, the classical baseline. Tens of products.
     - ``"critical"``: the critical sharpness ``2/η_c`` along the step that the optimizer takes, with ``η_c`` the
       learning rate at which that step would bring the loss back to where it began. 5 to 10 evaluations of the loss and
-      no derivative, so it works with every kernel and every optimizer. No eigenvalue.
+      no derivative, so it works with every kernel and every optimizer. No eigenvalue, and no batch sharpness.
 
     Logged:
 
     - ``curvature/lambda_max``, ``curvature/lambda_min``: the eigenvalues of the ends asked for, in the unit of the
       loss's second derivative.
-    - ``curvature/stability_limit``: the eigenvalue at which the optimizer's present learning rate turns unstable. It is
-      one on ``lambda_max`` for SGD, and for the Adams, RMSprop, Adagrad, parameter groups of different settings and an
-      optimizer that maximizes one on ``curvature/preconditioned_lambda_max``, which is then measured as well; with
-      ``"lyapunov"``, which cannot, both are left out.
-    - ``curvature/stability_ratio``: the eigenvalue that counts for this optimizer over its limit. The edge of stability
-      is 1, whatever the optimizer.
+    - ``curvature/preconditioned_lambda_max``: the largest eigenvalue of the Hessian as the optimizer sees it, where the
+      limit is one on it: with the Adams, RMSprop, Adagrad, parameter groups of different settings and an optimizer that
+      maximizes. With ``"lyapunov"``, which cannot, it is left out.
+    - ``curvature/batch_sharpness``: the mean over the last eight measurements, in the metric of the optimizer.
+    - ``curvature/stability_ratio``: what binds, over its limit: of the batch sharpness and the eigenvalue that counts
+      for this optimizer the one that is nearer to it. The edge of stability is 1, whatever optimizer and batch. For an
+      optimizer whose limit is not known it is the share of a step's promised decrease that the curvature along it eats.
+    - ``curvature/learning_rate`` and ``curvature/learning_rate_limit``: the rate of the step, and the one at which the
+      ratio would be 1.
     - ``curvature/critical_sharpness`` (``"critical"`` only). Its limit is ``2/η``, its ratio ``η/η_c``: above 1 the
       step has raised the measured loss. It is left out where no ``η_c`` is found.
     - ``curvature/lyapunov_exponent`` and ``curvature/inverse_h0`` (``"lyapunov"`` only): the exponent of the map that
@@ -81,6 +88,12 @@ class CurvatureProbe(CurvatureCallback):
 
     and in the group ``curvature_details``, how good and how expensive that is:
 
+    - ``stability_limit``: the curvature at which the learning rate of the step turns unstable, at the measured
+      ``batch_agreement``, which is 1 where all batches see the same curvature. ``batch_sharpness_error``: a standard
+      error. ``eigenvalue_ratio``: the last eigenvalue that counts over the limit.
+    - ``noise_ratio``: how much of the expected decrease of fresh data the second order of the steps takes away: a step
+      gains most at 0.5, nothing at 1. ``clipping``: what clipping left of the gradient's length, which the ratios
+      count.
     - ``value_error``: how far the eigenvalue is estimated to be from the true one: squared residual over the distance
       to the next eigenvalue seen. ``residual``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it. Both with
       ``_min`` for the smallest of both ends and with ``preconditioned_`` in front. ``converged`` is 1 where `tol` was
@@ -91,12 +104,13 @@ class CurvatureProbe(CurvatureCallback):
     - ``inverse_h0`` for the other estimators; ``lyapunov_exponent_sgd`` and ``paper_lambda_min``: exponent of the
       training map and smallest eigenvalue in the paper's convention.
 
-    The figure ``curvature/at_a_glance`` has sharpness and stability limit, and the training loss below. It is drawn at
-    the end of epochs with a new value, as far as that takes 2 % of the time, and at the end of the training or where it
-    breaks off, for all loggers that take figures (TensorBoard, Weights & Biases, MLflow, Comet), else as a file in the
-    log folder. Two sentences, ``curvature/summary``, then say what was seen and whether the learning rate is to blame:
-    on the console and in loggers that take texts. While the training goes on, there is one warning if the ratio stays
-    above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both at any time.
+    The figure ``curvature/at_a_glance`` has sharpness and stability limit, the learning rate and its limit, and the
+    training loss. It is drawn at the end of epochs with a new value, as far as that takes 2 % of the time, and at the
+    end of the training or where it breaks off, for all loggers that take figures (TensorBoard, Weights & Biases,
+    MLflow, Comet), else as a file in the log folder. Two sentences, ``curvature/summary``, then say what was seen and
+    whether the learning rate is to blame: on the console and in loggers that take texts. While the training goes on,
+    there is one warning if the ratio stays above 1 for a while and the loss rises. `diagnosis` and ``plot`` give both
+    at any time.
 
     The values are in ``trainer.callback_metrics`` too, so that EarlyStopping and ModelCheckpoint can monitor, say,
     ``curvature/lambda_max``, and as `ProbeResult` in ``probe.results``. A measurement that fails is warned of once and
@@ -104,12 +118,14 @@ class CurvatureProbe(CurvatureCallback):
 
     Args:
         every_n_steps: Probe at the first opportunity after every n optimizer steps. Without it and `schedule` the probe
-            follows the trainer's ``log_every_n_steps``.
+            measures at step 5 and at 0.4 times the interval at which the trainer logs, which is every 20 steps.
         estimator: How the eigenvalue is estimated, see above.
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``; ``"critical"`` has none but the
             largest.
         tol: Relative accuracy of the eigenvalues, by their own estimate, and of the critical sharpness; of ``"power"``
             and ``"lyapunov"`` the relative residual.
+        eigenvalue_every: At which of these measurements the eigenvalue is measured too: at the first two, and at every
+            so many. None is every fifth where the probe follows the trainer's logging, else all.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch.
         iterations: Iterations of ``"lyapunov"`` for each probe.
@@ -132,6 +148,7 @@ class CurvatureProbe(CurvatureCallback):
 
     Reference:
         "A chaos theory approach to understand neural network optimization", Algorithm 1, secs. 2 and 3, appendix B;
+        the batch sharpness: A. Andreyev, P. Beneventano, "Edge of stochastic stability" (2024, with momentum 2026);
         the critical sharpness: "A scalable measure of loss landscape curvature for analyzing the training dynamics of
         LLMs" (2026).
 
@@ -219,8 +236,10 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def charts(self) -> Charts:
-        limits = [*self._estimator.tags, "curvature/stability_limit$"]
-        return {"sharpness and stability limit": limits, "stability ratio": ["curvature/stability_ratio$"]}
+        rates = ["curvature/learning_rate$", "curvature/learning_rate_limit$"]
+        limits = [*self._estimator.tags, "curvature/batch_sharpness$", "curvature_details/stability_limit$"]
+        ratio = ["curvature/stability_ratio$"]
+        return {"learning rate and its limit": rates, "stability ratio": ratio, "sharpness and stability limit": limits}
 
     @override
     def figures(self) -> Figures:
@@ -378,7 +397,7 @@ class CurvatureProbe(CurvatureCallback):
         return None if diagnosis.kind == "unknown" else str(diagnosis)
 
     def _at_a_glance(self) -> "Picture":
-        """Sharpness and stability limit, and the loss below."""
+        """Sharpness and stability limit, the learning rate and its limit, and the loss below."""
         results: list[ProbeResult] = self.results
         diagnosis = self.diagnosis()
         label, values = self._estimator.plotted(results)
@@ -386,6 +405,9 @@ class CurvatureProbe(CurvatureCallback):
             [result.step for result in results],
             values,
             [result.stability_limit for result in results],
+            batch_sharpness=[result.batch_sharpness for result in results],
+            learning_rate=[result.learning_rate for result in results],
+            learning_rate_limit=[result.learning_rate_limit for result in results],
             losses=self._losses.series,
             met_at=diagnosis.met_at,
             crossings=diagnosis.crossings[1:],

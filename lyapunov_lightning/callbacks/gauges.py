@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from lyapunov_lightning.callbacks.estimators import MeasuredStep
-from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.stability import Stability
 from lyapunov_lightning.curvature.tracking.batch_sharpness import (
@@ -192,11 +192,10 @@ class DecreaseGauge:
         self._promised = _Promised(own, own.layout.flatten(own.parameters), own.gradient(), own.value())
 
     def measure(self) -> Gauged:
-        """Observe the step, once it is made.
+        """Observe the step, once it is made; nothing is said while the last steps together have not gone downhill.
 
         Raises:
             NonFiniteCurvatureError: If loss or slope are not finite.
-            MeasurementError: If the last steps did not go downhill.
 
         """
         promised, self._promised = self._promised, None
@@ -208,8 +207,8 @@ class DecreaseGauge:
             raise NonFiniteCurvatureError("The loss or its slope along the step is not finite.")
         self._steps.append((slope, change))
         total = sum(slope for slope, _ in self._steps)
-        if not total < 0:  # with momentum single steps go uphill, several together do not
-            raise MeasurementError("The last measured steps went uphill, so that they promised no decrease.")
+        if not total < 0:  # uphill, as single steps with momentum are, so that they promised nothing
+            return {}
         return {"lost_decrease": 1 - sum(change for _, change in self._steps) / total}
 
     def forget(self) -> None:

@@ -11,6 +11,7 @@ from lyapunov_lightning.figures.style import (
     COLOURS,
     GREY,
     INK,
+    OCHRE,
     RED,
     WIDTH,
     Picture,
@@ -35,21 +36,27 @@ def sharpness_figure(
     sharpness: Sequence[float | None],
     stability_limit: Sequence[float | None],
     *,
+    batch_sharpness: Sequence[float | None] = (),
+    learning_rate: Sequence[float | None] = (),
+    learning_rate_limit: Sequence[float | None] = (),
     losses: Curve | None = None,
     met_at: float | None = None,
     crossings: Sequence[float] = (),
     label: str = "sharpness",
     title: str = "",
 ) -> Picture:
-    """The sharpness of a run against the stability limit of its learning rate, above the training loss.
+    """The sharpness of a run against its stability limit, the learning rate against its own, and the training loss.
 
-    What lies above the limit is shaded. The axis of the curvature is logarithmic where the values span more than 30
-    times; values that are None or not finite are left out.
+    What lies above a limit is shaded. An axis is logarithmic where its values span more than 30 times; values that are
+    None or not finite are left out, and a line goes on from one known value to the next.
 
     Args:
         steps: Optimizer steps of the measurements.
         sharpness: ``curvature/lambda_max`` at these.
-        stability_limit: ``curvature/stability_limit`` at these; None where it is not known.
+        stability_limit: ``curvature_details/stability_limit`` at these; None where it is not known.
+        batch_sharpness: ``curvature/batch_sharpness`` at these, if it was measured.
+        learning_rate: ``curvature/learning_rate`` at these, for a panel of its own; none where it is empty.
+        learning_rate_limit: ``curvature/learning_rate_limit`` at these.
         losses: Optimizer steps and the training loss at these, if it is to be drawn.
         met_at: The step at which the sharpness met the limit, marked by a dot.
         crossings: Further steps at which it went above the limit, marked on the lower edge.
@@ -67,10 +74,13 @@ def sharpness_figure(
         ['sharpness', 'stability limit']
 
     """
-    picture = new_picture(WIDTH, 3.0 if losses is None else 4.6, title)
-    panels = stacked(picture, [1.0] if losses is None else [3.0, 2.0])
-    upper, times, values, limits = panels[0], floats(steps), floats(sharpness), floats(stability_limit)
-    curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
+    heights = [3.0, *([2.0] if _is_known(learning_rate_limit) else []), *([] if losses is None else [2.0])]
+    picture = new_picture(WIDTH, 1.6 * len(heights) + 1.4, title)
+    upper, *lower = stacked(picture, heights)
+    times, values, limits = floats(steps), floats(sharpness), floats(stability_limit)
+    _known_curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
+    along = floats(batch_sharpness) if len(batch_sharpness) else np.full(len(times), np.nan)
+    _known_curve(upper, times, along, color=OCHRE, linewidth=1.7, label="batch sharpness", zorder=3)
     if np.isfinite(limits).any():
         dashed: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--", "label": "stability limit"}
         # Across the whole panel and not only between the first and the last measurement: a constant limit holds before
@@ -78,21 +88,57 @@ def sharpness_figure(
         if len(np.unique(limits)) == 1:
             upper.axhline(limits[0], **dashed)
         else:
-            curve(upper, times, limits, **dashed)
+            _known_curve(upper, times, limits, **dashed)
         # Without either of the two there is nothing to compare, and nothing shaded.
-        upper.fill_between(
-            times, limits, values, where=values > limits, interpolate=True, color=RED, alpha=0.15, linewidth=0
-        )
-    _fit_from_zero(upper, np.concatenate([values, limits]))
+        _shade_above(upper, times, np.fmax(values, along), limits)
+    _fit_from_zero(upper, np.concatenate([values, along, limits]))
     upper.set_ylabel("curvature")
     if len(crossings):
         mark_lower_edge(upper, crossings, "went above the limit again")
     if met_at is not None:
-        _mark_meeting(upper, met_at, times, values)
+        _mark_meeting(upper, met_at, times, np.fmax(values, along))
     key(upper)
+    if _is_known(learning_rate_limit):
+        _draw_rates(lower[0], times, floats(learning_rate), floats(learning_rate_limit))
     if losses is not None:
-        draw_loss(panels[1], losses)
+        draw_loss(lower[-1], losses)
     return picture
+
+
+def _is_known(values: Sequence[float | None]) -> bool:
+    """Whether there is a value to be drawn."""
+    return bool(len(values)) and bool(np.isfinite(floats(values)).any())
+
+
+def _known_curve(panel: Axes, times: Floats, values: Floats, **options: Any) -> None:
+    """A line through the values that are known, where several quantities are measured at different steps."""
+    known = np.isfinite(values)
+    if known.any():
+        curve(panel, times[known], values[known], **options)
+
+
+def _shade_above(panel: Axes, times: Floats, values: Floats, limits: Floats) -> None:
+    """Shade between a curve and its limit where the curve is above."""
+    known = np.isfinite(values) & np.isfinite(limits)
+    times, values, limits = times[known], values[known], limits[known]
+    panel.fill_between(
+        times, limits, values, where=values > limits, interpolate=True, color=RED, alpha=0.15, linewidth=0
+    )
+
+
+def _draw_rates(panel: Axes, times: Floats, rates: Floats, limits: Floats) -> None:
+    """The learning rate, and where it would have been at the limit."""
+    _known_curve(panel, times, rates, color=BLUE, linewidth=1.7, label="learning rate", zorder=3)
+    _known_curve(panel, times, limits, color=INK, linewidth=1.2, linestyle="--", label="its limit")
+    _shade_above(panel, times, rates, limits)
+    # A rate of 0, at the beginning of a warm-up, has no place on a logarithmic axis, which the others need.
+    positive = np.concatenate([rates, limits])
+    if is_wide(positive[positive > 0]):
+        log_axis(panel, "y")
+    else:
+        panel.set_ylim(bottom=0.0)
+    panel.set_ylabel("learning rate")
+    key(panel)
 
 
 @house_style()

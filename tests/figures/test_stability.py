@@ -76,6 +76,35 @@ def test_a_limit_that_changes_is_drawn_as_it_was():
     assert line.get_ydata().tolist() == limit
 
 
+def test_the_rate_and_its_limit_have_a_panel_between():
+    rates, limits = [0.0, 0.01, 0.1], [None, 0.2, 0.05]
+    picture = sharpness_figure(
+        [0, 10, 20],
+        [1.0, None, 3.0],
+        [4.0, 4.0, 2.0],
+        batch_sharpness=[None, 2.0, 2.5],
+        learning_rate=rates,
+        learning_rate_limit=limits,
+        losses=([0, 10, 20], [3.0, 2.0, 1.0]),
+    )
+    check_picture(picture)
+    sharpness, middle, loss = picture.axes
+    assert [line.get_label() for line in sharpness.lines[:3]] == ["sharpness", "batch sharpness", "stability limit"]
+    assert sharpness.lines[0].get_xdata().tolist() == [0, 20]  # from one known value to the next
+    rate, limit = middle.lines
+    assert rate.get_ydata().tolist() == rates
+    assert limit.get_ydata().tolist() == limits[1:]
+    assert (middle.get_yscale(), middle.get_ylabel(), loss.get_ylabel()) == ("linear", "learning rate", "training loss")
+    # Shaded where the rate is above its limit, which begins between the two last steps and needs no known first one.
+    [shade] = middle.collections
+    assert 10 < shade.get_paths()[0].get_extents().x0 < 20
+
+
+def test_rates_that_span_far_have_a_logarithmic_axis_though_one_is_zero():
+    options = {"learning_rate": [0.0, 1e-4, 1e-2], "learning_rate_limit": [0.1, 0.1, 0.1]}
+    assert sharpness_figure([0, 1, 2], [1.0] * 3, [2.0] * 3, **options).axes[1].get_yscale() == "log"
+
+
 def test_five_optimizers_and_one_edge():
     names = ("SGD", "momentum", "Nesterov", "Adam", "RMSprop")
     curves = {
