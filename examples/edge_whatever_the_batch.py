@@ -28,20 +28,23 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from examples.data import Cifar10
 from examples.models import MLP, Classifier
 from lyapunov_lightning import CurvatureProbe
-from lyapunov_lightning.figures.style import INK, WIDTH, Picture, house_style, new_picture, shades
+from lyapunov_lightning.figures.style import INK, RED, WIDTH, Picture, house_style, new_picture, shades, write
 from lyapunov_lightning.figures.ticks import Floats, linear_axis, log_axis
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "edge_whatever_the_batch.png"
 CACHE = Path("logs/edge_whatever_the_batch.json")
 NUM_IMAGES = 2048
-STEPS = {8: 4000, 64: 2000, 512: 1000, NUM_IMAGES: 500}
+STEPS = {8: 6000, 64: 2000, 512: 1000, NUM_IMAGES: 500}
 """For each batch size, how many steps a run has."""
 
-MEASUREMENTS = 160
+MEASUREMENTS = 120
 """How often a run is measured, at equal distances."""
 
-SMOOTHED = 17
+SMOOTHED = 13
 """Measurements whose median a curve shows."""
+
+LOWEST, HIGHEST = 0.01, 8.0
+"""The ratios that are drawn."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class Family:
 
 
 FAMILIES = {
-    "SGD": Family(torch.optim.SGD, 2.0, 0.1, (0.2, 0.2, 0.2, 0.2)),
-    "momentum 0.9": Family(partial(torch.optim.SGD, momentum=0.9), 2 + 2 * 0.9, 0.0125, (0.025, 0.05, 0.1, 0.2)),
-    "AdamW": Family(torch.optim.AdamW, (2 + 2 * 0.9) / (1 - 0.9), 0.0005, (0.001, 0.002, 0.004, 0.008)),
+    "SGD": Family(torch.optim.SGD, 2.0, 0.1, (0.1, 0.4, 0.4, 0.4)),
+    "momentum 0.9": Family(partial(torch.optim.SGD, momentum=0.9), 2 + 2 * 0.9, 0.0125, (0.0125, 0.05, 0.2, 0.2)),
+    "AdamW": Family(torch.optim.AdamW, (2 + 2 * 0.9) / (1 - 0.9), 0.0005, (0.001, 0.002, 0.004, 0.004)),
 }
 
 
@@ -77,6 +80,7 @@ class Run:
         rate: The learning rate.
         shares: How far the training was, from 0 to 1.
         ratios: ``curvature/stability_ratio``.
+        sharpness: The batch sharpness over the limit, of which the ratio is one of two parts.
         classical: The largest eigenvalue over the full-batch limit; None before its first measurement.
         agreement: The agreement of the batches, median over the second half.
         loss: The mean loss over the last tenth of the steps.
@@ -86,6 +90,7 @@ class Run:
     rate: float
     shares: list[float]
     ratios: list[float]
+    sharpness: list[float]
     classical: list[float | None]
     agreement: float
     loss: float
@@ -160,7 +165,7 @@ def largest_usable(dataset: Dataset, family: Family, batch_size: int, num_steps:
 
 def measured(dataset: Dataset, family: Family, rate: float, batch_size: int, num_steps: int) -> Run:
     """One run with the probe that watched it."""
-    probe = CurvatureProbe(max(1, num_steps // MEASUREMENTS), eigenvalue_every=4)
+    probe = CurvatureProbe(max(1, num_steps // MEASUREMENTS), eigenvalue_every=2)
     losses = train(dataset, family, rate, batch_size, num_steps, probe)
     known = [result for result in probe.results if result.stability_ratio is not None and result.is_settled]
     eigenvalues = [result.decisive_eigenvalue for result in known]
@@ -169,6 +174,7 @@ def measured(dataset: Dataset, family: Family, rate: float, batch_size: int, num
         rate=rate,
         shares=[result.step / num_steps for result in known],
         ratios=[float(result.stability_ratio) for result in known],
+        sharpness=[float(result.batch_sharpness / result.stability_limit) for result in known],
         classical=[None if value is None else value * rate / family.full_batch_limit for value in eigenvalues],
         agreement=float(np.median(late)),
         loss=losses.final,
@@ -199,9 +205,11 @@ def drawn(runs: dict[str, dict[int, Run]]) -> Picture:
         log_axis(axes, "y")
         linear_axis(axes, "x")
         axes.axhline(1.0, color=INK, linewidth=1.0, linestyle="--", zorder=4)
-    grid[0, 0].set_ylim(0.008, 8)
+        axes.axhspan(1.0, HIGHEST, color=RED, alpha=0.06, linewidth=0, zorder=0)
+    grid[0, 0].set_ylim(LOWEST, HIGHEST)
+    write(grid[0, 0], "edge of stability", (0.0, 1.0), xytext=(0, 4))
     grid[0, 0].set_ylabel("stability ratio")
-    grid[1, 0].set_ylabel("largest eigenvalue /\nits limit with all data")
+    grid[1, 0].set_ylabel("largest eigenvalue /\nfull-batch limit")
     picture.legend(handles=grid[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4)
     return picture
 
@@ -214,14 +222,17 @@ def draw_course(axes: Axes, shares: Sequence[float], values: Sequence[float | No
 
 def told(run: Run) -> str:
     """In numbers, where a run was."""
-    late = sorted(ratio for share, ratio in zip(run.shares, run.ratios, strict=True) if share >= 2 / 3)
-    low, middle, high = (late[round(share * (len(late) - 1))] for share in (0.1, 0.5, 0.9))
     course = smooth(run.ratios)
     reached = next((f"{share:.2f}" for share, ratio in zip(run.shares, course, strict=True) if ratio >= 0.95), "never")
-    classical = float(np.nanmedian([value for value in run.classical[len(run.classical) * 2 // 3 :] if value]))
+    ratio, sharpness, classical = (
+        np.array(values[-(len(values) // 3) :], dtype=np.float64)
+        for values in (run.ratios, run.sharpness, run.classical)
+    )
+    low, middle, high = np.nanquantile(ratio, [0.1, 0.5, 0.9])
     return (
-        f"η = {run.rate:<7g} first {course[0]:.2f}, 1 reached at {reached}; last third {low:.2f} to {high:.2f}, "
-        f"median {middle:.2f}; classical {classical:.3f}; p {run.agreement:.3f}; loss {run.loss:.4f}"
+        f"η = {run.rate:g}: first {course[0]:.2f}, 1 reached at {reached} of the run; over the last third {low:.2f} to "
+        f"{high:.2f}, median {middle:.2f}, of the batch sharpness alone {np.nanmedian(sharpness):.2f}, classical "
+        f"{np.nanmedian(classical):.3f}; agreement {run.agreement:.3f}; loss {run.loss:.4f}"
     )
 
 
