@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-portable lint docs papers dist-check wild bench clean
+.PHONY: demo test test-portable lint docs papers dist-check wild bench verdicts clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -41,6 +41,9 @@ wild: .wild/.installed  ## other people's LightningModules, trained without and 
 
 bench: .bench/.installed  ## what it costs beside other packages, in one table and one picture; ROOT for CIFAR-10
 	.bench/bin/python -W ignore -m benchmarks --write --root $(or $(ROOT),data)
+
+verdicts: $(STAMP)  ## is it true what is said of the learning rate; ROOT for the data, FRESH=1 to begin anew
+	$(BIN)/python -W ignore -m benchmarks.verdicts --root $(or $(ROOT),data) $(if $(FRESH),--fresh)
 
 # The environment is made once and made again when what it holds has changed.
 $(STAMP): setup.cfg pyproject.toml

@@ -182,6 +182,11 @@ class CurvatureProbe(CurvatureCallback):
             check_int("eigenvalue_every", eigenvalue_every, least=1)
         check_positive("delta_q", delta_q)
         kind = ESTIMATORS[estimator]
+        if eigenvalue_every is not None and not kind.is_gauged:
+            raise ValueError(
+                f"`eigenvalue_every` should be None with `estimator={estimator!r}`, which measures nothing beside,"
+                f" got {eigenvalue_every}."
+            )
         super().__init__(
             every_n_steps, schedule, hessian, log_prefix, data="batch", method=kind.method, arguments=arguments
         )
@@ -197,7 +202,9 @@ class CurvatureProbe(CurvatureCallback):
             )
         )
         self.request = self._estimator.request
-        self._cadence = _Cadence(1 if eigenvalue_every is None else eigenvalue_every)
+        self._gauge_method = hessian.method
+        self._eigenvalue_every = eigenvalue_every
+        self._cadence = _Cadence(eigenvalue_every or 1)
         self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
         self._step_hook = StepHook()
         self._pending: _Pending | None = None
@@ -221,12 +228,18 @@ class CurvatureProbe(CurvatureCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_restored:  # a probe may serve one run after another, of other parameters
+            self._cadence.start()
+            self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
+        self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
         self._release()
         self._losses.start(trainer)
         optimizer = self._estimator.start(trainer, type(self).__name__)
-        self._is_clipped = may_clip(trainer, pl_module)
-        if optimizer is None and len(trainer.optimizers) == 1:
+        # Where there are several, which of them takes the step that is clipped nobody knows.
+        is_one = len(trainer.optimizers) == 1
+        self._is_clipped = self._estimator.is_gauged and is_one and may_clip(trainer, pl_module)
+        if optimizer is None and is_one:
             [only] = trainer.optimizers
             optimizer = only if only.param_groups and (self._is_clipped or not is_known(only)) else None
         if optimizer is not None:
@@ -302,16 +315,15 @@ class CurvatureProbe(CurvatureCallback):
             owner=type(self).__name__,
         )
         moment: Moment = self._estimator.begin(at) if self._cadence.is_full else "start"
-        pending = _Pending(replace(at, moment=moment))
+        pending = _Pending(at)
         if moment == "start":
             pending.result = self._estimator.measure(at) if self._cadence.is_full else self._bare(at)
         else:
+            pending.later = replace(at, moment=moment)
             pending.awaited.append(moment)
         if self._estimator.is_gauged:
-            self._gauge_step(pending)
+            self._gauge_step(at, pending)
         if pending.awaited:
-            # The operator is held beyond this hook, at whose end the shared one is dropped: it has the random numbers
-            # of before the step, which one that is made later would not have.
             self._pending = pending
             return None
         return pending.complete(self.results)
@@ -326,9 +338,11 @@ class CurvatureProbe(CurvatureCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._is_stepping = True
-        if self._pending is not None and self._is_clipped:
-            with self._recorder.measurement(trainer, self._pending.at.step.index):
-                self._pending.gradient_norm = self._pending.norm_of_gradient()
+        pending = self._pending
+        if pending is not None and self._is_clipped:
+            with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
+                pending.gradient_norm = pending.norm_of_gradient()
+            self._keep(trainer, record)
 
     @override
     def on_train_batch_end(
@@ -345,12 +359,12 @@ class CurvatureProbe(CurvatureCallback):
         # by ``on_before_optimizer_step``, and leaves the measurement waiting here.
         if "update" in pending.awaited and not is_stepping:
             return
-        self._pending = None
-        self._estimator.forget()
-        self._decrease.forget()
-        with self._recorder.measurement(trainer, pending.at.step.index) as record:
+        self._forget()
+        with self._recorder.measurement(trainer, pending.step) as record:
+            if pending.result is None and pending.later is not None:
+                missed(pending.later.moment)
             # What was measured before the step stands, though the step was not made.
-            record.result = pending.complete(self.results) if pending.result is not None else missed(pending.at.moment)
+            record.result = pending.complete(self.results)
         self._keep(trainer, record)
 
     @override
@@ -363,14 +377,16 @@ class CurvatureProbe(CurvatureCallback):
     def _follow_the_logging(self, trainer: Trainer) -> None:
         super()._follow_the_logging(trainer)
         every = log_interval(trainer)
-        if every:
+        if every and self._estimator.is_gauged:
             # More often than Lightning logs, and the eigenvalue less often: the ratio comes from what is cheap.
             interval = max(1, round(_READINGS_PER_LOG * every))
             self.schedule_state.follow(Schedule(every_n_steps=interval, at_steps=(_EARLY_STEP,)))
-            self._cadence.follow(_EIGENVALUE_EVERY)
+            self._cadence.follow(self._eigenvalue_every or _EIGENVALUE_EVERY)
 
     @override
     def _keep(self, trainer: Trainer, record: Record) -> None:
+        if record.has_failed:  # on all ranks, so that none of them waits for what others do not
+            self._forget()
         super()._keep(trainer, record)
         self._losses.collect(trainer)
         result = record.result
@@ -420,12 +436,18 @@ class CurvatureProbe(CurvatureCallback):
         limits = at.limits(at.stability())
         return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **limits)
 
-    def _gauge_step(self, pending: "_Pending") -> None:
+    def _gauge_step(self, at: MeasuredStep, pending: "_Pending") -> None:
         """Measure how near the step is to its edge, as far as that can be seen before it."""
-        at = pending.at
         stability = at.stability()
         if stability is not None:
-            pending.gauged = self._sharpness.measure(at, stability, self.shared, self.config)
+            # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
+            # product by them has its step to find, and costs five times as much as an exact one.
+            config = replace(self.config, method=self._gauge_method)
+            is_shared, is_own = config == self.config, self.config.data == "batch"
+            own = at.hessian if is_shared and is_own else self.shared.on_batches(at.step, config)
+            fixed = at.hessian if is_shared and not is_own else None
+            hessian_on = partial(self.shared.on_batches, at.step, config)
+            pending.gauged = self._sharpness.measure(own, at.step.own_batches, stability, hessian_on, fixed)
             if self._is_clipped:
                 pending.awaited.append("update")
         elif self._observes_decrease(at):
@@ -446,9 +468,9 @@ class CurvatureProbe(CurvatureCallback):
         pending.awaited.remove(moment)
         if not pending.awaited:
             self._pending = None  # before `_keep`, which counts the time once nothing is to come
-        with self._recorder.measurement(trainer, pending.at.step.index) as record, failing_together(trainer):
-            if pending.at.moment == moment:
-                pending.result = self._estimator.measure(pending.at)
+        with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
+            if pending.later is not None and pending.later.moment == moment:
+                pending.result, pending.later = self._estimator.measure(pending.later), None
             if moment == "update":
                 if self._decrease.is_observing:
                     pending.gauged = self._decrease.measure()
@@ -457,11 +479,16 @@ class CurvatureProbe(CurvatureCallback):
                 record.result = pending.complete(self.results)
         self._keep(trainer, record)
 
-    def _release(self) -> None:
-        """Drop what an interrupted step has left, and the hook on its optimizer."""
-        self._pending, self._is_stepping, self._seconds = None, False, 0.0
+    def _forget(self) -> None:
+        """Wait for no later moment of the step."""
+        self._pending = None
         self._estimator.forget()
         self._decrease.forget()
+
+    def _release(self) -> None:
+        """Drop what an interrupted step has left, and the hook on its optimizer."""
+        self._forget()
+        self._is_stepping, self._seconds = False, 0.0
         self._sharpness.start()
         self._step_hook.release()
 
@@ -476,11 +503,15 @@ class _Cadence:
 
     def __init__(self, every: int) -> None:
         self.follow(every)
+        self.start()
+
+    def start(self) -> None:
+        """Begin a run."""
         self._count = 0
         self.is_full = True
 
     def follow(self, every: int) -> None:
-        """Take over a number, where there was none."""
+        """Take over the number."""
         self._every = every
 
     def begin(self) -> bool:
@@ -505,7 +536,10 @@ class _Pending:
         at: The step.
 
     Attributes:
+        step: Its index.
         awaited: The moments that are still to come.
+        later: The step as the estimator is to see it at one of these moments, until it has. It holds the operator after
+            the shared one is dropped, since one that is made later has other random numbers.
         result: What the estimator found, once it has.
         gauged: What the gauges found.
         gradient_norm: The length of the gradient before clipping.
@@ -513,17 +547,19 @@ class _Pending:
     """
 
     def __init__(self, at: MeasuredStep) -> None:
-        self.at = at
+        self.step = at.step.index
         self.awaited: list[Moment] = []
+        self.later: MeasuredStep | None = None
         self.result: ProbeResult | None = None
         self.gauged: Gauged = {}
         self.gradient_norm: float | None = None
         self._clipping: float | None = None
+        # Not the operator, whose kept graphs would take their memory from the step.
+        self._parameters, self._layout, self._space = at.hessian.parameters, at.hessian.layout, at.hessian.space
 
     def norm_of_gradient(self) -> float:
         """The length of the gradient in ``.grad``."""
-        hessian = self.at.hessian
-        return float(hessian.space.norm(hessian.layout.flatten([parameter.grad for parameter in hessian.parameters])))
+        return float(self._space.norm(self._layout.flatten([parameter.grad for parameter in self._parameters])))
 
     def see_clipping(self) -> None:
         """Compare the gradient that the optimizer has used with that before clipping."""
@@ -540,7 +576,7 @@ class _Pending:
         if self.result is None:
             return None
         eigenvalue = self.result.decisive_eigenvalue
-        if eigenvalue is None and earlier:
+        if eigenvalue is None and earlier and earlier[-1].is_settled:  # else it is that of another metric
             eigenvalue = earlier[-1].decisive_eigenvalue
         found = replace(self.result, **self.gauged, decisive_eigenvalue=eigenvalue, clipping=self._clipping)
         if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one

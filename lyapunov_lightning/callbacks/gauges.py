@@ -7,13 +7,12 @@ along it eats. Neither knows the callback, or when it is called.
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from lyapunov_lightning.callbacks.estimators import MeasuredStep
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.stability import Stability
@@ -24,9 +23,7 @@ from lyapunov_lightning.curvature.tracking.batch_sharpness import (
     step_curvature,
     step_direction,
 )
-from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.replica.objective import ProbeBatch
-from lyapunov_lightning.training.sharing import SharedMeasurements
 
 _COMPARED_FIRST, _COMPARED_EVERY = 3, 4
 """The first measurements are all compared with another batch, since without the agreement there is no limit; later
@@ -70,30 +67,39 @@ class SharpnessGauge:
         self._others = None
 
     def measure(
-        self, at: MeasuredStep, stability: Stability, shared: SharedMeasurements, config: HessianConfig
+        self,
+        own: LossHessian,
+        batches: Sequence[ProbeBatch],
+        stability: Stability,
+        hessian_on: Callable[[Sequence[ProbeBatch]], LossHessian],
+        fixed: LossHessian | None = None,
     ) -> Gauged:
         """Measure the batch of the step.
 
         Args:
-            at: The step.
-            stability: What its optimizer is about to do.
-            shared: Where the Hessians of the step's own batch and of others come from.
-            config: Which Hessian.
+            own: The Hessian on the step's own batch.
+            batches: This batch, to compare the next one with.
+            stability: What the optimizer is about to do.
+            hessian_on: Makes the Hessian on other batches, at the same parameters.
+            fixed: The Hessian on data to compare with in place of the batch that was measured last.
 
         Raises:
             NonFiniteCurvatureError: If slope or curvature of the batch are not finite.
 
         """
-        own = at.hessian if config.data == "batch" else shared.on_batches(at.step, config)
         direction = step_direction(own.gradient(), stability.scale)
         curvature, product = step_curvature(stability.matrix(own), direction)
         self._sharpness.see(curvature)
-        other = self._other(at, shared, config)
+        other = fixed
+        if self._sharpness.num_comparisons >= _COMPARED_FIRST and self._count % _COMPARED_EVERY:
+            other = None
+        elif fixed is None and self._others is not None:
+            other = hessian_on(self._others)
         if other is not None:
             there = step_direction(other.gradient(), stability.scale)
             self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
         self._count += 1
-        self._others = at.step.own_batches
+        self._others = batches if fixed is None else None
         estimate = self._sharpness.estimate()
         if estimate is None:  # none of the batches had a gradient
             return {"stability_limit": _limit(stability, None), "is_settled": stability.is_settled}
@@ -106,14 +112,6 @@ class SharpnessGauge:
             "noise_ratio": _noise_ratio(stability, estimate),
             "is_settled": stability.is_settled,
         }
-
-    def _other(self, at: MeasuredStep, shared: SharedMeasurements, config: HessianConfig) -> LossHessian | None:
-        """The Hessian of other data at the same parameters; None if this step is not compared."""
-        if self._sharpness.num_comparisons >= _COMPARED_FIRST and self._count % _COMPARED_EVERY:
-            return None
-        if config.data != "batch":
-            return at.hessian
-        return None if self._others is None else shared.on_batches(at.step, config, self._others)
 
     def state_dict(self) -> dict[str, Any]:
         """The last measurements, without the batches."""
@@ -190,6 +188,7 @@ class DecreaseGauge:
 
         """
         self._promised = _Promised(own, own.layout.flatten(own.parameters), own.gradient(), own.value())
+        own.reset()  # its kept graphs would take their memory from the step
 
     def measure(self) -> Gauged:
         """Observe the step, once it is made; nothing is said while the last steps together have not gone downhill.
@@ -205,7 +204,8 @@ class DecreaseGauge:
         slope, change = float(hessian.space.inner(promised.gradient, update)), hessian.value() - promised.loss
         if not (math.isfinite(slope) and math.isfinite(change)):
             raise NonFiniteCurvatureError("The loss or its slope along the step is not finite.")
-        self._steps.append((slope, change))
+        if slope:  # else the step was skipped, or the batch has no gradient
+            self._steps.append((slope, change))
         total = sum(slope for slope, _ in self._steps)
         if not total < 0:  # uphill, as single steps with momentum are, so that they promised nothing
             return {}

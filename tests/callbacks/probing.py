@@ -38,13 +38,15 @@ class Reference(Callback):
         self.learning_rates: dict[int, float] = {}
         self.loss = loss
         self.eval_mode = eval_mode
+        self.batches: list[Any] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step in self.eigenvalues:
-            return  # with gradient accumulation the first batch of a step is the one that counts
+        # With gradient accumulation all batches of a step count, together.
+        self.batches = [*(self.batches if step in self.eigenvalues else []), batch]
+        whole = [torch.cat(parts) for parts in zip(*self.batches, strict=True)]
         pl_module.train(not self.eval_mode)
-        self.losses[step], hessian = dense_hessian(pl_module, batch, self.loss)
+        self.losses[step], hessian = dense_hessian(pl_module, whole, self.loss)
         pl_module.train()
         self.eigenvalues[step] = torch.linalg.eigvalsh(hessian)
         optimizer = trainer.optimizers[0]
@@ -63,7 +65,7 @@ class Reference(Callback):
                 state = optimizer.state.get(parameter, {})
                 if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
                     name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-                    corrected = state[name] / (1 - group["betas"][1] ** state["step"])
+                    corrected = state[name] / (1 - group["betas"][1] ** float(state["step"]))
                     factor = 1 / (corrected.sqrt() + group["eps"])
                 elif isinstance(optimizer, torch.optim.RMSprop):
                     centre = state["grad_avg"] ** 2 if group["centered"] else 0

@@ -107,9 +107,22 @@ def test_what_did_not_converge_is_told(console):
     assert probe.diagnosis().kind == "not_converged"
 
 
-def test_a_probe_of_the_lower_end_has_a_figure_and_no_verdict(console):
+def test_a_probe_of_the_lower_end_has_a_figure_and_a_verdict_by_the_batch_sharpness(console):
     probe = CurvatureProbe(4, end="smallest")
     trained(probe)
+    assert probe.diagnosis().kind == "below"
+    assert [result.stability_ratio for result in probe.results] == pytest.approx(
+        [result.batch_sharpness * 0.1 / 2 for result in probe.results]
+    )
+    assert {result.eigenvalue_ratio for result in probe.results} == {None}
+    assert probe.plot().axes[0].lines
+    assert str(probe.diagnosis()) in console.text
+
+
+def test_a_probe_that_knows_no_limit_has_no_verdict(console):
+    probe = CurvatureProbe(4)
+    trained(probe, lr=0.0)
+    assert len(probe.results) == 6
     assert probe.diagnosis().kind == "unknown"
     assert probe.plot().axes[0].lines
     assert "sharpness" not in console.text

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.probing import Fit, Reference, all_near, name_of, sgd, two_groups
-from tests.modules import SmallRegressor, regression_data
+from tests.modules import SmallRegressor, regression_data, regression_loader
 
 
 def mean_square(module: Any, batch: Any) -> Tensor:
@@ -180,11 +180,14 @@ def test_parameters_may_be_unfrozen_in_mid_training(fit: Fit, estimator: str) ->
 
 # The tags.
 
-EDGE = {"curvature/stability_limit", "curvature/stability_ratio"}
+EDGE = {"curvature/stability_ratio", "curvature/learning_rate_limit", "curvature_details/stability_limit"}
+GAUGE = EDGE | {f"curvature_details/{name}" for name in ("batch_agreement", "batch_sharpness_error", "noise_ratio")}
+GAUGED = {"curvature/batch_sharpness", "curvature/learning_rate"}
+EIGENVALUE = {"curvature_details/eigenvalue_ratio", "curvature_details/lr_times_lambda_max"}
 DETAILS = {f"curvature_details/{name}" for name in ("residual", "converged", "matvecs", "seconds")}
-LARGEST = EDGE | DETAILS | {"curvature/lambda_max", "curvature_details/lr_times_lambda_max"}
-SMALLEST = DETAILS | {"curvature/lambda_min", "curvature/stability_limit"}
-BOTH = LARGEST | {"curvature/lambda_min", "curvature_details/residual_min"}
+LARGEST = DETAILS | EIGENVALUE | {"curvature/lambda_max"}
+SMALLEST = DETAILS | {"curvature/lambda_min"}
+BOTH = LARGEST | SMALLEST | {"curvature_details/residual_min"}
 ERROR, ERROR_MIN = {"curvature_details/value_error"}, {"curvature_details/value_error_min"}
 EXPONENT = {"curvature/lyapunov_exponent"}
 PAPER_MIN = {"curvature_details/paper_lambda_min"}
@@ -194,29 +197,34 @@ H0, H0_DETAIL = {"curvature/inverse_h0"}, {"curvature_details/inverse_h0"}
 @pytest.mark.parametrize(
     ("probe", "tags"),
     [
-        ({}, LARGEST | ERROR | H0_DETAIL),
-        ({"end": "smallest"}, SMALLEST | ERROR),
-        ({"end": "both"}, BOTH | ERROR | ERROR_MIN | H0_DETAIL),
-        ({"estimator": "power"}, LARGEST | ERROR | H0_DETAIL),
-        ({"estimator": "power", "end": "smallest"}, SMALLEST | ERROR),
-        ({"estimator": "power", "end": "both"}, BOTH | ERROR | ERROR_MIN | H0_DETAIL),
-        ({"estimator": "lyapunov"}, LARGEST | H0 | EXPONENT),
-        ({"estimator": "lyapunov", "end": "smallest"}, SMALLEST | EXPONENT | PAPER_MIN),
+        ({}, LARGEST | GAUGED | ERROR | H0_DETAIL),
+        ({"end": "smallest"}, SMALLEST | GAUGED | ERROR),
+        ({"end": "both"}, BOTH | GAUGED | ERROR | ERROR_MIN | H0_DETAIL),
+        ({"estimator": "power"}, LARGEST | GAUGED | ERROR | H0_DETAIL),
+        ({"estimator": "power", "end": "smallest"}, SMALLEST | GAUGED | ERROR),
+        ({"estimator": "power", "end": "both"}, BOTH | GAUGED | ERROR | ERROR_MIN | H0_DETAIL),
+        ({"estimator": "lyapunov"}, LARGEST | GAUGED | H0 | EXPONENT),
+        ({"estimator": "lyapunov", "end": "smallest"}, SMALLEST | GAUGED | EXPONENT | PAPER_MIN),
         (
             {"estimator": "lyapunov", "end": "both"},
-            BOTH | H0 | EXPONENT | PAPER_MIN | {"curvature_details/lyapunov_exponent_sgd"},
+            BOTH | GAUGED | H0 | EXPONENT | PAPER_MIN | {"curvature_details/lyapunov_exponent_sgd"},
         ),
     ],
     ids=name_of,
 )
 @pytest.mark.parametrize("prefix", [None, "mine"])
 def test_exactly_the_documented_tags_are_logged(fit: Fit, probe: dict[str, Any], tags: set[str], prefix: Any) -> None:
-    trainer = fit(SmallRegressor(), CurvatureProbe(1, log_prefix=prefix, **probe), max_steps=3)
+    loader = regression_loader(batch_size=48)  # with small ones a step may make no progress on others
+    trainer = fit(SmallRegressor(), CurvatureProbe(1, log_prefix=prefix, **probe), loader=loader, max_steps=3)
     own = {tag for tag in trainer.logger.tags if "curvature" in tag}
     front = f"{prefix}/" if prefix else ""
-    assert own == {f"{front}{tag}" for tag in tags}
-    assert sum("_details/" not in tag for tag in own) <= 6
-    assert all(len(trainer.logger.curve(tag)) == 3 for tag in own)
+    assert own == {f"{front}{tag}" for tag in tags | GAUGE}
+    papers = sum(name in tag for tag in own for name in ("/lyapunov_exponent", "curvature/inverse_h0"))
+    assert sum("_details/" not in tag for tag in own) - papers <= 6
+    # Batches are compared, and a standard error is known, from the second measurement on.
+    late = ("batch_agreement", "batch_sharpness_error", "noise_ratio")
+    assert {tag for tag in own if len(trainer.logger.curve(tag)) != 3} == {tag for tag in own if tag.endswith(late)}
+    assert all(sorted(trainer.logger.curve(tag)) == [1, 2] for tag in own if tag.endswith(late))
     assert {tag: trainer.callback_metrics[tag].item() for tag in own} == pytest.approx(
         {tag: trainer.logger.curve(tag)[2] for tag in own}
     )
@@ -233,19 +241,31 @@ def test_exactly_the_documented_tags_are_logged(fit: Fit, probe: dict[str, Any],
     ids=["sgd", "heavy-ball", "nesterov", "adamw"],
 )
 def test_tags_stand_in_their_relations(fit: Fit, optimizer: Any, limit: float) -> None:
-    trainer = fit(SmallRegressor(optimizer), CurvatureProbe(1))
+    # On all of the data, where batches agree and the limit is the classical one.
+    trainer = fit(SmallRegressor(optimizer), CurvatureProbe(1), loader=regression_loader(batch_size=48))
     logger = trainer.logger
-    for step, largest in logger.curve("curvature/lambda_max").items():
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        assert logger.curve("curvature_details/lr_times_lambda_max")[step] == pytest.approx(lr * largest)
-        counts = logger.curve("curvature/preconditioned_lambda_max").get(step, largest)
-        ratios = logger.curve("curvature/stability_ratio")
-        assert ratios.get(step, counts / limit) == pytest.approx(counts / limit)
-        assert step in ratios or step == 0  # an adaptive optimizer has no limit before its first step
-        assert logger.curve("curvature_details/inverse_h0")[step] == pytest.approx((math.e - 1) / largest)
-        assert logger.curve("curvature_details/value_error")[step] <= 2e-2 * largest
-        assert logger.curve("curvature_details/seconds")[step] > 0
-    assert all_near(logger.curve("curvature/stability_limit").values(), limit)
+    [lr] = {group["lr"] for group in trainer.optimizers[0].param_groups}
+    curves = {tag: logger.curve(tag) for tag in logger.tags}
+    for step, largest in curves["curvature/lambda_max"].items():
+        assert curves["curvature_details/lr_times_lambda_max"][step] == pytest.approx(lr * largest)
+        assert curves["curvature/learning_rate"][step] == lr
+        assert curves["curvature_details/inverse_h0"][step] == pytest.approx((math.e - 1) / largest)
+        assert curves["curvature_details/value_error"][step] <= 2e-2 * largest
+        assert curves["curvature_details/seconds"][step] > 0
+        # Without momentum from the first step on; with it once batches have been compared, and of an adaptive
+        # optimizer nothing is known before its first step.
+        if step < 2 and step not in curves["curvature/stability_ratio"]:
+            continue
+        counts = curves.get("curvature/preconditioned_lambda_max", {}).get(step, largest)
+        ratio = max(counts, curves["curvature/batch_sharpness"][step]) / limit
+        assert curves["curvature/stability_ratio"][step] == pytest.approx(ratio)
+        assert curves["curvature_details/eigenvalue_ratio"][step] == pytest.approx(counts / limit)
+        assert curves["curvature/learning_rate_limit"][step] == pytest.approx(lr / ratio)
+    first = 0 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1
+    has_momentum = limit != 2 / lr
+    assert min(curves["curvature/batch_sharpness"]) == first
+    assert min(curves["curvature/stability_ratio"]) == first + has_momentum
+    assert all_near(curves["curvature_details/stability_limit"].values(), limit)
 
 
 def test_negative_largest_eigenvalue_has_no_learning_rate(fit: Fit) -> None:
@@ -269,7 +289,8 @@ def test_learning_rate_is_that_of_the_step(fit: Fit) -> None:
     logger = fit(Decaying(), reference, CurvatureProbe(1, tol=1e-4)).logger
     expected = {step: 0.2 * 0.8**step for step in range(12)}
     assert reference.learning_rates == pytest.approx(expected)
-    assert logger.curve("curvature/stability_limit") == pytest.approx({s: 2 / lr for s, lr in expected.items()})
+    assert logger.curve("curvature/learning_rate") == pytest.approx(expected)
+    assert logger.curve("curvature_details/stability_limit") == pytest.approx({s: 2 / lr for s, lr in expected.items()})
     edge = {step: lr * reference.largest[step] for step, lr in expected.items()}
     assert logger.curve("curvature_details/lr_times_lambda_max") == pytest.approx(edge, rel=1e-3)
 
@@ -286,7 +307,10 @@ class Warmup(SmallRegressor):
 )
 def test_warmup_from_a_learning_rate_of_zero_is_no_failure(fit: Fit, probe: dict[str, Any]) -> None:
     logger = fit(Warmup(), CurvatureProbe(1, **probe), max_steps=4).logger
-    assert sorted(logger.curve("curvature/stability_limit")) == [1, 2, 3]
+    assert sorted(logger.curve("curvature_details/stability_limit")) == [1, 2, 3]
+    assert set(logger.curve("curvature/stability_ratio")) == {1, 2, 3}
+    if probe.get("estimator") != "lyapunov":  # which has not settled
+        assert list(logger.curve("curvature_details/converged").values()) == [1.0] * 4
     if probe.get("end") != "smallest":
         assert sorted(logger.curve("curvature/lambda_max")) == [0, 1, 2, 3]
 
@@ -310,13 +334,18 @@ def test_preconditioned_eigenvalue_is_that_of_the_dense_matrix(
     fit: Fit, optimizer: Any, limit: float, estimator: str
 ) -> None:
     reference = Reference()
-    logger = fit(SmallRegressor(optimizer), reference, CurvatureProbe(1, estimator, tol=1e-4)).logger
+    # On all of the data, where the limit is the classical one.
+    loader, probe = regression_loader(batch_size=48), CurvatureProbe(1, estimator, tol=1e-4)
+    logger = fit(SmallRegressor(optimizer), reference, probe, loader=loader).logger
     found = logger.curve("curvature/preconditioned_lambda_max")
     found.pop(0, None)  # an adaptive optimizer has no preconditioner before its first step
     assert list(found) == list(range(1, 12))
     assert found == pytest.approx(reference.preconditioned, rel=1e-2 if estimator == "power" else 1e-4)
-    limits = logger.curve("curvature/stability_limit")
-    assert all_near([limits[step] for step in found], limit)
+    limits = logger.curve("curvature_details/stability_limit")
+    assert all_near(limits.values(), limit)
+    assert set(limits) >= set(range(2, 12))  # with momentum once two batches have been compared
+    ratios = logger.curve("curvature_details/eigenvalue_ratio")
+    assert ratios == pytest.approx({step: found[step] / limit for step in ratios if step}, rel=1e-6)
     assert logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-4)
     for step, converged in logger.curve("curvature_details/converged").items():
         met = logger.curve("curvature_details/value_error")[step] <= 1e-4 * reference.largest[step]
@@ -329,7 +358,11 @@ def test_lyapunov_leaves_out_the_limit_on_what_it_does_not_measure(fit: Fit) -> 
     module = SmallRegressor(lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
     logger = fit(module, CurvatureProbe(1, "lyapunov")).logger
     assert logger.curve("curvature/lambda_max")
-    assert not EDGE & logger.tags
+    assert not {"curvature_details/eigenvalue_ratio", "curvature/preconditioned_lambda_max"} & logger.tags
+    limits, ratios = logger.curve("curvature_details/stability_limit"), logger.curve("curvature/stability_ratio")
+    sharpness = logger.curve("curvature/batch_sharpness")  # the only one that is in the optimizer's metric
+    assert ratios == pytest.approx({step: sharpness[step] / limit for step, limit in limits.items()})
+    assert len(ratios) == 10
 
 
 class Uphill(SmallRegressor):
@@ -342,20 +375,30 @@ class Uphill(SmallRegressor):
 def test_ascent_is_measured_at_the_lower_end(fit: Fit) -> None:
     reference = Reference()
     module = Uphill(sgd(weight_decay=0.1, maximize=True))
-    logger = fit(module, reference, CurvatureProbe(1, tol=1e-6)).logger
+    loader = regression_loader(batch_size=48)  # on less the limit is higher, as the decay is the same for all batches
+    logger = fit(module, reference, CurvatureProbe(1, tol=1e-6), loader=loader).logger
     top = reference.largest  # of the loss itself, which is the negative of the one that is maximized
     assert logger.curve("curvature/preconditioned_lambda_max") == pytest.approx(top, rel=1e-4)
-    assert all_near(logger.curve("curvature/stability_limit").values(), 2 / 0.1 - 0.1)
-    ratios = {step: value / 19.9 for step, value in top.items()}
-    assert logger.curve("curvature/stability_ratio") == pytest.approx(ratios, rel=1e-4)
+    assert all_near(logger.curve("curvature_details/stability_limit").values(), 2 / 0.1 - 0.1)
+    ratios = {step: value / 19.9 for step, value in top.items() if step}  # once two batches were compared
+    assert logger.curve("curvature_details/eigenvalue_ratio") == pytest.approx(ratios, rel=1e-4)
+    sharpness = logger.curve("curvature/batch_sharpness")
+    assert 0 < sharpness[0] <= top[0]
+    binding = {step: max(ratio, sharpness[step] / 19.9) for step, ratio in ratios.items()}
+    assert logger.curve("curvature/stability_ratio") == pytest.approx(binding, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adadelta, torch.optim.Rprop, torch.optim.ASGD])
-def test_unknown_optimizer_has_no_limit_and_one_warning(fit: Fit, optimizer: type) -> None:
+def test_unknown_optimizer_is_judged_by_what_its_steps_lose_with_one_warning(fit: Fit, optimizer: type) -> None:
     reference = Reference()
     with pytest.warns(CurvatureWarning, match=f"stability limit of {optimizer.__name__} is not known") as warned:
         logger = fit(SmallRegressor(lambda p: optimizer(p, lr=0.01)), reference, CurvatureProbe(1, tol=1e-3)).logger
     assert len([w for w in warned if issubclass(w.category, CurvatureWarning)]) == 1
-    assert not {"curvature/stability_limit", "curvature/preconditioned_lambda_max"} & logger.tags
+    assert not {"curvature_details/stability_limit", "curvature/preconditioned_lambda_max"} & logger.tags
+    assert not {"curvature_details/eigenvalue_ratio", "curvature/batch_sharpness"} & logger.tags
+    assert list(logger.curve("curvature/stability_ratio")) == list(range(12))
+    assert logger.curve("curvature/learning_rate_limit")[0] == pytest.approx(
+        0.01 / logger.curve("curvature/stability_ratio")[0]
+    )
     assert logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-4)
     assert "curvature_details/lr_times_lambda_max" in logger.tags

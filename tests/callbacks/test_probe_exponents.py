@@ -47,6 +47,11 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> "Counter[int]":
     return counts
 
 
+GAUGE = 2
+"""Replays for the batch sharpness of a batch: of its gradient, and of the graph that its product is taken from. As many
+for another batch that it is compared with, as it is here at the second and the third measurement."""
+
+
 @pytest.mark.parametrize(
     ("options", "first", "later"),
     [
@@ -62,15 +67,19 @@ def test_lyapunov_reuses_the_gradient_of_the_step(
     fit: Fit, replays: Any, options: dict[str, Any], first: int, later: int, module: dict[str, Any]
 ) -> None:
     fit(SmallRegressor(**module), CurvatureProbe(4, "lyapunov", **options), gradient_clip_val=1e-3)
+    first, later = first + GAUGE, later + 2 * GAUGE
     assert [replays[step] for step in range(12)] == [first, 0, 0, 0, later, 0, 0, 0, later, 0, 0, 0]
 
 
-def test_lyapunov_reuses_the_gradient_of_the_first_accumulated_batch(fit: Fit, replays: Any) -> None:
+@pytest.mark.parametrize("batch_size", [8, 20])
+def test_lyapunov_follows_the_mean_over_all_accumulated_batches(fit: Fit, replays: Any, batch_size: int) -> None:
+    # An epoch of 20, 20 and 8 samples, the last one a step by itself: `.grad` is half of its gradient.
     reference = Reference()
     probe = CurvatureProbe(1, "lyapunov", delta_q=1e-6, iterations=200)
-    logger = fit(SmallRegressor(), reference, probe, accumulate_grad_batches=3, max_steps=2).logger
-    assert [replays[step] for step in range(2)] == [201, 200]
+    loader = regression_loader(batch_size=batch_size)
+    logger = fit(SmallRegressor(), reference, probe, loader=loader, accumulate_grad_batches=2, max_steps=4).logger
     assert logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-3)
+    assert replays[0] == 2 * (201 + GAUGE)
 
 
 class ScaledGradients(SmallRegressor):
@@ -84,7 +93,7 @@ def test_lyapunov_computes_the_gradient_where_the_step_has_another_one(fit: Fit,
     reference = Reference()
     probe = CurvatureProbe(1, "lyapunov", delta_q=1e-6, iterations=200)
     logger = fit(ScaledGradients(), reference, probe, max_steps=2).logger
-    assert [replays[step] for step in range(2)] == [201] * 2
+    assert [replays[step] for step in range(2)] == [201 + GAUGE, 201 + 2 * GAUGE]
     assert logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-3)
 
 
@@ -158,5 +167,7 @@ def test_later_probes_need_fewer_products_than_the_first(fit: Fit, estimator: st
 
 def test_probe_builds_the_graph_of_the_gradient_once(fit: Fit, replays: Any) -> None:
     logger = fit(SmallRegressor(), CurvatureProbe(1, "lanczos", "both")).logger
-    assert [replays[step] for step in range(12)] == [1] * 12
+    # And a gradient and a graph of the batch before it, at the measurements that compare the two.
+    is_compared = [step in (1, 2, 3, 4, 8) for step in range(12)]
+    assert [replays[step] for step in range(12)] == [1 + GAUGE * compared for compared in is_compared]
     assert min(logger.curve("curvature_details/matvecs").values()) > 1

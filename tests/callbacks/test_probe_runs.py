@@ -140,15 +140,27 @@ def test_interval_begins_anew_in_the_next_run(fit: Fit) -> None:
 # Fixed data.
 
 
-class SeenByProbe:
-    """A loss that notes which samples it is asked for. Only the probe calls it."""
+class SeenByProbe(Callback):
+    """A loss that notes which samples it is asked for. Only the probe calls it.
+
+    Of the batches it leaves out those that are trained on: the batch sharpness is theirs, whatever the data are.
+
+    """
 
     def __init__(self) -> None:
-        self.batches: list[tuple[int, ...]] = []
+        self.seen: list[tuple[int, ...]] = []
+        self.trained: list[tuple[int, ...]] = []
 
     def __call__(self, module: Any, batch: Any) -> Tensor:
-        self.batches.append(tuple(batch[2].tolist()))
+        self.seen.append(tuple(batch[2].tolist()))
         return nn.functional.mse_loss(module(batch[0]), batch[1])
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.trained.append(tuple(batch[2].tolist()))
+
+    @property
+    def batches(self) -> list[tuple[int, ...]]:
+        return [batch for batch in self.seen if batch not in self.trained]
 
     @property
     def samples(self) -> list[int]:
@@ -186,7 +198,7 @@ def test_fixed_data_are_the_same_samples_throughout(
     seen, reference, module = SeenByProbe(), ReferenceOnSamples(), SmallRegressor()
     probe = CurvatureProbe(3, tol=1e-3, hessian=HessianConfig("fixed", loss_fn=seen, **options))
     loader = regression_loader(shuffle=True)
-    logger = fit(module, reference, probe, loader=loader, accumulate_grad_batches=accumulate).logger
+    logger = fit(module, reference, seen, probe, loader=loader, accumulate_grad_batches=accumulate).logger
     assert len(seen.samples) == num_samples
     assert all(count == seen.batches.count(seen.batches[0]) for count in Counter(seen.batches).values())
     found = logger.curve("curvature/lambda_max")
@@ -209,7 +221,7 @@ def test_fixed_data_depend_on_the_seed_alone(fit: Fit) -> None:
         seen = SeenByProbe()
         pl.seed_everything(run, verbose=False)
         probe = CurvatureProbe(3, hessian=HessianConfig("fixed", 1, loss_fn=seen, seed=seed))
-        fit(SmallRegressor(), probe, loader=regression_loader(shuffle=True), max_steps=3)
+        fit(SmallRegressor(), seen, probe, loader=regression_loader(shuffle=True), max_steps=3)
         return seen.samples
 
     assert samples(0, run=1) == samples(0, run=2)

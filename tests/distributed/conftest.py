@@ -60,7 +60,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
     @cache
     def load(name: str) -> list[Any]:
-        paths = [ranks.saved(folder, name, rank) for rank in range(ranks.WORLD_SIZE)]
+        paths = [ranks.saved(folder, name, rank) for rank in range(ranks.NUM_RANKS[name])]
         if not all(path.exists() for path in paths):
             pytest.fail(f"a rank hung or died in {name} or before:\n{(folder / 'log').read_text()[-3000:]}")
         loaded = [torch.load(path, weights_only=False) for path in paths]

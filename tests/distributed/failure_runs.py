@@ -2,8 +2,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -15,9 +14,9 @@ from lyapunov_lightning.callbacks import spectrum_tracker
 from lyapunov_lightning.training import config, operators, sharing, spacing
 from lyapunov_lightning.training.reporting import recording
 from tests.distributed.models import (
-    STEPS,
     PlannedError,
     Smooth,
+    failing_once,
     final,
     fit,
     observed,
@@ -62,23 +61,6 @@ def failing_measurements(rank: int) -> dict[str, Any]:
     module = Smooth()
     fit(module, unequal_shards(rank), precision="64-true", use_distributed_sampler=False)
     return {**found, "without": final(module)}
-
-
-@contextmanager
-def failing_once(module: Any, name: str, only: bool) -> Iterator[None]:
-    """Let a function, as a module knows it, fail at its second call; on this rank if `only`."""
-    plain, calls = getattr(module, name), iter(range(STEPS))
-
-    def function(*args: Any, **options: Any) -> Any:
-        if next(calls) == FAILING_STEP and only:
-            raise PlannedError("planned")
-        return plain(*args, **options)
-
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, plain)
 
 
 @check

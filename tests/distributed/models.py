@@ -2,13 +2,17 @@
 
 import copy
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -16,13 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.data.batches import ProbeData
-from tests.distributed.ranks import TIMEOUT, WORLD_SIZE
+from tests.distributed.ranks import TIMEOUT
 from tests.training.live import RememberingLogger
 
 OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nudge)(_details)?/")
 """What the package's callbacks log."""
 
-STEP_BATCHES = [5, 3]
+STEP_BATCHES = [5, 3, 2]
 """Batch size of each rank where the shards are unequal."""
 
 STEPS = 4
@@ -83,12 +87,13 @@ def trainer_of(*callbacks: Callback, **settings: Any) -> pl.Trainer:
         "strategy": strategy(),
         **settings,
     }
-    return pl.Trainer(accelerator="cpu", devices=WORLD_SIZE, callbacks=list(callbacks), **settings)
+    return pl.Trainer(accelerator="cpu", devices=dist.get_world_size(), callbacks=list(callbacks), **settings)
 
 
 def fit(module: pl.LightningModule, loader: Any, *callbacks: Callback, **settings: Any) -> pl.Trainer:
+    path = settings.pop("ckpt_path", None)
     trainer = trainer_of(*callbacks, **settings)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=path)
     return trainer
 
 
@@ -117,12 +122,12 @@ class Noticing(Callback):
 
 @contextmanager
 def measured_batches() -> Iterator[list[list[Any]]]:
-    """What this rank measures on, one list of batches for each measurement."""
+    """The fixed data that this rank measures on, one list of batches for each measurement."""
     measured: list[list[Any]] = []
     plain = ProbeData.batches
 
-    def batches(self: ProbeData, batch: Any, batch_idx: int) -> Any:
-        probes = plain(self, batch, batch_idx)
+    def batches(self: ProbeData) -> Any:
+        probes = plain(self)
         if probes is not None:
             measured.append([copy.deepcopy(probe.batch) for probe in probes])
         return probes
@@ -132,6 +137,23 @@ def measured_batches() -> Iterator[list[list[Any]]]:
         yield measured
     finally:
         ProbeData.batches = plain
+
+
+@contextmanager
+def failing_once(place: Any, name: str, only: bool, call: int = 1) -> Iterator[None]:
+    """Let a function, as a module or a class knows it, fail at its second call, or another; on this rank if `only`."""
+    plain, calls = getattr(place, name), count()
+
+    def function(*args: Any, **options: Any) -> Any:
+        if next(calls) == call and only:
+            raise PlannedError("planned")
+        return plain(*args, **options)
+
+    setattr(place, name, function)
+    try:
+        yield
+    finally:
+        setattr(place, name, plain)
 
 
 @contextmanager
@@ -167,12 +189,32 @@ def own_entries(logger: RememberingLogger) -> list[tuple[int, dict[str, float]]]
     ]
 
 
-def observed(callback: Any, loader: Any, module: pl.LightningModule | None = None, **settings: Any) -> dict[str, Any]:
-    """A training in double precision, and all that is known of it afterwards."""
+class Saving(Callback):
+    """Writes a checkpoint at the end of the first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know."""
+    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    return Path(str(names[0]))
+
+
+def observed(
+    callback: Any, loader: Any, module: pl.LightningModule | None = None, *beside: Callback, **settings: Any
+) -> dict[str, Any]:
+    """A training in double precision, with callbacks beside the one in question, and all that is known afterwards."""
     logger, snapshots = RememberingLogger(), Snapshots()
     module = Smooth() if module is None else module
     with measured_batches() as measured, warned() as messages:
-        fit(module, loader, snapshots, callback, logger=logger, **{"precision": "64-true", **settings})
+        fit(module, loader, snapshots, callback, *beside, logger=logger, **{"precision": "64-true", **settings})
     return {
         "logged": own_entries(logger),
         "results": callback.results,

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from lyapunov_lightning.training.reporting import outlets
 
 WORLD_SIZE = 2
+"""Ranks of a check, if it does not say how many it wants."""
+
 TIMEOUT = timedelta(seconds=300)
 """How long a rank waits for another one before it gives up, which on a busy machine may be slow and not hang."""
 
@@ -31,6 +33,9 @@ FINISHED = "finished"
 
 CHECKS: dict[str, Callable[[int], Any]] = {}
 """By name; each takes the rank."""
+
+NUM_RANKS: dict[str, int] = {}
+"""On how many ranks each check runs."""
 
 
 @dataclass
@@ -41,9 +46,18 @@ class Failure:
 
 
 def check(function: Callable[[int], Any]) -> Callable[[int], Any]:
-    assert function.__name__ not in CHECKS, function
-    CHECKS[function.__name__] = function
-    return function
+    return check_on(WORLD_SIZE)(function)
+
+
+def check_on(num_ranks: int) -> Callable[[Callable[[int], Any]], Callable[[int], Any]]:
+    """A check on another number of ranks."""
+
+    def registered(function: Callable[[int], Any]) -> Callable[[int], Any]:
+        assert function.__name__ not in CHECKS, function
+        CHECKS[function.__name__], NUM_RANKS[function.__name__] = function, num_ranks
+        return function
+
+    return registered
 
 
 def saved(folder: Path, name: str, rank: int) -> Path:
@@ -57,25 +71,27 @@ def main(folder: Path, modules: list[str]) -> None:
         for module in modules:
             import_module(module)
         fork = multiprocessing.get_context("fork")
-        processes = [fork.Process(target=_run, args=(folder, rank)) for rank in range(WORLD_SIZE)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+        for num_ranks in sorted(set(NUM_RANKS.values())):
+            processes = [fork.Process(target=_run, args=(folder, rank, num_ranks)) for rank in range(num_ranks)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
     finally:
         (folder / FINISHED).touch()
 
 
-def _run(folder: Path, rank: int) -> None:
+def _run(folder: Path, rank: int, num_ranks: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
     outlets.write_figure = lambda figure, path: None  # nobody looks at them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT
-    )
+    meeting = f"file://{folder / 'rendezvous'}-{num_ranks}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks, timeout=TIMEOUT)
     for name, function in CHECKS.items():
+        if NUM_RANKS[name] != num_ranks:
+            continue
         outcome: Any
         started = time.process_time(), time.perf_counter()
         try:

@@ -1,15 +1,12 @@
 """Models whose parameters are sharded over the ranks, measured and acted upon."""
 
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,7 +30,16 @@ from lyapunov_lightning.training.fsdp import put_away
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
-from tests.distributed.models import PlannedError, own_entries, said, strategy, trainer_of, warned
+from tests.distributed.models import (
+    PlannedError,
+    Saving,
+    own_entries,
+    said,
+    shared_folder,
+    strategy,
+    trainer_of,
+    warned,
+)
 from tests.distributed.ranks import check
 from tests.distributed.sharded_models import Decoder, sharded_strategy, texts, transformer
 from tests.training.live import RememberingLogger
@@ -42,6 +48,9 @@ PARAMETERS = sum(p.numel() for p in transformer().parameters())
 
 FIXED = HessianConfig("fixed", num_batches=2)
 STEP = HessianConfig("batch")
+
+ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
+"""Of which memory which way is taken."""
 
 CALLBACKS: dict[str, Any] = {
     "probe": lambda: CurvatureProbe(1, end="both", tol=1e-8),
@@ -120,6 +129,33 @@ def sharded_callbacks(rank: int) -> dict[str, Any]:
         }
         for name, make in CALLBACKS.items()
     }
+
+
+class Unknown(torch.optim.SGD):
+    """An optimizer of the user's own, of which no limit is known."""
+
+
+GAUGED: dict[str, Any] = {
+    "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.95)),
+    "unknown": partial(Unknown, momentum=0.9),
+}
+"""Optimizers whose steps are gauged."""
+
+
+@check
+def sharded_gauges(rank: int) -> dict[str, Any]:
+    """How near trainings are to their edge, of ranks with unequal numbers of samples and gradients that are clipped."""
+    settings: dict[str, Any] = {"sizes": (5, 3), "num_batches": 3, "gradient_clip_val": 0.5}
+    found: dict[str, Any] = {}
+    for name, optimizer in GAUGED.items():
+        for way, room in {"copied": None, **ROOM}.items():
+            probe = CurvatureProbe(
+                1, tol=0.5, eigenvalue_every=9, hessian=HessianConfig("batch", max_gather_bytes=room)
+            )
+            kind = strategy() if way == "copied" else sharded_strategy()
+            module = Decoder(optimizer=optimizer, lr=0.05)
+            found.setdefault(name, {})[way] = trained(rank, probe, module=module, strategy=kind, **settings)
+    return found
 
 
 class Unfreezing(pl.Callback):
@@ -301,9 +337,6 @@ def sharded_numbers(rank: int) -> dict[str, Any]:
 # What goes wrong.
 
 
-ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
-"""Of which memory which way is taken."""
-
 FAILURES: dict[str, tuple[tuple[int, ...], str, str]] = {
     "one rank": ((1,), "after", "gathered"),
     "all ranks": ((0, 1), "after", "gathered"),
@@ -360,7 +393,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 @check
 def sharded_resume(rank: int) -> dict[str, Any]:
     """Trainings that go on from sharded checkpoints, and one from a whole checkpoint."""
-    folder = Path(shared_folder())
+    folder = shared_folder()
     found: dict[str, Any] = {}
     for name, options in RESUMED.items():
         for is_sharded in (True, False) if name == "nudge" else (True,):
@@ -385,24 +418,6 @@ def sharded_resume(rank: int) -> dict[str, Any]:
                 zip(("straight", "resumed"), runs, strict=True)
             )
     return found
-
-
-class Saving(pl.Callback):
-    """Writes a checkpoint at the end of the first epoch."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
-def shared_folder() -> str:
-    """A new folder that all ranks know."""
-    names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(names)
-    return str(names[0])
 
 
 class GoingBack(pl.Callback):

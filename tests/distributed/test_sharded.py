@@ -205,6 +205,38 @@ def test_ranks_agree_on_what_is_logged_and_on_the_parameters(callbacks, name):
     assert first["logged"]
 
 
+GAUGED = {
+    "adamw": (
+        "batch_sharpness",
+        "batch_sharpness_error",
+        "step_sharpness",
+        "batch_agreement",
+        "stability_limit",
+        "noise_ratio",
+        "clipping",
+    ),
+    "unknown": ("lost_decrease", "clipping"),
+}
+"""What is known of the steps of an optimizer."""
+
+
+@pytest.mark.parametrize("way", runs.ROOM)
+@pytest.mark.parametrize("optimizer", GAUGED)
+def test_steps_on_shards_are_as_near_to_their_edge_as_those_on_copies(outcomes, optimizer, way):
+    found = outcomes("sharded_gauges")
+    first, second = (outcome[optimizer][way] for outcome in found)
+    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    copied = found[0][optimizer]["copied"]
+    assert first["warned"] == copied["warned"]
+    assert close(first["parameters"], copied["parameters"], 1e-9)
+    seen = [[getattr(result, name) for name in GAUGED[optimizer]] for result in first["results"][0]]
+    expected = [[getattr(result, name) for name in GAUGED[optimizer]] for result in copied["results"][0]]
+    assert all(number is not None for number in expected[-1])
+    for numbers, others in zip(seen, expected, strict=True):
+        for name, number, other in zip(GAUGED[optimizer], numbers, others, strict=True):
+            assert number == (other if other is None else pytest.approx(other, rel=1e-6)), name
+
+
 def test_vectors_are_given_up_where_other_parameters_train_from_now_on(outcomes):
     for outcome in outcomes("sharded_unfreezing"):
         sharded, copied = outcome["sharded"], outcome["copied"]
@@ -254,8 +286,10 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(outcomes, name
         first, second = ([vars(r) for r in run["results"][0]] for run in (straight, resumed))
         for one, other in zip(first, second, strict=True):
             different = {field for field in one if not same(one[field], other[field])}
-            assert different <= {"block_matvecs", "lambda_max_of"}  # whose searches begin anew
-            assert all(close(one[field], other[field], 1e-3) for field in different - {"block_matvecs"})
+            # Searches begin anew, and the batch with which a first step would be compared is not in a checkpoint.
+            unlike = {"block_matvecs", "batch_agreement", "noise_ratio"}
+            assert different <= {"lambda_max_of", *unlike}
+            assert all(close(one[field], other[field], 1e-3) for field in different - unlike)
         assert len(first) > 1
 
 

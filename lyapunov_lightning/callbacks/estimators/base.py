@@ -28,9 +28,8 @@ Moment = Literal["start", "gradient", "update"]
 """When in a step an estimator measures.
 
 - ``"start"``: before the step.
-- ``"gradient"``: after the backward pass of the step's first batch, whose gradient is in ``.grad``.
-- ``"update"``: after the optimizer has moved the parameters, before anything else does. With gradient accumulation that
-  is some batches after the first one.
+- ``"gradient"``: after the backward pass of the step's batch, whose gradient is in ``.grad``.
+- ``"update"``: after the optimizer has moved the parameters, before anything else does.
 """
 
 

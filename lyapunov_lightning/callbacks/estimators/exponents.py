@@ -16,10 +16,10 @@ class LyapunovExponents(Estimator):
     """``estimator="lyapunov"``: follows a perturbation of the parameters from probe to probe.
 
     A probe makes one iteration, or as many as `iterations` says, of one gradient each. It takes one gradient more where
-    the step's own gradient cannot be used: on fixed data, in several processes, and where that is not the gradient of
-    the measured loss. The largest end is Algorithm 1 of the paper; the smallest end follows the training map itself,
-    with the learning rate and the momentum of the optimizer, which has to be plain or heavy-ball SGD with one parameter
-    group.
+    the step's own gradient cannot be used: on fixed data, in several processes, with accumulated batches, and where
+    that is not the gradient of the measured loss. The largest end is Algorithm 1 of the paper; the smallest end follows
+    the training map itself, with the learning rate and the momentum of the optimizer, which has to be plain or
+    heavy-ball SGD with one parameter group.
 
     ``lyapunov_exponent`` is the exponent of the map that was followed, 1 for Algorithm 1 once it has settled. Beyond
     the edge of stability the sharpest direction is the one that grows under the training map; its eigenvalue is then
@@ -56,7 +56,7 @@ class LyapunovExponents(Estimator):
     @override
     def measure(self, at: MeasuredStep) -> ProbeResult | None:
         hessian, trainer = at.hessian, at.step.trainer
-        here = self._own_gradient.take(trainer, hessian) if at.moment == "gradient" else hessian.gradient()
+        here = self._own_gradient.take(hessian) if at.moment == "gradient" else hessian.gradient()
         with at.progress() as report:
 
             def gradient(displacement: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ class ShardedHessian(SymmetricOperator):
         self.parameters = tuple(parameters)
         self.num_matvecs = 0
         self._make = make
-        self._watched = list(map(local_of, watched))
+        self._watched = list(watched)
         self._sharding = sharding
         self._ranks = ranks
         self._own: HessianOperator | None = None
-        self._versions: list[int] | None = None
+        self._versions: list[tuple[int, int]] | None = None
         self._trusted: object = None
 
     @property
@@ -132,7 +132,8 @@ class ShardedHessian(SymmetricOperator):
         # would be one more message.
         solver = self._ranks.solver
         if solver is None or solver is not self._trusted:
-            versions = [tensor._version for tensor in self._watched]
+            # Of both: what an optimizer writes is counted by the DTensor, what is written to the shard by the shard.
+            versions = [(tensor._version, local_of(tensor)._version) for tensor in self._watched]
             if self._ranks.sum_of(versions != self._versions):
                 self._own = None  # first: the old and the new one together would hold the whole parameters twice
                 self._own = self._make()

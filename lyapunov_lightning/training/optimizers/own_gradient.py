@@ -17,22 +17,20 @@ class OwnGradient:
 
     ``.grad`` after the backward pass need not be the gradient of the measured loss: dropout masks may differ, a loss
     scaler may have scaled it, hooks may have changed it. So the first one is compared with a gradient that is computed
-    for the purpose, and ``.grad`` is used from then on only if the two were the same.
+    for the purpose, and ``.grad`` is used from then on only if the two were the same. Where several batches are
+    accumulated they may be the same at one step and not at the next: with a smaller batch among them, or fewer of them.
     """
 
     def __init__(self) -> None:
         self._fits: bool | None = None
 
     def may_fit(self, trainer: Trainer) -> bool:
-        """Whether to wait for the backward pass: not after a mismatch, and not where ``.grad`` is a mean over ranks."""
-        return trainer.world_size == 1 and self._fits is not False
+        """Whether to wait for the backward pass: not after a mismatch, nor where ``.grad`` is of several batches."""
+        return trainer.world_size == 1 and trainer.accumulate_grad_batches == 1 and self._fits is not False
 
-    def take(self, trainer: Trainer, operator: LossHessian) -> Tensor:
-        """The gradient at the present parameters, right after the backward pass of a step's first batch."""
+    def take(self, operator: LossHessian) -> Tensor:
+        """The gradient at the present parameters, right after the step's backward pass."""
         own = operator.layout.flatten([parameter.grad for parameter in operator.parameters])
-        # Lightning divides the loss of every batch by the number of batches that are accumulated.
-        if trainer.accumulate_grad_batches > 1:
-            own *= trainer.accumulate_grad_batches
         if self._fits:
             return own
         # Compared in the first probe only: two evaluations of the same function on the same batch differ by the order

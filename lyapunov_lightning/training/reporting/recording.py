@@ -41,11 +41,13 @@ class Record:
     Attributes:
         result: The result, to be set within the measurement; None if there is nothing to log now.
         seconds: Wall-clock time spent, once the measurement is over.
+        has_failed: Whether it ended in an exception.
 
     """
 
     result: Result | None = None
     seconds: float = 0.0
+    has_failed: bool = False
 
 
 class Recorder:
@@ -117,7 +119,7 @@ class Recorder:
             further = {} if result is None else result.table()  # within the guard: a result computes when it is read
         except Exception as error:
             # `Exception`, and not KeyboardInterrupt: Ctrl+C ends the run, also while it measures.
-            record.result = None
+            record.result, record.has_failed = None, True
             scalars, further = {f"{self._group}_details/converged": 0.0}, {}
             self._warn_of_failure(step, error)
         # Of a failure too: a schedule that bounds the overhead has to count what failing took.

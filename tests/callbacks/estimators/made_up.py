@@ -72,6 +72,7 @@ class MadeUpRun:
             current_epoch=0,
             num_training_batches=100,
             global_step=0,
+            progress_bar_callback=None,
         )
         estimator.start(self._trainer, "CurvatureProbe")
 

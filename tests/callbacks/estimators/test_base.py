@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,8 +69,15 @@ def texts(state: Any) -> Any:
 def test_a_state_from_before_the_estimators_is_taken_up(name: EstimatorName) -> None:
     kept = KEPT[name]
     probe = CurvatureProbe(1, name, **kept["options"])
+    fresh = texts(probe.state_dict())
     probe.load_state_dict(tensors(kept["state"]))
     state = texts(probe.state_dict())
+    # What was not measured then begins as in a new probe, and is not known of its results.
+    assert {part: state.pop(part) for part in ("cadence", "sharpness", "decrease")}.items() <= fresh.items()
+    unknown = asdict(ProbeResult(step=0, epoch=0.0))
+    for result, before in zip(state["results"]["items"], kept["state"]["results"]["items"], strict=True):
+        for field in set(result) - set(before):
+            assert result.pop(field) == unknown[field]
     assert state == {part: kept["state"][part] for part in state}
     # Left out: trackers that the estimator never used, and that had never seen an operator.
     assert {part: kept["state"][part] for part in set(kept["state"]) - set(state)} in (
@@ -104,14 +112,15 @@ class AlongTheGradient(Estimator):
 
     def measure(self, at: MeasuredStep) -> ProbeResult:
         is_there = at.moment == "gradient"
-        gradient = self._own_gradient.take(at.step.trainer, at.hessian) if is_there else at.hessian.gradient()
+        gradient = self._own_gradient.take(at.hessian) if is_there else at.hessian.gradient()
         with at.watched() as operator:
             product = operator.matvec(gradient)
         space = at.hessian.space
         mean = self._mean.of(float(space.inner(gradient, product) / space.inner(gradient, gradient)))
         step = at.step
+        limits = at.limits(at.stability())
         return ProbeResult(
-            step=step.index, epoch=step.epoch, lambda_max=mean, converged=True, **at.limits(at.stability())
+            step=step.index, epoch=step.epoch, lambda_max=mean, decisive_eigenvalue=mean, converged=True, **limits
         )
 
     def parts(self) -> dict[str, Stateful]:
@@ -151,8 +160,9 @@ def test_one_more_estimator_needs_nothing_of_the_probe(fit: Fit, monkeypatch: py
     means = {step: math.fsum(expected[: step + 1]) / (step + 1) for step in range(12)}
     assert len(probe.results) == 12
     assert logger.curve("curvature/lambda_max") == pytest.approx(means, rel=1e-6)
-    assert logger.curve("curvature/stability_ratio") == pytest.approx(
-        {s: 0.025 * v for s, v in means.items()}, rel=1e-6
+    clipping = logger.curve("curvature_details/clipping")
+    assert logger.curve("curvature_details/eigenvalue_ratio") == pytest.approx(
+        {s: 0.025 * v * clipping[s] for s, v in means.items()}, rel=1e-6
     )
     assert set(probe.state_dict()) >= {"own_gradient", "mean"}
     assert probe.plot().axes[0].lines[0].get_label() == "sharpness"

@@ -261,7 +261,7 @@ def test_a_second_run_has_the_ratios_of_its_own_optimizer() -> None:
 # The step's own gradient.
 
 
-TRAINER = SimpleNamespace(world_size=1, accumulate_grad_batches=2)
+TRAINER = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
 
 
 def test_the_steps_own_gradient_is_used_once_it_was_right() -> None:
@@ -270,24 +270,25 @@ def test_the_steps_own_gradient_is_used_once_it_was_right() -> None:
     calls = itertools.count()
     compute = operator.gradient
     operator.gradient = lambda *args: (next(calls), compute(*args))[1]  # type: ignore[method-assign]
-    (module.loss() / 2).backward()  # as the loop divides it for two batches
+    module.loss().backward()
     assert own.may_fit(TRAINER)
     for _ in range(3):
-        torch.testing.assert_close(own.take(TRAINER, operator), module.hessian @ module.flat.detach())
+        torch.testing.assert_close(own.take(operator), module.hessian @ module.flat.detach())
         assert own.may_fit(TRAINER)
     assert next(calls) == 1
     other = OwnGradient()
     other.load_state_dict(own.state_dict())
-    other.take(TRAINER, operator)
+    other.take(operator)
     assert next(calls) == 2
 
 
 def test_a_gradient_of_something_else_is_not_used() -> None:
     module, own = Bowl(), OwnGradient()
-    module.loss().backward()  # twice what it should be
-    torch.testing.assert_close(own.take(TRAINER, module.operator()), module.hessian @ module.flat.detach())
+    (2 * module.loss()).backward()
+    torch.testing.assert_close(own.take(module.operator()), module.hessian @ module.flat.detach())
     assert not own.may_fit(TRAINER)
-    assert not OwnGradient().may_fit(SimpleNamespace(world_size=2))
+    assert not OwnGradient().may_fit(SimpleNamespace(world_size=2, accumulate_grad_batches=1))
+    assert not OwnGradient().may_fit(SimpleNamespace(world_size=1, accumulate_grad_batches=2))
 
 
 # Gradients that are projected.
