@@ -207,7 +207,7 @@ def drawn(runs: dict[str, dict[int, Run]]) -> Picture:
         axes.axhline(1.0, color=INK, linewidth=1.0, linestyle="--", zorder=4)
         axes.axhspan(1.0, HIGHEST, color=RED, alpha=0.06, linewidth=0, zorder=0)
     grid[0, 0].set_ylim(LOWEST, HIGHEST)
-    write(grid[0, 0], "edge of stability", (0.0, 1.0), xytext=(0, 4))
+    write(grid[1, 1], "edge of stability", (0.0, 1.0), xytext=(0, 4))
     grid[0, 0].set_ylabel("stability ratio")
     grid[1, 0].set_ylabel("largest eigenvalue /\nfull-batch limit")
     picture.legend(handles=grid[0, 0].get_legend_handles_labels()[0], loc="outside lower center", ncols=4)
