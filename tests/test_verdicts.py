@@ -1,5 +1,6 @@
 """The truth benchmark of the verdict: searches, readings and their tables, on toys that need no data."""
 
+import gzip
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from benchmarks.verdicts import report, work
 from benchmarks.verdicts.design import BATCHES, every_pair, half_of_the_pairs
 from benchmarks.verdicts.held_out import HELD_OUT
 from benchmarks.verdicts.kept import Kept
-from benchmarks.verdicts.problems import PROBLEMS
+from benchmarks.verdicts.problems import PROBLEMS, SAMPLES, mnist
 from benchmarks.verdicts.readings import read
 from benchmarks.verdicts.report import Reading, Score
 from benchmarks.verdicts.sweeps import HIGHEST, LOWEST, Sweep, search
@@ -138,6 +139,26 @@ def test_every_problem_without_data_trains(name: str) -> None:
     final = in_loop(learner, loader(cell, NO_DATA, Size(40, 32)), lambda: learner.loss_of_all(data))
     assert 0 <= final < before
     assert 700 <= sum(parameter.numel() for parameter in learner.parameters()) <= 8000
+
+
+def test_digits_are_read_packed_and_unpacked(tmp_path: Path) -> None:
+    pixels = torch.randint(256, (SAMPLES, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    files = {
+        "train-images-idx3-ubyte": bytes(16) + pixels.numpy().tobytes(),
+        "train-labels-idx1-ubyte": bytes(8) + bytes(number % 10 for number in range(SAMPLES)),
+    }
+    found = []
+    for root, write in ((tmp_path / "packed", gzip.compress), (tmp_path / "plain", bytes)):
+        raw = root / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name, content in files.items():
+            (raw / (name + ".gz" * (write is gzip.compress))).write_bytes(write(content))
+        assert PROBLEMS["MNIST, ReLU"].is_there(str(root))
+        found.append(mnist(str(root)))
+    (images, labels), (others, _) = found
+    assert torch.equal(images, others)
+    assert images.shape == (SAMPLES, 1, 10, 10)
+    assert labels[:12].tolist() == [*range(10), 0, 1]
 
 
 # Readings

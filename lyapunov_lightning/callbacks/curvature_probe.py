@@ -447,7 +447,8 @@ class CurvatureProbe(CurvatureCallback):
             own = at.hessian if is_shared and is_own else self.shared.on_batches(at.step, config)
             fixed = at.hessian if is_shared and not is_own else None
             hessian_on = partial(self.shared.on_batches, at.step, config)
-            pending.gauged = self._sharpness.measure(own, at.step.own_batches, stability, hessian_on, fixed)
+            gradient = at.gradient if own is at.hessian else own.gradient()
+            pending.gauged = self._sharpness.measure(own, gradient, at.step.own_batches, stability, hessian_on, fixed)
             if self._is_clipped:
                 pending.awaited.append("update")
         elif self._observes_decrease(at):
@@ -575,10 +576,10 @@ class _Pending:
         """
         if self.result is None:
             return None
-        eigenvalue = self.result.decisive_eigenvalue
-        if eigenvalue is None and earlier and earlier[-1].is_settled:  # else it is that of another metric
-            eigenvalue = earlier[-1].decisive_eigenvalue
-        found = replace(self.result, **self.gauged, decisive_eigenvalue=eigenvalue, clipping=self._clipping)
+        found = replace(self.result, **self.gauged, clipping=self._clipping)
+        # Not across the step at which an Adam's moments settle: before it they are those of another metric.
+        if found.decisive_eigenvalue is None and earlier and earlier[-1].is_settled == found.is_settled:
+            found = replace(found, decisive_eigenvalue=earlier[-1].decisive_eigenvalue)
         if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
             found = replace(found, noise_ratio=found.noise_ratio * self._clipping)
         return found

@@ -60,6 +60,7 @@ class SharpnessGauge:
     def __init__(self) -> None:
         self._sharpness = BatchSharpness()
         self._count = 0
+        self._is_settled = True
         self._others: Sequence[ProbeBatch] | None = None
 
     def start(self) -> None:
@@ -69,6 +70,7 @@ class SharpnessGauge:
     def measure(
         self,
         own: LossHessian,
+        gradient: Tensor,
         batches: Sequence[ProbeBatch],
         stability: Stability,
         hessian_on: Callable[[Sequence[ProbeBatch]], LossHessian],
@@ -78,6 +80,7 @@ class SharpnessGauge:
 
         Args:
             own: The Hessian on the step's own batch.
+            gradient: The gradient there.
             batches: This batch, to compare the next one with.
             stability: What the optimizer is about to do.
             hessian_on: Makes the Hessian on other batches, at the same parameters.
@@ -87,7 +90,12 @@ class SharpnessGauge:
             NonFiniteCurvatureError: If slope or curvature of the batch are not finite.
 
         """
-        direction = step_direction(own.gradient(), stability.scale)
+        if stability.is_settled and not self._is_settled:
+            # In the metric of moments that have not settled a ratio can be a thousand times too high, which an average
+            # over measurements, weighted with their slopes, would keep for as many as it is one over.
+            self._sharpness = BatchSharpness()
+        self._is_settled = stability.is_settled
+        direction = step_direction(gradient, stability.scale)
         curvature, product = step_curvature(stability.matrix(own), direction)
         self._sharpness.see(curvature)
         other = fixed
@@ -115,12 +123,13 @@ class SharpnessGauge:
 
     def state_dict(self) -> dict[str, Any]:
         """The last measurements, without the batches."""
-        return {"sharpness": self._sharpness.state_dict(), "count": self._count}
+        state = {"sharpness": self._sharpness.state_dict(), "count": self._count}
+        return {**state, "is_settled": self._is_settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self._sharpness.load_state_dict(state["sharpness"])
-        self._count = state["count"]
+        self._count, self._is_settled = state["count"], state["is_settled"]
 
 
 def _limit(stability: Stability, agreement: float | None) -> float | None:

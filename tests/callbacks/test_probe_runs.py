@@ -406,3 +406,16 @@ def test_ascent_that_follows_the_other_end_is_not_passed_off_as_the_largest(fit:
     logger = fit(Saddle(), probe, max_steps=4).logger
     assert list(logger.curve("curvature/lambda_min").values())[-1] == pytest.approx(-10, rel=1e-6)
     assert not logger.curve("curvature/lambda_max")
+
+
+def test_what_was_measured_before_an_adams_moments_settled_is_in_no_later_average(fit: Fit) -> None:
+    probe = CurvatureProbe(1)
+    # One eigenvalue only, before: it must not stand for one in another metric either.
+    probe._cadence.follow(10**6)
+    fit(SmallRegressor(lambda parameters: torch.optim.Adam(parameters, lr=0.01)), probe, max_steps=30)
+    first = next(place for place, result in enumerate(probe.results) if place > 1 and result.is_settled)
+    before, after = probe.results[first - 1], probe.results[first]
+    assert before.batch_sharpness != before.step_sharpness
+    assert after.batch_sharpness == after.step_sharpness
+    assert before.decisive_eigenvalue is not None
+    assert after.decisive_eigenvalue is None

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, TypedDict
 
 import torch
@@ -17,7 +18,7 @@ from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.stability import Stability, is_adaptive, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.training.callback import Stateful
 from lyapunov_lightning.training.lightning_names import Trainer
@@ -85,6 +86,11 @@ class MeasuredStep:
     owner: str
     moment: Moment = "start"
 
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The gradient of the measured loss, of shape ``(n,)``, before the step."""
+        return self.hessian.gradient()
+
     def progress(self) -> AbstractContextManager[Callable[[], None]]:
         """A progress bar, of a measurement that takes long: a function to call after each product or evaluation."""
         return progress(self.step.trainer, self.owner)
@@ -93,8 +99,14 @@ class MeasuredStep:
         """The Hessian, with its products shown in a progress bar."""
         return watched(self.hessian, self.step.trainer, self.owner)
 
-    def stability(self) -> Stability | None:
-        """The stability limit of the first optimizer as it is set now; None if it is not known."""
+    def stability(self, *, counts_gradient: bool = True) -> Stability | None:
+        """The stability limit of the first optimizer as it is set now; None if it is not known.
+
+        Args:
+            counts_gradient: Whether an adaptive optimizer's divisor is that of the coming step, for which the gradient
+                is computed, or that of the last one.
+
+        """
         if not self.step.trainer.optimizers:
             return None
         # There are several under manual optimization only, as for a GAN: which of them descends the measured loss
@@ -109,7 +121,8 @@ class MeasuredStep:
             )
         # In the order of the measured parameters, and as the optimizer is set now: Adam's preconditioner and the
         # learning rate change with every step.
-        return stability_of(optimizer, self.hessian.parameters, self.hessian.layout)
+        gradient = self.gradient if counts_gradient and is_adaptive(optimizer) else None
+        return stability_of(optimizer, self.hessian.parameters, self.hessian.layout, gradient)
 
     def limits(self, stability: Stability | None) -> Limits:
         """Learning rate and stability limit for a result, as far as they are known."""

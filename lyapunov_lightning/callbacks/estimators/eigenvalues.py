@@ -32,8 +32,8 @@ class Eigenvalues(Estimator):
 
     @override
     def measure(self, at: MeasuredStep) -> ProbeResult:
-        stability = at.stability()
         pairs = self._pairs(at)
+        stability = at.stability()  # now that the gradient, which it may ask for, has been computed
         top = None
         # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H is
         # measured as well: it is what other optimizers, other runs and the literature are compared by.

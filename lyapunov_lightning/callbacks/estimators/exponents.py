@@ -75,7 +75,7 @@ class LyapunovExponents(Estimator):
             )
         if found is None:
             return None
-        stability = at.stability()
+        stability = at.stability(counts_gradient=False)
         if stability is not None and not stability.is_on_hessian:
             stability = None  # the eigenvalue that it is a limit on is not measured
         return ProbeResult(

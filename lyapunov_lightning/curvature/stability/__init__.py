@@ -53,7 +53,13 @@ classical limit at ``p = 1``, and ``2(1 - m)/η`` towards ``p = 0``. At ``m = 0.
 this limit rare excursions carry the mean, while the others shrink. `random_map` computes both.
 """
 
-from lyapunov_lightning.curvature.stability.optimizers import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.stability.optimizers import (
+    Stability,
+    is_adaptive,
+    is_known,
+    learning_rate,
+    stability_of,
+)
 from lyapunov_lightning.curvature.stability.random_map import (
     Exponent,
     almost_sure_edge,
@@ -68,6 +74,7 @@ __all__ = [
     "Stability",
     "StepMap",
     "almost_sure_edge",
+    "is_adaptive",
     "is_known",
     "learning_rate",
     "lyapunov_exponent",

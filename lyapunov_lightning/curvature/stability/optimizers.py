@@ -98,7 +98,10 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def stability_of(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], layout: FlatLayout | None = None
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    layout: FlatLayout | None = None,
+    gradient: Tensor | None = None,
 ) -> Stability | None:
     """The stability limit of an optimizer as it is configured now.
 
@@ -110,6 +113,9 @@ def stability_of(
         optimizer: The optimizer.
         parameters: The parameters of the Hessian, in the order of its coordinates.
         layout: How they form a vector, such as `HessianOperator.layout`; made from the parameters if None.
+        gradient: The gradient of the coming step, of shape ``(n,)``, which an adaptive optimizer counts in before it
+            divides by its moments: on small batches the divisor of a seldom used weight is mostly that. Left out of it
+            if None; others do not need it.
 
     Returns:
         The limit, or None where it is not known: for optimizers that are not in this module's table, subclasses of
@@ -139,6 +145,14 @@ def stability_of(
     place = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     owners = [groups[place[id(p)]] if id(p) in place else None for p in parameters]
     trained = [(owner, state) for owner, state in zip(owners, states, strict=True) if owner is not None]
+    age = max((float(state.get("step", 0)) for _, state in trained), default=0.0)
+    if gradient is not None and rule.is_adaptive:
+        pieces = layout.split(gradient.to(layout.device))
+        states = [
+            state if owner is None else rule.seen(owner, state, piece, local_of(parameter))
+            for owner, state, piece, parameter in zip(owners, states, pieces, parameters, strict=True)
+        ]
+        trained = [(owner, state) for owner, state in zip(owners, states, strict=True) if owner is not None]
     if trained and not any(rule.has_started(state) for _, state in trained):
         return None
     moves = [_move(rule, owner, state) for owner, state in zip(owners, states, strict=True)]
@@ -151,7 +165,7 @@ def stability_of(
     limit, sign = 1 / highest, signs.pop()
     ratios = [0.0 if move is None else move.pace / highest for move in moves]
     decays = [0.0 if move is None else move.decay for move in moves]
-    is_settled = not rule.is_adaptive or max(float(state.get("step", 0)) for _, state in trained) >= _SETTLED
+    is_settled = not rule.is_adaptive or age >= _SETTLED
     paired = zip(moves, ratios, strict=True)
     maps = tuple(dict.fromkeys((move.map, ratio) for move, ratio in paired if move is not None))
     # What is the same for all parameters is taken from the limit and not added to the matrix, which then is the Hessian
@@ -162,6 +176,12 @@ def stability_of(
     scale = None if not rule.is_adaptive and set(ratios) == {1.0} else layout.flatten(squares).sqrt_()
     shifts = [None if square is None or not w else square * w for square, w in zip(squares, decays, strict=True)]
     return Stability(lr, limit, scale, layout.flatten(shifts) if any(decays) else None, sign, 0.0, maps, is_settled)
+
+
+def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer of this kind divides the gradient by moments of it, as far as it is known."""
+    rule = _RULE_OF_OPTIMIZER.get(type(optimizer))
+    return rule is not None and rule.is_adaptive
 
 
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
@@ -214,6 +234,28 @@ class _Rule:
         """Whether the optimizer's state shows how it divides the gradient."""
         return True
 
+    def seen(self, group: _Group, state: dict[str, Any], gradient: Tensor, parameter: Tensor) -> dict[str, Any]:
+        """The state as the coming step divides by it, with that step's own gradient counted in.
+
+        What `response` reads, the number of steps before it, is left under ``"step"``; ``"counted"`` is how many
+        gradients the moments hold.
+
+        """
+        if not self.has_started(state) and not gradient.any():  # as a parameter that gets no gradient
+            return state
+        gradient = gradient.reshape(parameter.shape) if gradient.shape != parameter.shape else gradient
+        if group.get("maximize"):
+            gradient = -gradient
+        decay = self.decay(group)
+        if decay:
+            gradient = gradient + decay * parameter.detach().to(gradient)
+        step = state.get("step", 0)
+        return {**state, **self.moments(group, state, gradient), "step": step, "counted": step + 1}
+
+    def moments(self, group: _Group, state: _State, gradient: Tensor) -> dict[str, Tensor]:
+        """The moments that `divisors` reads, with a further gradient counted in."""
+        raise NotImplementedError
+
     def map(self, group: _Group, state: _State) -> StepMap:
         """What the step does, before any division of the gradient."""
         now, later, memory = self.response(group, state)
@@ -255,9 +297,16 @@ class _Rule:
 
 
 class _Adam(_Rule):
-    """The divisor is the next step's, without that step's own gradient, which is not known yet."""
+    """The divisor is that of the coming step."""
 
     is_adaptive = True
+
+    def moments(self, group: _Group, state: _State, gradient: Tensor) -> dict[str, Tensor]:
+        beta2: float = group["betas"][1]
+        found = {"exp_avg_sq": _averaged(state.get("exp_avg_sq"), gradient.square(), beta2)}
+        if group.get("amsgrad"):
+            found["max_exp_avg_sq"] = _highest(state.get("max_exp_avg_sq"), found["exp_avg_sq"])
+        return found
 
     def has_started(self, state: _State) -> bool:
         return "exp_avg_sq" in state
@@ -270,7 +319,7 @@ class _Adam(_Rule):
         name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
         # Of Adam's corrections the one of the second moment (D. Kingma, J. Ba, 2015, Algorithm 1): at β2 = 0.999 the
         # moment is a thousandth of the square of the gradient after the first step.
-        corrections = [1 - group["betas"][1] ** state["step"] for state in states]
+        corrections = [1 - group["betas"][1] ** _count(state) for state in states]
         return _rooted(torch._foreach_div([state[name].to(dtype) for state in states], corrections), group["eps"])
 
 
@@ -307,7 +356,7 @@ class _RAdam(_Adam):
             moment = state["exp_avg_sq"].to(dtype)
             if length > 5:
                 rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-                corrected = (1 - beta2 ** state["step"]) * rectified
+                corrected = (1 - beta2 ** _count(state)) * rectified
                 divisors.append(moment.sqrt().add_(group["eps"]).div_(corrected**0.5))
             else:
                 divisors.append(torch.ones_like(moment))
@@ -317,6 +366,11 @@ class _RAdam(_Adam):
 class _Adamax(_Adam):
     def has_started(self, state: _State) -> bool:
         return "exp_inf" in state
+
+    def moments(self, group: _Group, state: _State, gradient: Tensor) -> dict[str, Tensor]:
+        latest = gradient.abs() + group["eps"]
+        before = state.get("exp_inf")
+        return {"exp_inf": latest if before is None else torch.maximum(before.to(latest) * group["betas"][1], latest)}
 
     def divisors(self, group: _Group, states: Sequence[_State], dtype: torch.dtype) -> _Tensors:
         # PyTorch adds `eps` to each gradient before it takes the maximum: it is in there already.
@@ -328,6 +382,12 @@ class _RmsProp(_Rule):
 
     def has_started(self, state: _State) -> bool:
         return "square_avg" in state
+
+    def moments(self, group: _Group, state: _State, gradient: Tensor) -> dict[str, Tensor]:
+        found = {"square_avg": _averaged(state.get("square_avg"), gradient.square(), group["alpha"])}
+        if group["centered"]:
+            found["grad_avg"] = _averaged(state.get("grad_avg"), gradient, group["alpha"])
+        return found
 
     def response(self, group: _Group, state: _State) -> tuple[float, float, float]:
         momentum = float(group["momentum"])
@@ -347,7 +407,10 @@ class _Adagrad(_Rule):
 
     def has_started(self, state: _State) -> bool:
         # The sum is there from the beginning, before any gradient.
-        return "sum" in state and state["step"] > 0
+        return "sum" in state and _count(state) > 0
+
+    def moments(self, group: _Group, state: _State, gradient: Tensor) -> dict[str, Tensor]:
+        return {"sum": state["sum"].to(gradient) + gradient.square()}
 
     def rate(self, group: _Group, state: _State) -> float:
         # PyTorch divides by 1 + (step - 1) · lr_decay with the step counted first: for the next step, by the steps so
@@ -440,6 +503,21 @@ def _squares(
         for place, square in zip(places, found, strict=True):
             squares[place] = square
     return squares
+
+
+def _count(state: _State) -> float:
+    """How many gradients the moments hold."""
+    count: float = state.get("counted", state.get("step", 0))
+    return count
+
+
+def _averaged(before: Tensor | None, latest: Tensor, decay: float) -> Tensor:
+    """A running average, from zero where there is none yet, with a further value counted in."""
+    return latest * (1 - decay) if before is None else before.to(latest).lerp(latest, 1 - decay)
+
+
+def _highest(before: Tensor | None, latest: Tensor) -> Tensor:
+    return latest if before is None else torch.maximum(before.to(latest), latest)
 
 
 def _rooted(moments: _Tensors, eps: float) -> _Tensors:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lyapunov_lightning.curvature import HessianOperator
-from lyapunov_lightning.curvature.stability import Stability, is_known, learning_rate, stability_of
+from lyapunov_lightning.curvature.stability import Stability, is_adaptive, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from tests.curvature.helpers import DenseOperator
 
@@ -648,3 +648,65 @@ def test_learning_rate_is_the_highest_of_the_groups() -> None:
     for group in optimizer.param_groups:
         del group["lr"]
     assert learning_rate(optimizer) != learning_rate(optimizer)
+
+
+COUNTED: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, LR, betas=(0.9, 0.8)),
+    "adam, decay in the gradient": lambda p: torch.optim.Adam(p, LR, betas=(0.9, 0.8), weight_decay=0.3),
+    "amsgrad": lambda p: torch.optim.AdamW(p, LR, betas=(0.9, 0.8), amsgrad=True),
+    "maximizing": lambda p: torch.optim.Adam(p, LR, betas=(0.9, 0.8), weight_decay=0.3, maximize=True),
+    "nadam": lambda p: torch.optim.NAdam(p, LR, betas=(0.9, 0.8)),
+    "radam": lambda p: torch.optim.RAdam(p, LR, betas=(0.9, 0.8)),
+    "adamax": lambda p: torch.optim.Adamax(p, LR, betas=(0.9, 0.8)),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, LR, alpha=0.8),
+    "centered": lambda p: torch.optim.RMSprop(p, LR, alpha=0.8, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, LR),
+}
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 9])
+@pytest.mark.parametrize("kind", COUNTED)
+def test_divisor_with_the_gradient_counted_in_is_the_one_that_the_step_divides_by(kind, num_steps):
+    """By what the real step answers to a little more gradient, through its momentum alone: its divisor held fixed."""
+    x = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = COUNTED[kind]([x])
+    generator = torch.Generator().manual_seed(3)
+    gradients = torch.randn(num_steps + 1, 3, generator=generator, dtype=torch.float64)
+    for gradient in gradients[:-1]:
+        x.grad = gradient.clone()
+        optimizer.step()
+    before, last = x.detach().clone(), gradients[-1]
+    found = stability_of(optimizer, [x], gradient=last)
+    assert found is not None
+    assert found.is_settled == (num_steps >= 20)
+    x.grad = last.clone()
+    optimizer.step()
+    x.data = before  # a decay in the gradient is that of the parameters before the step
+    after = stability_of(optimizer, [x])
+    assert after is not None
+    if kind == "radam":  # rectified by the age of the coming step: the state after the step is one step older
+        scale = torch.ones(3, dtype=torch.float64)
+        length = 2 / 0.2 - 1 - 2 * (num_steps + 1) * 0.8 ** (num_steps + 1) / (1 - 0.8 ** (num_steps + 1))
+        if length > 5:
+            rectified = ((length - 4) * (length - 2) * 9 / ((9 - 4) * (9 - 2) * length)) ** 0.5
+            corrected = (1 - 0.8 ** (num_steps + 1)) ** 0.5
+            scale = (corrected * rectified / (optimizer.state[x]["exp_avg_sq"].sqrt() + 1e-8)).sqrt()
+        torch.testing.assert_close(found.scale, scale)
+        return
+    torch.testing.assert_close(found.scale, after.scale)
+
+
+def test_parameter_without_a_gradient_so_far_and_now_does_not_move():
+    x, unused = point(2), point(3)
+    found = stability_of(torch.optim.AdamW([x, unused], LR), [x, unused], gradient=torch.tensor([1.0, -2.0, 0, 0, 0]))
+    assert found is not None
+    assert found.scale.tolist()[2:] == [0, 0, 0]
+    assert found.scale.tolist()[:2] == pytest.approx([1.0, 0.5**0.5], rel=1e-6)
+
+
+def test_optimizers_without_a_divisor_ask_for_no_gradient():
+    x = point(3)
+    plain = torch.optim.SGD([x], LR, momentum=0.9)
+    assert not is_adaptive(plain)
+    assert is_adaptive(torch.optim.Adagrad([x]))
+    assert stability_of(plain, [x], gradient=torch.ones(3)) == stability_of(plain, [x])
