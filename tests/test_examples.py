@@ -197,7 +197,7 @@ def test_a_story_is_told(
     told = capsys.readouterr().out
     setting, _ = stories.STORIES[story]
     assert told.startswith(f"η = {setting.rate:g}")
-    assert told.count("said (") == 2
+    assert told.count("said (") >= 2
     assert {path.name for path in tmp_path.iterdir()} == {f"story_{story}.png", f"story_{story}_probe.png"}
 
 
