@@ -194,9 +194,12 @@ IDENTITY: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "kept whole": (
         {"sharding": {"reshard_after_forward": False}, "checkpointed": True, "dropout": 0.1},
-        [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
+        [lambda: CurvatureProbe(1, eigenvalue_every=3, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
     ),
-    "by differences": ({"dropout": 0.1}, [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))]),
+    "by differences": (
+        {"optimizer": Unknown, "dropout": 0.1},
+        [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))],
+    ),
     "two copies": ({"copies": 2, "lr": 0.05}, [QUICK["probe"]]),
 }
 """Modules, and callbacks that read beside their training."""
@@ -234,6 +237,7 @@ def sharded_identity(rank: int) -> dict[str, Any]:
                 val_dataloaders=loader_of(rank, num_batches=1),
                 val_check_interval=1,
                 accumulate_grad_batches=1 + (name == "resharded"),
+                gradient_clip_val=0.5,
             )
             found.setdefault(name, {})[kind] = {
                 "parameters": run["parameters"],

@@ -256,7 +256,7 @@ def test_a_sharded_training_is_bit_identical_with_and_without_callbacks(outcomes
         found = outcome[name]
         assert same(found["without"][part], found["with"][part])
         assert found["with"]["measurements"] > 0
-        assert found["with"]["warned"] == []
+        assert all("the stability limit of Unknown is not known" in message for message in found["with"]["warned"])
         assert found["with"]["steps"] > 0
 
 
