@@ -131,6 +131,7 @@ def train(setting: Setting, root: str) -> tuple[CurvatureProbe, Losses]:
         accelerator="cpu",
         max_steps=setting.num_steps,
         logger=False,
+        default_root_dir="logs",
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -22,9 +22,10 @@ class HessianConfig:
     Callbacks with equal configurations share one operator at a step.
 
     Args:
-        data: ``"batch"`` for the step's own batch (with gradient accumulation the first of it), ``"fixed"`` for the
-            first batches of an epoch as the training dataloader gives them, the same throughout. None is the callback's
-            default: ``"batch"`` for `CurvatureProbe` and `QuasiNewtonLRController`, ``"fixed"`` for the others.
+        data: ``"batch"`` for the step's own batch (with gradient accumulation the first one of the step; for
+            `CurvatureProbe` all of them), ``"fixed"`` for the first batches of an epoch as the training dataloader
+            gives them, the same throughout. None is the callback's default: ``"batch"`` for `CurvatureProbe` and
+            `QuasiNewtonLRController`, ``"fixed"`` for the others.
         num_batches: Size of the fixed data in batches, for each rank.
         fraction: Size of the fixed data as a share of an epoch's batches, if `num_batches` is not given. None is 0.05
             for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.

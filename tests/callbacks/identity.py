@@ -70,6 +70,8 @@ def train(
     batch_size: int = 9,
     steps: int = 52,
     accumulate: int = 1,
+    clip: Optional[float] = 0.5,
+    clip_by: Optional[str] = None,
     precision: str = "32-true",
     validate: bool = False,
     user_callbacks: Callable[[], Sequence[Callback]] = list,
@@ -84,6 +86,8 @@ def train(
         batch_size: Of the training batches. The last one of an epoch is smaller.
         steps: Optimizer steps.
         accumulate: Batches for each of them.
+        clip: The trainer's ``gradient_clip_val``.
+        clip_by: The trainer's ``gradient_clip_algorithm``.
         precision: The trainer's.
         validate: Whether to validate in the midst of the epochs.
         user_callbacks: Makes further callbacks, whose state is compared.
@@ -102,7 +106,8 @@ def train(
             precision=None if plugins else precision,
             plugins=list(plugins) or None,
             accumulate_grad_batches=accumulate,
-            gradient_clip_val=0.5,
+            gradient_clip_val=clip,
+            gradient_clip_algorithm=clip_by,
             log_every_n_steps=3,
             val_check_interval=7 if validate else None,
             num_sanity_val_steps=1 if validate else 0,

@@ -54,13 +54,29 @@ def probe_of(options: dict[str, Any]) -> CurvatureProbe:
     return CurvatureProbe(**own, hessian=HessianConfig(**hessian))
 
 
+class OfNoRule(BusyModule):
+    """Trained by an optimizer whose limit nobody knows, so that its steps are observed."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adadelta(self.parameters(), lr=0.5)
+
+
+class ClipsByItself(BusyModule):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, 0.1 * self.count, "value")
+
+
+BY_DEFAULT = {"every_n_steps": None}
 BF16 = {"precision": "bf16-mixed"}
 ACCUMULATED = {"accumulate": 4, "steps": 14}
 ADAM = {"module": functools.partial(BusyModule, optimizer="adam")}
 OWN_LOSS = {"module": BusyModuleWithOwnLoss}
+OF_NO_RULE = {"module": OfNoRule}
+UNCLIPPED, CLIPPED_BY_VALUE = {"clip": None}, {"clip": 0.02, "clip_by": "value"}
 VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints, "steps": 150}
 
 
+@pytest.mark.filterwarnings("ignore:.*the stability limit of Adadelta is not known")
 @pytest.mark.parametrize(
     ("probe", "options"),
     [
@@ -109,6 +125,23 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"end": "both", "every_n_steps": 5}, VALIDATED),
         ({"estimator": "lyapunov", "every_n_steps": 5}, VALIDATED | BF16),
         ({"data": "fixed", "every_n_steps": 5}, {"validate": True} | ACCUMULATED | ADAM),
+        (BY_DEFAULT, {}),
+        (BY_DEFAULT | {"end": "both"}, ADAM | UNCLIPPED),
+        (BY_DEFAULT | {"data": "fixed"}, ACCUMULATED),
+        (BY_DEFAULT | {"estimator": "lyapunov"}, BF16),
+        (BY_DEFAULT | {"estimator": "critical"}, {}),
+        ({"eigenvalue_every": 3, "every_n_steps": 1}, {}),
+        ({"eigenvalue_every": 2, "every_n_steps": 1}, ACCUMULATED),
+        ({"eigenvalue_every": 2, "estimator": "power"}, ADAM | ACCUMULATED | BF16),
+        ({"every_n_steps": 1}, UNCLIPPED),
+        ({"every_n_steps": 1}, CLIPPED_BY_VALUE),
+        ({"every_n_steps": 1, "estimator": "lyapunov"}, CLIPPED_BY_VALUE | ACCUMULATED),
+        ({"every_n_steps": 1}, {"module": ClipsByItself} | UNCLIPPED),
+        ({"every_n_steps": 1}, OF_NO_RULE),
+        ({"every_n_steps": 1, "eigenvalue_every": 4}, OF_NO_RULE | ACCUMULATED),
+        ({"data": "fixed", "num_batches": 2, "estimator": "lyapunov"}, OF_NO_RULE | UNCLIPPED),
+        ({"method": "finite_difference", "every_n_steps": 8}, OF_NO_RULE),
+        ({"loss_fn": module_loss, "mode": "eval"}, OF_NO_RULE | BF16),
     ],
     ids=name_of,
 )
@@ -118,10 +151,18 @@ def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict
     with_probe = train(probe_of(probe), **options)
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
-    at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // probe["every_n_steps"]
-    name = "curvature_details/forward_passes" if "critical" in probe.values() else "curvature_details/residual"
+    is_critical = probe.get("estimator") == "critical"
+    # By default at every step here, since the trainer logs at every third, and the eigenvalue at every fifth of them.
+    every = probe["every_n_steps"] or (3 if is_critical else 1)
+    eigenvalue_every = 1 if is_critical else probe.get("eigenvalue_every", 1 if probe["every_n_steps"] else 5)
+    at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // every
+    estimated = with_probe.curve(f"{prefix}curvature_details/{'forward_passes' if is_critical else 'residual'}")
+    measured = with_probe.curve(f"{prefix}curvature_details/converged")
     assert len(with_probe.data_seen) >= 50
-    assert len(with_probe.curve(f"{prefix}{name}")) >= at_least
+    assert len(measured) >= at_least
+    assert len(estimated) >= at_least // eigenvalue_every
+    assert all(value == 1.0 for step, value in measured.items() if step not in estimated)
+    assert is_critical or len(with_probe.curve(f"{prefix}curvature/stability_ratio")) >= (at_least - 1) // 2
 
 
 def test_several_probes_leave_the_run_bit_identical() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.contracts.live import Curves, Hooks, Module, needed_by
 
@@ -142,6 +142,83 @@ def test_gradient_is_there_after_backward_and_clipped_only_afterwards(fit):
     assert norms["end"] <= 1e-6
 
 
+def test_an_optimizers_hook_after_its_step_sees_the_gradient_that_it_has_used(fit):
+    norms, steps = {}, []
+
+    def attach(trainer: pl.Trainer, module: Module) -> None:
+        def note(*_: Any) -> None:
+            norms["used"] = float(module.layer.weight.grad.norm())
+            steps.append((trainer.global_step, tuple(ended)))
+
+        trainer.optimizers[0].register_step_post_hook(note)
+
+    ended: list[int] = []
+    hooks = Hooks(
+        on_train_start=attach,
+        on_before_optimizer_step=lambda t, module, _: norms.setdefault(
+            "before", float(module.layer.weight.grad.norm())
+        ),
+        on_train_batch_end=lambda trainer, module, outputs, batch, index: ended.append(index),
+    )
+    fit(Module(), hooks, gradient_clip_val=1e-6, accumulate_grad_batches=2, limit_train_batches=2)
+    message = needed_by("callbacks/curvature_probe", "training/optimizers/step_hook")
+    assert norms["used"] <= 1e-6 < 1e-5 < norms["before"], message + "clipping is what is between the two"
+    assert steps == [(0, (0,))], message + "once for each step, before the batch ends and the step counts"
+
+
+@pytest.mark.parametrize("hook", ["configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step"])
+def test_a_module_that_changes_its_gradients_does_so_in_hooks_that_it_overrides(fit, hook):
+    message = needed_by("training/lightning_names") + "`may_clip` compares these with those of the base class"
+    assert getattr(Module, hook) is getattr(pl.LightningModule, hook), message
+    seen = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda trainer, module, *args: seen.setdefault(name, module.layer.weight.grad.clone())
+
+    class Changes(Module):
+        pass
+
+    def changed(self: Module, *args: Any, **kwargs: Any) -> None:
+        if hook == "optimizer_step":  # after the backward pass, which is in the closure
+            closure = kwargs.get("optimizer_closure", args[-1])
+            args = (*args[:-1], lambda: (closure(), self.layer.weight.grad.mul_(0.5))[0])
+        else:
+            self.layer.weight.grad.mul_(0.5)
+        getattr(super(Changes, self), hook)(*args, **kwargs)
+
+    setattr(Changes, hook, changed)
+    hooks = Hooks(on_after_backward=note("backward"), on_train_batch_end=note("end"))
+    fit(Changes(), hooks, limit_train_batches=1)
+    assert torch.equal(seen["end"], 0.5 * seen["backward"]), message
+    assert getattr(Changes, hook) is not getattr(pl.LightningModule, hook)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 99])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_whether_the_optimizer_steps_after_a_batch_is_known_before_it(fit, accumulate, streamed):
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(torch.randn(14, 2))
+
+    said, moved, steps = [], [], [0]
+
+    def end(trainer: pl.Trainer, *_: Any) -> None:
+        moved.append(trainer.global_step > steps[-1])
+        steps.append(trainer.global_step)
+
+    hooks = Hooks(
+        on_train_batch_start=lambda trainer, *_: said.append(trainer.fit_loop.epoch_loop._should_accumulate()),
+        on_train_batch_end=end,
+    )
+    data = DataLoader(Stream() if streamed else torch.randn(14, 2), 2)
+    fit(Module(), hooks, data=data, accumulate_grad_batches=accumulate, max_epochs=2)
+    assert said == [not made for made in moved], (
+        needed_by("training/lightning_names", "training/sharing")
+        + "the batches of a step are measured together, before the last of them"
+    )
+    assert len(moved) == 14
+
+
 def test_gradients_are_divided_by_the_number_of_accumulated_batches(fit):
     found = []
 
@@ -156,7 +233,9 @@ def test_gradients_are_divided_by_the_number_of_accumulated_batches(fit):
         Module(), Hooks(on_after_backward=compare), data=DataLoader(batches, batch_size=None), accumulate_grad_batches=4
     )
     assert torch.allclose(4 * found[0], found[1], rtol=1e-5), (
-        needed_by("training/updates") + "the own gradient is multiplied by `trainer.accumulate_grad_batches`"
+        needed_by("training/reporting/losses", "training/optimizers/own_gradient")
+        + "the loss of a batch is multiplied by `trainer.accumulate_grad_batches`, and `.grad` is the mean over the"
+        " batches of a step"
     )
 
 

@@ -239,10 +239,10 @@ def test_the_limit_has_the_rate_of_its_own_step():
     assert found.consequence.endswith("the limit is met at 0.2.")
 
 
-def test_the_limit_is_that_of_the_last_part_and_of_no_single_measurement():
-    ratios = [0.5] * 20 + [0.2] * 20
-    ratios[35] = 7.0
-    assert told(ratios, learning_rate=0.1).learning_rate_limit == pytest.approx(0.1 / 0.2)
+def test_the_limit_lies_between_where_the_run_mostly_is_and_its_flattest_place():
+    ratios = [0.25] * 10 + [1.0] * 30  # a run that sharpens until its rate, 0.1, is at the limit, and began at 0.4
+    ratios[35] = 7.0  # a single measurement
+    assert told(ratios, learning_rate=0.1).learning_rate_limit == pytest.approx((0.4 * 0.1) ** 0.5)
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": None}, {"learning_rate": 0.0}])

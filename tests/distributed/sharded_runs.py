@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -374,6 +375,25 @@ def sharded_failures(rank: int) -> dict[str, Any]:
         callbacks = CurvatureProbe(1, hessian=config, tol=0.5), SpectrumTracker(1, 1, hessian=config, tol=0.5)
         found[name] = trained(rank, *callbacks)
     return found
+
+
+@check
+def sharded_accumulation(rank: int) -> dict[str, Any]:
+    """Trainings whose last step in an epoch has one batch and the others two, without and with a probe.
+
+    The last rank fails on the one batch with which a step is compared, after products on the two of its own.
+    """
+    evaluations = count(1)
+
+    def failing(module: Any, batch: Any) -> Tensor:
+        if module.trainer.global_step == 4 and next(evaluations) > 4 and rank == 1:
+            raise PlannedError("planned")
+        return module.loss(batch)
+
+    config = HessianConfig("batch", loss_fn=failing, max_gather_bytes=ROOM["layerwise"])
+    probe = CurvatureProbe(1, tol=0.5, eigenvalue_every=9, hessian=config)
+    settings = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    return {"failing": trained(rank, probe, **settings), "plain": trained(rank, **settings)}
 
 
 def raise_planned(*_: Any) -> None:

@@ -99,6 +99,8 @@ class OneProcess:
             elsewhere = scale[:, None] * dense_hessian(here, other) * scale
             numbers = across @ direction, direction @ elsewhere @ direction, across @ matrix @ direction
             self.compared.append((*self.seen[-1], *map(float, numbers)))
+        if self.optimizer == "adamw":  # whose metric is another one at every step until it has settled
+            self.eigenvalue = None
         if step < 2 or step % runs.EIGENVALUE_EVERY == 0:
             measured = matrix if self.fixed is None else dense_hessian(here, self.fixed)
             self.eigenvalue = float(torch.linalg.eigvalsh(measured)[-1])
@@ -123,12 +125,11 @@ class OneProcess:
             limit = 2 * (1 - m**2) / (runs.LR * (1 + m - 2 * m * agreement))
         is_progress = progress > 0
         noise = pace * (shared / own_curvature) * sharpness / (2 * progress / own_slope) if is_progress else None
-        assert self.eigenvalue is not None
         return found | {
             "batch_agreement": agreement,
             "stability_limit": limit,
             "noise_ratio": noise,
-            "stability_ratio": max(sharpness, self.eigenvalue) / limit,
+            "stability_ratio": max(sharpness, -math.inf if self.eigenvalue is None else self.eigenvalue) / limit,
         }
 
 

@@ -275,6 +275,15 @@ def test_a_measurement_that_fails_is_warned_of_on_all_ranks_and_the_training_goe
         assert all(reason in message for message in found["warned"])
 
 
+def test_a_rank_that_fails_on_fewer_batches_than_before_leaves_no_other_waiting(outcomes):
+    for rank, outcome in enumerate(outcomes("sharded_accumulation")):
+        failing = outcome["failing"]
+        assert same(failing["parameters"], outcome["plain"]["parameters"])
+        assert [result.step for result in failing["results"][0]] == [0, 1, 2, 3, 5]
+        [message] = failing["warned"]
+        assert ("planned" if rank else "failed on 1 other rank") in message
+
+
 # Resuming.
 
 
@@ -288,7 +297,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(outcomes, name
             different = {field for field in one if not same(one[field], other[field])}
             # Searches begin anew, and the batch with which a first step would be compared is not in a checkpoint.
             unlike = {"block_matvecs", "batch_agreement", "noise_ratio"}
-            assert different <= {"lambda_max_of", *unlike}
+            assert different <= {"lambda_max_of", "stability_limit", *unlike}
             assert all(close(one[field], other[field], 1e-3) for field in different - unlike)
         assert len(first) > 1
 

@@ -209,3 +209,34 @@ def test_messages_are_claimed_where_no_name_is_in_use(monkeypatch):
     with lightning_names._messages_stay_where_they_are():
         rank_zero.log = "claimed"
     assert rank_zero.log == "claimed"
+
+
+# What is asked of a trainer.
+
+
+@both_names
+def test_the_batches_before_the_last_one_of_a_step_are_those_that_accumulate(library):
+    said = []
+
+    class Asking(library.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            said.append(lightning_names.is_accumulating(trainer))
+
+    data = DataLoader(torch.randn(10, 2), 2)
+    quiet_trainer(library, callbacks=[Asking()], accumulate_grad_batches=3).fit(module_of(library), data)
+    assert said == [True, True, False, True, False]
+    said.clear()
+    quiet_trainer(library, callbacks=[Asking()]).fit(module_of(library), data)
+    assert said == [False] * 5
+
+
+@both_names
+@pytest.mark.parametrize("hook", ["configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step"])
+def test_gradients_may_be_clipped_by_the_trainer_or_in_a_hook_of_the_module(library, hook):
+    module, trainer = module_of(library), quiet_trainer(library)
+    assert not lightning_names.may_clip(trainer, module)
+    assert lightning_names.may_clip(quiet_trainer(library, gradient_clip_val=0.0), module)
+    assert lightning_names.may_clip(quiet_trainer(library, gradient_clip_val=1.0), module)
+    clipping = type("Clipping", (type(module),), {hook: lambda self, *args, **kwargs: None})
+    assert lightning_names.may_clip(trainer, clipping())
+    assert lightning_names.may_clip(trainer, type("Below", (clipping,), {})())
