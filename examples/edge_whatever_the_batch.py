@@ -141,6 +141,7 @@ def train(
         accelerator="cpu",
         max_steps=num_steps,
         logger=False,
+        default_root_dir="logs",
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,

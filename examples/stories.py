@@ -1,8 +1,9 @@
-"""Three runs that went wrong, what the probe said of each, and what happened when it was followed.
+"""Runs that went wrong or could go faster, what the probe said of each, and what happened when it was followed.
 
 ``python -m examples.stories rate --root data`` trains a network on CIFAR-10 whose loss spikes because of its learning
-rate, and again at the rate that the probe names. ``data`` has a few batches that nobody has scaled, and trains again
-without them. ``room`` trains a language model on the Penn Treebank, and again at five times the rate. Each prints what
+rate, and again at the rate that the probe names. ``stuck`` does the same with one that does not spike, and does not get
+on. ``data`` has a few batches that nobody has scaled, and trains again without them. ``room`` trains a language model
+on the Penn Treebank, again at five times the rate, and at the one that the probe names. Each prints what
 ``probe.diagnosis()`` said of all runs, and draws the probe's own figure and the runs side by side. A minute or two.
 """
 
@@ -73,6 +74,7 @@ def faster(setting: Setting, probe: CurvatureProbe) -> list[Setting]:
 
 STORIES: dict[str, tuple[Setting, Advice]] = {
     "rate": (Setting(True, torch.optim.SGD, 1.0, 512, 400), at_the_suggested_rate),
+    "stuck": (Setting(True, partial(torch.optim.SGD, momentum=0.9), 0.2, 128, 1200), at_the_suggested_rate),
     "data": (Setting(True, torch.optim.AdamW, 1e-3, 128, 1200, unscaled=(600, 601, 602, 603)), without_the_unscaled),
     "room": (Setting(False, torch.optim.AdamW, 1e-4, 20, 600), faster),
 }
@@ -129,6 +131,7 @@ def train(setting: Setting, root: str) -> tuple[CurvatureProbe, Losses]:
         accelerator="cpu",
         max_steps=setting.num_steps,
         logger=False,
+        default_root_dir="logs",
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -117,7 +117,10 @@ def test_a_run_sees_every_image_once_before_one_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
 @pytest.mark.parametrize("name", edge_whatever_the_batch.FAMILIES)
-def test_with_all_images_both_ratios_are_that_of_full_batch_training(name: str) -> None:
+def test_with_all_images_both_ratios_are_that_of_full_batch_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     family, images = edge_whatever_the_batch.FAMILIES[name], made_up_images(32)
     run = edge_whatever_the_batch.measured(images, family, family.first, batch_size=32, num_steps=160)
     assert run.agreement == pytest.approx(1, abs=1e-3)
@@ -147,6 +150,7 @@ def test_the_largest_usable_rate_is_between_one_that_trains_and_one_that_does_no
 def test_the_edge_whatever_the_batch_is_drawn_again_from_what_was_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(edge_whatever_the_batch, "STEPS", {4: 6, 16: 6})
     families = {
         name: replace(family, rates=(family.first, family.first))
@@ -191,14 +195,15 @@ def test_a_story_is_told(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(stories.VOCABULARY, (40, 6), generator=generator)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stories, "images", lambda root: made_up_images(40))
     monkeypatch.setattr(stories, "words", lambda root: TensorDataset(rows[:, :-1], rows[:, 1:]))
-    stories.main([story, "--scale=0.1", f"--out={tmp_path}"])
+    stories.main([story, "--scale=0.1", "--out=."])
     told = capsys.readouterr().out
     setting, _ = stories.STORIES[story]
     assert told.startswith(f"η = {setting.rate:g}")
     assert told.count("said (") >= 2
-    assert {path.name for path in tmp_path.iterdir()} == {f"story_{story}.png", f"story_{story}_probe.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"story_{story}.png", f"story_{story}_probe.png"}
 
 
 def test_every_callback_has_a_configuration() -> None:
