@@ -32,6 +32,7 @@ class Reading:
         learning_rate: The one of this step, the highest of the parameter groups.
         converged: Whether the measurement met its tolerance.
         step_ratio: The ratio of this one measurement by itself, where `ratio` is averaged over several.
+        eigenvalue_ratio: That of the eigenvalue, where `ratio` is the larger one of it and of the average.
         noise_ratio: What noise does to the progress of a step: the rise of the loss by second order over the fall by
             first order, expected of fresh data. At 1 a step makes no progress; at 0.5 a single step makes the most.
         clipping: The share of the gradient's length that clipping left; 1 if nothing was clipped.
@@ -44,6 +45,7 @@ class Reading:
     learning_rate: float | None = None
     converged: bool = True
     step_ratio: float | None = None
+    eigenvalue_ratio: float | None = None
     noise_ratio: float | None = None
     clipping: float | None = None
     judged: bool = True
@@ -53,6 +55,11 @@ class Reading:
         """The ratio of a reading that has one."""
         assert self.ratio is not None
         return self.ratio
+
+    @property
+    def single(self) -> float:
+        """The ratio of this measurement by itself, of a reading that has one."""
+        return self.value if self.step_ratio is None else self.step_ratio
 
     @property
     def learning_rate_limit(self) -> float | None:
