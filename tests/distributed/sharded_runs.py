@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -156,6 +156,33 @@ def sharded_gauges(rank: int) -> dict[str, Any]:
             kind = strategy() if way == "copied" else sharded_strategy()
             module = Decoder(optimizer=optimizer, lr=0.05)
             found.setdefault(name, {})[way] = trained(rank, probe, module=module, strategy=kind, **settings)
+    return found
+
+
+class Narrow(Decoder):
+    """Three numbers, all of them the first rank's."""
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        self.net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.net.weight.fill_(0.5)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (self.net(inputs[:, :3].double()) - targets[:, :1]).square().mean()  # type: ignore[misc]
+
+
+@check
+def sharded_on_one_rank(rank: int) -> dict[str, Any]:
+    """A model of which one rank has nothing."""
+    found = {}
+    for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy)):
+        module = Narrow(optimizer=GAUGED["adamw"])
+        found[kind] = trained(rank, CurvatureProbe(1, tol=1e-8), module=module, strategy=of_kind())
     return found
 
 
