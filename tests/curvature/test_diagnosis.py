@@ -242,6 +242,7 @@ def test_the_limit_has_the_rate_of_its_own_step():
 def test_the_limit_lies_between_where_the_run_mostly_is_and_its_flattest_place():
     ratios = [0.25] * 10 + [1.0] * 30  # a run that sharpens until its rate, 0.1, is at the limit, and began at 0.4
     ratios[35] = 7.0  # a single measurement
+    ratios[38:] = [0.01, 0.01]  # and a network that has learned its data
     assert told(ratios, learning_rate=0.1).learning_rate_limit == pytest.approx((0.4 * 0.1) ** 0.5)
 
 
