@@ -75,9 +75,9 @@ def learning_rate_limit(readings: Sequence[Reading]) -> float | None:
     The geometric mean of the highest of the first half of them and the lower quartile of all. Networks come to places
     whose curvature fits their rate: trained at an eighth of the largest usable rate they sharpen until that eighth is
     at the limit, so that what most readings name is the present rate, whatever it is. The flattest place that a run has
-    seen on its way shows what a larger rate could have met, and alone would be too hopeful; not that of the second half,
-    where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came nearest to
-    the largest usable rates.
+    seen on its way shows what a larger rate could have met, and alone would be too hopeful; not that of the second
+    half, where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came
+    nearest to the largest usable rates.
 
     """
     found = _limits(readings)
