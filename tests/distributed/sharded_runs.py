@@ -1,6 +1,7 @@
 """Models whose parameters are sharded over the ranks, measured and acted upon."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
@@ -150,9 +151,12 @@ def sharded_gauges(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, optimizer in GAUGED.items():
         for way, room in {"copied": None, **ROOM}.items():
-            probe = CurvatureProbe(
-                1, tol=0.5, eigenvalue_every=9, hessian=HessianConfig("batch", max_gather_bytes=room)
-            )
+            # A search on shards takes longer than all the rest: there the eigenvalue is followed from step to step.
+            config = HessianConfig("batch", max_gather_bytes=room)
+            probe = CurvatureProbe(1, tol=0.5, eigenvalue_every=9, hessian=config)
+            if way == "shards":
+                config = replace(config, method="finite_difference")
+                probe = CurvatureProbe(1, "lyapunov", eigenvalue_every=9, hessian=config)
             kind = strategy() if way == "copied" else sharded_strategy()
             module = Decoder(optimizer=optimizer, lr=0.05)
             found.setdefault(name, {})[way] = trained(rank, probe, module=module, strategy=kind, **settings)
