@@ -188,7 +188,7 @@ def test_unscaled_batches_are_as_in_the_files() -> None:
         torch.testing.assert_close(inputs, raw[labels] if step == 1 else images.tensors[0][labels])
 
 
-@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
+@pytest.mark.filterwarnings("ignore::lyapunov_lightning.curvature.errors.CurvatureWarning")
 @pytest.mark.parametrize("story", stories.STORIES)
 def test_a_story_is_told(
     story: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

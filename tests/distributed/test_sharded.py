@@ -237,6 +237,16 @@ def test_steps_on_shards_are_as_near_to_their_edge_as_those_on_copies(outcomes, 
             assert number == (other if other is None else pytest.approx(other, rel=1e-6)), name
 
 
+def test_a_rank_that_has_nothing_of_a_model_takes_part_in_all_that_is_measured(outcomes):
+    first, second = (outcome["sharded"] for outcome in outcomes("sharded_on_one_rank"))
+    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    copied = outcomes("sharded_on_one_rank")[0]["copied"]
+    assert first["warned"] == copied["warned"] == []
+    for result, expected in zip(first["results"][0], copied["results"][0], strict=True):
+        for name in (*GAUGED["adamw"][:-1], "decisive_eigenvalue"):
+            assert close(getattr(result, name), getattr(expected, name), 1e-6), (result.step, name)
+
+
 def test_vectors_are_given_up_where_other_parameters_train_from_now_on(outcomes):
     for outcome in outcomes("sharded_unfreezing"):
         sharded, copied = outcome["sharded"], outcome["copied"]

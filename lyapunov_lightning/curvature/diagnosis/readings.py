@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
-LIMIT_FACTORS = (0.45, 4.5)
+LIMIT_FACTORS = (0.45, 6.0)
 """Between these, in units of the one that is named, the learning rate at the limit lies in four of five runs. They come
 from the sweeps in `benchmarks/verdicts`, where the largest usable learning rate is known."""
 
@@ -79,15 +79,19 @@ def last_part(readings: Sequence[Reading]) -> Sequence[Reading]:
 def learning_rate_limit(readings: Sequence[Reading]) -> float | None:
     """The learning rate at the limit, from what each of the readings names.
 
-    The geometric mean of the highest of them and the median. Networks come to places whose curvature fits their rate:
-    trained at an eighth of the largest usable rate they sharpen until that eighth is at the limit, so that the median
-    alone would name the present rate, whatever it is. The flattest place that a run has seen, mostly early on, shows
-    what a larger rate could have met, and alone would be too hopeful. Of the sweeps in `benchmarks/verdicts` this mean
-    came nearest to the largest usable rates.
+    The geometric mean of the highest of the first half of them and the lower quartile of all. Networks come to places
+    whose curvature fits their rate: trained at an eighth of the largest usable rate they sharpen until that eighth is
+    at the limit, so that what most readings name is the present rate, whatever it is. The flattest place that a run has
+    seen on its way shows what a larger rate could have met, and alone would be too hopeful; not that of the second
+    half, where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came
+    nearest to the largest usable rates.
 
     """
     found = _limits(readings)
-    return math.sqrt(max(found) * median(found)) if found else None
+    if not found:
+        return None
+    quartile = quantiles(found, n=4, method="inclusive")[0] if len(found) > 1 else found[0]
+    return math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
 
 
 def confidence(readings: Sequence[Reading], num_unsure: int = 0) -> str:

@@ -24,6 +24,7 @@ def test_without_a_positive_ratio_and_rate_none_is_named(ratio, rate):
 def test_the_limit_lies_between_where_the_run_mostly_is_and_its_flattest_place():
     ratios = [0.25] * 10 + [1.0] * 30  # a run that sharpens until its rate, 0.1, is at the limit, and began at 0.4
     ratios[35] = 7.0  # a single measurement
+    ratios[38:] = [0.01, 0.01]  # and a network that has learned its data
     assert named(ratios) == pytest.approx((0.4 * 0.1) ** 0.5)
 
 
