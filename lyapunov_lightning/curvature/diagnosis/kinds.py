@@ -23,6 +23,9 @@ Kind = Literal[
     "at_edge",
 ]
 
+SUFFERING: tuple[Kind, ...] = ("too_fast", "too_fast_later", "limited")
+"""The kinds of runs whose learning rate is too large by what the run shows."""
+
 _LEFT_BELOW = 0.8
 """The median of the last third of the ratios below which the run has left the limit."""
 

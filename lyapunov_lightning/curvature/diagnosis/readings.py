@@ -76,7 +76,7 @@ def last_part(readings: Sequence[Reading]) -> Sequence[Reading]:
     return readings[-count:] if count >= _FEWEST_OF_PART else readings
 
 
-def learning_rate_limit(readings: Sequence[Reading]) -> float | None:
+def learning_rate_limit(readings: Sequence[Reading], *, is_suffering: bool = False) -> float | None:
     """The learning rate at the limit, from what each of the readings names.
 
     The geometric mean of the highest of the first half of them and the lower quartile of all. Networks come to places
@@ -86,12 +86,17 @@ def learning_rate_limit(readings: Sequence[Reading]) -> float | None:
     half, where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came
     nearest to the largest usable rates.
 
+    Args:
+        readings: The readings.
+        is_suffering: Whether the run shows that its rate is too large. Then it has not come to where the curvature fits
+            its rate, and the lower quartile alone is named.
+
     """
     found = _limits(readings)
     if not found:
         return None
     quartile = quantiles(found, n=4, method="inclusive")[0] if len(found) > 1 else found[0]
-    return math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
+    return quartile if is_suffering else math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
 
 
 def confidence(readings: Sequence[Reading], num_unsure: int = 0) -> str:

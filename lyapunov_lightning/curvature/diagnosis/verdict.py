@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lyapunov_lightning.curvature.diagnosis.facts import NEAR, facts_of
-from lyapunov_lightning.curvature.diagnosis.kinds import Kind, classify
+from lyapunov_lightning.curvature.diagnosis.kinds import SUFFERING, Kind, classify
 from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS, Reading, confidence, learning_rate_limit
 from lyapunov_lightning.curvature.diagnosis.sentences import SENTENCES, TITLES
 
@@ -101,6 +101,6 @@ def diagnose(
         spikes=facts.spikes,
         num_near=facts.num_near,
         window=facts.window,
-        learning_rate_limit=learning_rate_limit(facts.naming),
+        learning_rate_limit=learning_rate_limit(facts.naming, is_suffering=kind in SUFFERING),
         confidence=confidence(facts.naming, facts.num_unsure),
     )

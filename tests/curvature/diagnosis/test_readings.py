@@ -28,6 +28,11 @@ def test_the_limit_lies_between_where_the_run_mostly_is_and_its_flattest_place()
     assert named(ratios) == pytest.approx((0.4 * 0.1) ** 0.5)
 
 
+def test_of_a_run_that_suffers_the_flattest_place_does_not_count():
+    readings = readings_of([0.25] * 10 + [1.0] * 30, learning_rate=0.1)
+    assert learning_rate_limit(readings, is_suffering=True) == pytest.approx(0.1)
+
+
 def test_the_spread_is_that_of_the_last_part():
     assert [reading.value for reading in last_part(readings_of([0.1, 0.2, 0.3, 0.4, 0.5]))] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert len(last_part(readings_of([0.1] * 30))) == 10
