@@ -73,4 +73,6 @@ def classify(facts: RunFacts) -> Kind:
     # Where most of a run is near the limit most spikes are near it too, whatever causes them.
     if facts.spikes and facts.num_near >= max(0.5, facts.share_near) * len(facts.spikes):
         return "limited"
-    return "above" if facts.level > _FAR_ABOVE else "at_edge"
+    if facts.level <= _FAR_ABOVE:
+        return "at_edge"
+    return "limited" if facts.has_stalled else "above"

@@ -236,11 +236,19 @@ def _left(facts: RunFacts) -> tuple[str, str]:
 
 
 def _limited(facts: RunFacts) -> tuple[str, str]:
+    if not facts.num_near:
+        return _stayed(facts), (
+            "Over the last half the loss has fallen no further than it differs from batch to batch:"
+            f" the learning rate is what limits this run{_where_it_stays(facts)}."
+        )
     return _stayed(facts), f"{_came_near(facts)}: the learning rate is what limits this run."
 
 
 def _above(facts: RunFacts) -> tuple[str, str]:
-    calm = "The loss did not spike all the same: the limit is known roughly, and the run bears this learning rate."
+    calm = (
+        "The loss did not spike all the same, but as a rule a run so far above the limit gets on better at a smaller"
+        f" learning rate{_where_it_stays(facts)}."
+    )
     return _stayed(facts), _unexplained_spikes(facts) or calm
 
 
@@ -276,6 +284,13 @@ def where_the_limit_is(reading: Reading) -> str:
     """The learning rate at the limit, in words; nothing if that of the measurement is not known."""
     limit = reading.learning_rate_limit
     return "" if limit is None else f": at that sharpness the limit is met at {limit:.2g}"
+
+
+def _where_it_stays(facts: RunFacts) -> str:
+    """The learning rate that would be at the limit where the run has stayed since it met it."""
+    since = [reading for reading in facts.counted if facts.met_at is not None and reading.step >= facts.met_at]
+    limits = [limit for limit in (reading.learning_rate_limit for reading in since) if limit is not None]
+    return f": at that sharpness the limit is met at {median(limits):.2g}" if limits else ""
 
 
 def shown(ratio: float) -> str:

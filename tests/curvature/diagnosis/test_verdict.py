@@ -102,10 +102,21 @@ def test_above_at_first_and_below_in_the_end():
     )
 
 
-def test_above_all_the_time_without_harm_is_told_as_what_it_is():
-    found = told([5.0] * 40)
+def test_a_run_far_above_the_limit_gets_on_better_at_a_smaller_rate():
+    found = told([5.0] * 40, learning_rate=0.1)
     assert found.kind == "above"
-    assert "the run bears this learning rate" in found.consequence
+    assert found.consequence.endswith("at a smaller learning rate: at that sharpness the limit is met at 0.02.")
+
+
+def test_a_run_far_above_the_limit_that_does_not_get_on_is_limited_by_its_rate():
+    generator = random.Random(0)
+    losses = [1 + 0.2 * math.exp(-step / 20) + 0.1 * generator.gauss(0, 1) for step in range(400)]
+    found = told([0.8, *[4.0] * 39], losses, learning_rate=0.1)
+    assert found.kind == "limited"
+    assert found.consequence == (
+        "Over the last half the loss has fallen no further than it differs from batch to batch: the"
+        " learning rate is what limits this run: at that sharpness the limit is met at 0.025."
+    )
 
 
 # Lost by the learning rate, or not.
