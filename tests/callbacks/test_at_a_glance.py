@@ -137,7 +137,7 @@ def test_the_losses_of_the_figure_are_those_of_the_training():
 
     probe = CurvatureProbe(5)
     trained(probe, Noting())
-    drawn = [line.get_ydata() for line in probe.plot().axes[1].lines if len(line.get_ydata()) == len(seen)]
+    drawn = [line.get_ydata() for line in probe.plot().axes[-1].lines if len(line.get_ydata()) == len(seen)]
     assert drawn[0].tolist() == pytest.approx(seen, rel=1e-6)
 
 
