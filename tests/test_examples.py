@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +13,10 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from examples import edge_under_noise
-from examples.data import Digits
+from examples import edge_under_noise, edge_whatever_the_batch, stories
+from examples.data import Cifar10, Digits
 from examples.gauss_newton import drawn, half_squares, measured
 from lyapunov_lightning import callbacks
 from lyapunov_lightning.training.callback import CurvatureCallback
@@ -96,6 +99,111 @@ def test_runs_of_sgd_under_noise_grow_as_in_theory() -> None:
         for agreement in edge_under_noise.AGREEMENTS
     ]
     assert len(edge_under_noise.drawn(panels).axes) == 6
+
+
+def made_up_images(number: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(number, 3, 8, 8, generator=generator), torch.arange(number) % 10)
+
+
+def test_a_run_sees_every_image_once_before_one_again() -> None:
+    images = TensorDataset(torch.arange(12))
+    seen = [batch[0].tolist() for batch in edge_whatever_the_batch.batches(images, 4, num_steps=6)]
+    assert [len(batch) for batch in seen] == [4] * 6
+    assert sorted(chain(*seen[:3])) == sorted(chain(*seen[3:])) == list(range(12))
+    [everything] = edge_whatever_the_batch.batches(images, 999, num_steps=1)
+    assert sorted(everything[0].tolist()) == list(range(12))
+
+
+@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
+@pytest.mark.parametrize("name", edge_whatever_the_batch.FAMILIES)
+def test_with_all_images_both_ratios_are_that_of_full_batch_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    family, images = edge_whatever_the_batch.FAMILIES[name], made_up_images(32)
+    run = edge_whatever_the_batch.measured(images, family, family.first, batch_size=32, num_steps=160)
+    assert run.agreement == pytest.approx(1, abs=1e-3)
+    assert len(run.shares) == len(run.ratios) == len(run.classical) >= 50
+    for ratio, classical in zip(run.ratios, run.classical, strict=True):
+        assert classical is not None
+        assert ratio >= 0.999 * classical
+    assert min(ratio / classical for ratio, classical in zip(run.ratios, run.classical, strict=True)) < 1.1
+    assert f"η = {family.first:g}" in edge_whatever_the_batch.told(run)
+
+
+def test_the_largest_usable_rate_is_between_one_that_trains_and_one_that_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    family = replace(edge_whatever_the_batch.FAMILIES["SGD"], first=0.1)
+    images = made_up_images(32)
+    usable = edge_whatever_the_batch.largest_usable(images, family, batch_size=32, num_steps=60)
+    final = {
+        rate: edge_whatever_the_batch.train(images, family, rate, 32, 60).final
+        for rate in (usable / 2, usable, 8 * usable)
+    }
+    assert final[usable] < 1.25 * final[usable / 2] < final[8 * usable]
+    assert f"{usable:g}: {final[usable]:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*the Trainer has no logger")
+def test_the_edge_whatever_the_batch_is_drawn_again_from_what_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(edge_whatever_the_batch, "STEPS", {4: 6, 16: 6})
+    families = {
+        name: replace(family, rates=(family.first, family.first))
+        for name, family in edge_whatever_the_batch.FAMILIES.items()
+        if name != "AdamW"  # has not settled by then
+    }
+    monkeypatch.setattr(edge_whatever_the_batch, "FAMILIES", families)
+    monkeypatch.setattr(edge_whatever_the_batch, "images", lambda root: made_up_images(16))
+    arguments = [f"--out={tmp_path / 'edge.png'}", f"--cache={tmp_path / 'kept' / 'runs.json'}"]
+    edge_whatever_the_batch.main(arguments)
+    first = (tmp_path / "edge.svg").read_text()
+    monkeypatch.delattr(edge_whatever_the_batch, "measured")
+    edge_whatever_the_batch.main(arguments)
+    assert (tmp_path / "edge.svg").read_text() == first
+
+
+def test_examples_say_where_data_are_missing(tmp_path: Path) -> None:
+    for program, arguments in ((edge_whatever_the_batch, []), (stories, ["rate"]), (stories, ["room"])):
+        with pytest.raises(SystemExit, match=f"in {tmp_path}: give the folder"):
+            program.main([*arguments, f"--root={tmp_path}", f"--out={tmp_path}", *options_of(program, tmp_path)])
+
+
+def options_of(program: Any, path: Path) -> list[str]:
+    return [f"--cache={path / 'none.json'}"] if program is edge_whatever_the_batch else []
+
+
+def test_unscaled_batches_are_as_in_the_files() -> None:
+    raw = torch.randint(256, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (Cifar10.mean, Cifar10.std))
+    images = TensorDataset((raw / 255 - mean) / std, torch.arange(8))
+    run = stories.Unscaled(edge_whatever_the_batch.batches(images, 4, num_steps=4), steps=[1])
+    assert len(run) == 4
+    for step in range(4):
+        inputs, labels = run[step]
+        torch.testing.assert_close(inputs, raw[labels] if step == 1 else images.tensors[0][labels])
+
+
+@pytest.mark.filterwarnings("ignore::lyapunov_lightning.curvature.errors.CurvatureWarning")
+@pytest.mark.parametrize("story", stories.STORIES)
+def test_a_story_is_told(
+    story: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(stories.VOCABULARY, (40, 6), generator=generator)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stories, "images", lambda root: made_up_images(40))
+    monkeypatch.setattr(stories, "words", lambda root: TensorDataset(rows[:, :-1], rows[:, 1:]))
+    stories.main([story, "--scale=0.1", "--out=."])
+    told = capsys.readouterr().out
+    setting, _ = stories.STORIES[story]
+    assert told.startswith(f"η = {setting.rate:g}")
+    assert told.count("said (") >= 2
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"story_{story}.png", f"story_{story}_probe.png"}
 
 
 def test_every_callback_has_a_configuration() -> None:

@@ -270,7 +270,8 @@ class CurvatureProbe(CurvatureCallback):
             'unknown'
 
         """
-        return self._estimator.reworded(diagnose([_reading(result) for result in self.results], self._losses.series))
+        readings = [_reading(result) for result in self.results]
+        return self._estimator.reworded(diagnose(readings, self._losses.series, self._losses.learning_rates))
 
     def suggestion(self) -> float | None:
         """The learning rate at the stability limit, as far as it is known: `Diagnosis.learning_rate_limit`."""
@@ -338,6 +339,7 @@ class CurvatureProbe(CurvatureCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._is_stepping = True
+        self._losses.stepping(trainer.optimizers[0])
         pending = self._pending
         if pending is not None and self._is_clipped:
             with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
@@ -587,4 +589,14 @@ class _Pending:
 
 def _reading(result: ProbeResult) -> Reading:
     """A measurement as the diagnosis sees it."""
-    return Reading(result.step, result.stability_ratio, learning_rate=result.learning_rate, converged=result.converged)
+    return Reading(
+        result.step,
+        result.stability_ratio,
+        learning_rate=result.learning_rate,
+        converged=result.converged,
+        step_ratio=result.step_ratio,
+        eigenvalue_ratio=result.eigenvalue_ratio,
+        noise_ratio=result.noise_ratio,
+        clipping=result.clipping,
+        judged=result.is_settled,
+    )

@@ -60,8 +60,8 @@ def console(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtu
 @pytest.mark.parametrize(
     ("lr", "kind", "sentence"),
     [
-        (0.005, "below", "The sharpness stayed below the stability limit"),
-        (5.0, "diverged", "The learning rate is too large"),
+        (0.005, "room", "The sharpness stayed below the stability limit"),
+        (5.0, "too_fast", "The learning rate is too large"),
     ],
 )
 def test_the_summary_is_said_and_shown_at_the_end(console, tmp_path, lr, kind, sentence):
@@ -89,7 +89,7 @@ def test_the_summary_is_said_though_the_figure_was_drawn_before(console):
 def test_adam_is_judged_by_its_own_limit():
     probe = CurvatureProbe(1)
     trained(probe, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5), full_batch=True)
-    assert probe.diagnosis().kind == "below"
+    assert probe.diagnosis().kind == "room"
     assert probe.diagnosis().level == pytest.approx(probe.results[-1].stability_ratio, rel=0.2)
     upper = probe.plot().axes[0]
     labels = [
@@ -110,7 +110,7 @@ def test_what_did_not_converge_is_told(console):
 def test_a_probe_of_the_lower_end_has_a_figure_and_a_verdict_by_the_batch_sharpness(console):
     probe = CurvatureProbe(4, end="smallest")
     trained(probe)
-    assert probe.diagnosis().kind == "below"
+    assert probe.diagnosis().kind == "room"
     assert [result.stability_ratio for result in probe.results] == pytest.approx(
         [result.batch_sharpness * 0.1 / 2 for result in probe.results]
     )

@@ -433,7 +433,7 @@ def test_a_learning_rate_that_is_too_large_is_blamed(fit: Fit) -> None:
     with pytest.warns(CurvatureWarning, match="The learning rate is too large"):
         fit(module, watching, loader=regression_loader(**FULL), max_steps=40)
     found = watching.diagnosis()
-    assert found.kind == "diverged"
+    assert found.kind == "too_fast"
     assert found.sharpness.startswith("The critical sharpness was")
     assert found.consequence.startswith("The learning rate is too large")
 
@@ -443,7 +443,7 @@ def test_figure_and_summary_speak_of_it(fit: Fit) -> None:
     fit(SmallRegressor(sgd(lr=0.1)), watching, loader=regression_loader(**FULL))
     labels = [line.get_label() for line in watching.plot().axes[0].lines]
     assert labels[:2] == ["critical sharpness", "stability limit"]
-    assert watching.diagnosis().kind == "below"
+    assert watching.diagnosis().kind == "room"
     assert "The critical sharpness stayed below the stability limit" in str(watching.diagnosis())
     assert "has room" not in str(watching.diagnosis())
     assert "no others" in str(watching.diagnosis())

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,8 +60,9 @@ class Busy(pl.LightningModule):
 
     steps = 0
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__()
+        self.optimizer = optimizer
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Dropout(0.3), nn.Linear(6, 3))
         self.accuracy = MulticlassAccuracy(3)
         self.synced = MeanMetric(dist_sync_on_step=True)
@@ -86,7 +88,18 @@ class Busy(pl.LightningModule):
         return loss + 0.1 * self.average * logits.square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        return self.optimizer(self.parameters())
+
+
+class Unknown(torch.optim.SGD):
+    """An optimizer of the user's own, of which no limit is known."""
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "fp32": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "static-graph": partial(torch.optim.AdamW, lr=0.03),
+    "bf16-accumulate-4": partial(Unknown, lr=0.1, momentum=0.9, weight_decay=1e-3),
+}
 
 
 def classification() -> TensorDataset:
@@ -112,7 +125,7 @@ def trained(name: str, *callbacks: Callback) -> dict[str, Any]:
     pl.seed_everything(11, verbose=False)
     Busy.steps = 0
     losses_of_all.clear()
-    logger, module = RememberingLogger(), Busy()
+    logger, module = RememberingLogger(), Busy(OPTIMIZERS[name])
     loader = DataLoader(classification(), 8, shuffle=True)
     settings = {"strategy": strategy(**options), "gradient_clip_val": 0.5, **settings}
     trainer = fit(module, loader, *callbacks, logger=logger, **settings)
@@ -143,16 +156,17 @@ def hidden_state(module: Busy) -> list[Any]:
     return [Busy.steps, module.count(), module.order, module.average, swing.past, noise, cycle]
 
 
-def reading_callbacks() -> Iterator[Callback]:
+def reading_callbacks(settings: str) -> Iterator[Callback]:
     """All that reads, and a nudge that changes nothing, on all kinds of data."""
     one = HessianConfig(num_batches=1)
-    yield CurvatureProbe(1, end="both", tol=0.3)
+    yield CurvatureProbe(1, end="both", tol=0.3, eigenvalue_every=3)
     yield CurvatureProbe(3, "lyapunov", hessian=HessianConfig("fixed", fraction=0.2, mode="eval"))
     yield CurvatureProbe(4, "power", tol=0.3, log_prefix="second")
     yield SpectrumTracker(8, 1, 1, hessian=one, tol=0.3, random_vectors=2, groups="modules")
     yield SpectrumTracker(5, 1, estimator="benettin", log_prefix="third")
     yield NegativeCurvatureTracker(9, 1, hessian=one, tol=0.3, freeze_at=[2], estimator="online", log_prefix="fourth")
-    yield NudgedSGDHook(9, 1, gamma=1.0, hessian=one, tol=0.3)
+    if settings == "fp32":  # the others' optimizers are not for nudges
+        yield NudgedSGDHook(9, 1, gamma=1.0, hessian=one, tol=0.3)
     scanned = Schedule(at_steps=[5])
     yield LossAlongEigvecScanner(
         schedule=scanned, largest=0, hessian=one, tol=0.3, scales=[1.0], points=3, sgd_steps=[1.0], log_prefix="fifth"
@@ -161,4 +175,4 @@ def reading_callbacks() -> Iterator[Callback]:
 
 @check
 def identity(rank: int) -> dict[str, Any]:
-    return {name: {"without": trained(name), "with": trained(name, *reading_callbacks())} for name in SETTINGS}
+    return {name: {"without": trained(name), "with": trained(name, *reading_callbacks(name))} for name in SETTINGS}

@@ -1,13 +1,15 @@
 """Models whose parameters are sharded over the ranks, measured and acted upon."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -145,16 +147,48 @@ GAUGED: dict[str, Any] = {
 @check
 def sharded_gauges(rank: int) -> dict[str, Any]:
     """How near trainings are to their edge, of ranks with unequal numbers of samples and gradients that are clipped."""
-    settings: dict[str, Any] = {"sizes": (5, 3), "num_batches": 3, "gradient_clip_val": 0.5}
+    settings: dict[str, Any] = {"sizes": (5, 3), "gradient_clip_val": 0.5}
     found: dict[str, Any] = {}
     for name, optimizer in GAUGED.items():
         for way, room in {"copied": None, **ROOM}.items():
-            probe = CurvatureProbe(
-                1, tol=0.5, eigenvalue_every=9, hessian=HessianConfig("batch", max_gather_bytes=room)
-            )
+            # A search on shards takes longer than all the rest: there the eigenvalue is followed from step to step.
+            config = HessianConfig("batch", max_gather_bytes=room)
+            probe = CurvatureProbe(1, tol=0.5, eigenvalue_every=9, hessian=config)
+            if way == "shards":
+                config = replace(config, method="finite_difference")
+                probe = CurvatureProbe(1, "lyapunov", eigenvalue_every=9, hessian=config)
             kind = strategy() if way == "copied" else sharded_strategy()
             module = Decoder(optimizer=optimizer, lr=0.05)
-            found.setdefault(name, {})[way] = trained(rank, probe, module=module, strategy=kind, **settings)
+            num_batches = 3 if name == "adamw" else 2  # until a step was compared
+            run = trained(rank, probe, module=module, strategy=kind, num_batches=num_batches, **settings)
+            found.setdefault(name, {})[way] = run
+    return found
+
+
+class Narrow(Decoder):
+    """Three numbers, all of them the first rank's."""
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        self.net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.net.weight.fill_(0.5)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (self.net(inputs[:, :3].double()) - targets[:, :1]).square().mean()  # type: ignore[misc]
+
+
+@check
+def sharded_on_one_rank(rank: int) -> dict[str, Any]:
+    """A model of which one rank has nothing."""
+    found = {}
+    for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy)):
+        module = Narrow(optimizer=GAUGED["adamw"])
+        found[kind] = trained(rank, CurvatureProbe(1, tol=1e-8), module=module, strategy=of_kind())
     return found
 
 
@@ -193,9 +227,12 @@ IDENTITY: dict[str, tuple[dict[str, Any], list[Any]]] = {
     ),
     "kept whole": (
         {"sharding": {"reshard_after_forward": False}, "checkpointed": True, "dropout": 0.1},
-        [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
+        [lambda: CurvatureProbe(1, eigenvalue_every=3, hessian=HessianConfig(max_gather_bytes=6 * 8 * PARAMETERS))],
     ),
-    "by differences": ({"dropout": 0.1}, [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))]),
+    "by differences": (
+        {"optimizer": Unknown, "dropout": 0.1},
+        [lambda: CurvatureProbe(1, hessian=HessianConfig(max_gather_bytes=0))],
+    ),
     "two copies": ({"copies": 2, "lr": 0.05}, [QUICK["probe"]]),
 }
 """Modules, and callbacks that read beside their training."""
@@ -233,6 +270,7 @@ def sharded_identity(rank: int) -> dict[str, Any]:
                 val_dataloaders=loader_of(rank, num_batches=1),
                 val_check_interval=1,
                 accumulate_grad_batches=1 + (name == "resharded"),
+                gradient_clip_val=0.5,
             )
             found.setdefault(name, {})[kind] = {
                 "parameters": run["parameters"],
@@ -374,6 +412,25 @@ def sharded_failures(rank: int) -> dict[str, Any]:
         callbacks = CurvatureProbe(1, hessian=config, tol=0.5), SpectrumTracker(1, 1, hessian=config, tol=0.5)
         found[name] = trained(rank, *callbacks)
     return found
+
+
+@check
+def sharded_accumulation(rank: int) -> dict[str, Any]:
+    """Trainings whose last step in an epoch has one batch and the others two, without and with a probe.
+
+    The last rank fails on the one batch with which a step is compared, after products on the two of its own.
+    """
+    evaluations = count(1)
+
+    def failing(module: Any, batch: Any) -> Tensor:
+        if module.trainer.global_step == 4 and next(evaluations) > 4 and rank == 1:
+            raise PlannedError("planned")
+        return module.loss(batch)
+
+    config = HessianConfig("batch", loss_fn=failing, max_gather_bytes=ROOM["layerwise"])
+    probe = CurvatureProbe(1, tol=0.5, eigenvalue_every=9, hessian=config)
+    settings = {"max_epochs": 3, "accumulate_grad_batches": 2}
+    return {"failing": trained(rank, probe, **settings), "plain": trained(rank, **settings)}
 
 
 def raise_planned(*_: Any) -> None:

@@ -56,7 +56,7 @@ class OneProcess:
     compared: deque = field(default_factory=lambda: deque(maxlen=AVERAGED))
     steps: deque = field(default_factory=lambda: deque(maxlen=AVERAGED))
     moment: float | Tensor = 0.0
-    eigenvalue: float | None = None
+    eigenvalue: float = math.nan
 
     def results(self) -> Iterator[dict[str, float | None]]:
         parameters = self.outcomes[0]["parameters"]
@@ -68,12 +68,10 @@ class OneProcess:
             # Of the ranks' gradients DDP takes the plain mean, whatever their numbers of samples.
             gradient = torch.stack([gradient_at(here, batch) for batch in batches]).mean(0)
             clipping = min(1.0, self.clip / (float(gradient.norm()) + 1e-6))
-            found: dict[str, float | None] = {}
-            if self.optimizer != "adamw" or step:  # whose metric is not known before its first step
-                found["clipping"] = None if self.clip == math.inf else clipping
+            found: dict[str, float | None] = {"clipping": None if self.clip == math.inf else clipping}
             if self.optimizer == "unknown":
                 found |= self.decrease(here, there, own)
-            elif found:
+            else:
                 other = None if step in self.lost else before
                 found |= self.sharpness(here, own, other if self.fixed is None else self.fixed, step, count)
                 for name in ("noise_ratio", "stability_ratio"):
@@ -88,11 +86,11 @@ class OneProcess:
         return {"lost_decrease": lost, "stability_ratio": lost}
 
     def sharpness(self, here: Tensor, own: Any, other: Any, step: int, count: int) -> dict[str, float | None]:
-        scale = torch.ones_like(here, dtype=torch.float64)
-        if self.optimizer == "adamw":
-            scale = (torch.sqrt(self.moment / (1 - runs.BETAS[1] ** step)) + EPS) ** -0.5
-        matrix = scale[:, None] * dense_hessian(here, own) * scale
-        direction = scale * gradient_at(here, own)
+        gradient, scale = gradient_at(here, own), torch.ones_like(here, dtype=torch.float64)
+        if self.optimizer == "adamw":  # which counts the gradient of the step in
+            moment = runs.BETAS[1] * self.moment + (1 - runs.BETAS[1]) * gradient**2
+            scale = (torch.sqrt(moment / (1 - runs.BETAS[1] ** (step + 1))) + EPS) ** -0.5
+        matrix, direction = scale[:, None] * dense_hessian(here, own) * scale, scale * gradient
         self.seen.append((float(direction @ direction), float(direction @ matrix @ direction)))
         if other is not None and (len(self.compared) < 3 or count % 4 == 0):
             across = scale * gradient_at(here, other)
@@ -123,7 +121,6 @@ class OneProcess:
             limit = 2 * (1 - m**2) / (runs.LR * (1 + m - 2 * m * agreement))
         is_progress = progress > 0
         noise = pace * (shared / own_curvature) * sharpness / (2 * progress / own_slope) if is_progress else None
-        assert self.eigenvalue is not None
         return found | {
             "batch_agreement": agreement,
             "stability_limit": limit,

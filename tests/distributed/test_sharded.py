@@ -237,6 +237,16 @@ def test_steps_on_shards_are_as_near_to_their_edge_as_those_on_copies(outcomes, 
             assert number == (other if other is None else pytest.approx(other, rel=1e-6)), name
 
 
+def test_a_rank_that_has_nothing_of_a_model_takes_part_in_all_that_is_measured(outcomes):
+    first, second = (outcome["sharded"] for outcome in outcomes("sharded_on_one_rank"))
+    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    copied = outcomes("sharded_on_one_rank")[0]["copied"]
+    assert first["warned"] == copied["warned"] == []
+    for result, expected in zip(first["results"][0], copied["results"][0], strict=True):
+        for name in (*GAUGED["adamw"][:-1], "decisive_eigenvalue"):
+            assert close(getattr(result, name), getattr(expected, name), 1e-6), (result.step, name)
+
+
 def test_vectors_are_given_up_where_other_parameters_train_from_now_on(outcomes):
     for outcome in outcomes("sharded_unfreezing"):
         sharded, copied = outcome["sharded"], outcome["copied"]
@@ -256,7 +266,7 @@ def test_a_sharded_training_is_bit_identical_with_and_without_callbacks(outcomes
         found = outcome[name]
         assert same(found["without"][part], found["with"][part])
         assert found["with"]["measurements"] > 0
-        assert found["with"]["warned"] == []
+        assert all("the stability limit of Unknown is not known" in message for message in found["with"]["warned"])
         assert found["with"]["steps"] > 0
 
 
@@ -275,6 +285,15 @@ def test_a_measurement_that_fails_is_warned_of_on_all_ranks_and_the_training_goe
         assert all(reason in message for message in found["warned"])
 
 
+def test_a_rank_that_fails_on_fewer_batches_than_before_leaves_no_other_waiting(outcomes):
+    for rank, outcome in enumerate(outcomes("sharded_accumulation")):
+        failing = outcome["failing"]
+        assert same(failing["parameters"], outcome["plain"]["parameters"])
+        assert [result.step for result in failing["results"][0]] == [0, 1, 2, 3, 5]
+        [message] = failing["warned"]
+        assert ("planned" if rank else "failed on 1 other rank") in message
+
+
 # Resuming.
 
 
@@ -288,7 +307,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(outcomes, name
             different = {field for field in one if not same(one[field], other[field])}
             # Searches begin anew, and the batch with which a first step would be compared is not in a checkpoint.
             unlike = {"block_matvecs", "batch_agreement", "noise_ratio"}
-            assert different <= {"lambda_max_of", *unlike}
+            assert different <= {"lambda_max_of", "stability_limit", *unlike}
             assert all(close(one[field], other[field], 1e-3) for field in different - unlike)
         assert len(first) > 1
 

@@ -135,7 +135,7 @@ class CriticalLearningRate(Estimator):
         """A critical sharpness below its limit clears the steps that were measured, and no more."""
         found = diagnosis
         is_blamed = found.kind == "left" and 2 * found.num_near >= len(found.spikes) > 0
-        clears = found.kind in ("below", "left", "diverged_below") and not is_blamed
+        clears = found.kind in ("room", "noise_limited", "left", "lost_otherwise") and not is_blamed
         told = replace(found, sharpness=found.sharpness.replace("he sharpness", "he critical sharpness"))
         if not clears:
             return told

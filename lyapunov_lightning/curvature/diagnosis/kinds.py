@@ -2,44 +2,73 @@
 
 from typing import Literal
 
-from lyapunov_lightning.curvature.diagnosis.facts import RunFacts, is_at_limit
+from lyapunov_lightning.curvature.diagnosis.facts import RunFacts
 from lyapunov_lightning.curvature.diagnosis.readings import FEWEST
 
 Kind = Literal[
     "unknown",
-    "diverged",
-    "diverged_below",
+    "too_fast",
+    "too_fast_later",
+    "data_fault",
+    "lost_otherwise",
     "not_converged",
     "few",
-    "below",
+    "bad_batch",
+    "clipped",
+    "noise_limited",
+    "room",
     "left",
     "limited",
     "above",
     "at_edge",
 ]
 
+SUFFERING: tuple[Kind, ...] = ("too_fast", "too_fast_later", "limited")
+"""The kinds of runs whose learning rate is too large by what the run shows."""
+
 _LEFT_BELOW = 0.8
 """The median of the last third of the ratios below which the run has left the limit."""
 
-_FAR_ABOVE = 1.5
-"""The median ratio above which a run is not at the limit but above it."""
+_FAR_ABOVE = 3.0
+"""The median ratio above which a run is not at the limit but above it: batches of some hundred train well at 1.5 to 2.6
+(`docs/verdict.md`)."""
+
+_NOISY = 0.25
+"""The share of a step's progress that noise takes from which on it may be what keeps a loss from falling: at 0.5 one
+step makes the most, and a measured share is off by a factor of two."""
+
+_BAD_BATCH = 2
+"""How many losses in a row are at most a bad batch and no fault in the data."""
 
 
 def classify(facts: RunFacts) -> Kind:
     """The first of the kinds at the head of the room that fits."""
-    if not facts.readings:
+    if not facts.readings and not facts.settling and not facts.is_lost_at_once:
         return "unknown"
+    if facts.rose_at_first and not facts.has_improved:
+        return "too_fast"
     if facts.lost_at is not None:
-        return "diverged" if any(map(is_at_limit, facts.before_lost)) else "diverged_below"
+        if facts.fault is not None:
+            return "data_fault"
+        if not facts.evidence and not (facts.is_unmeasured and facts.is_lost_at_once):
+            return "lost_otherwise"
+        return "too_fast" if facts.is_from_start else "too_fast_later"
     # After the divergence, for which a ratio that did not converge is evidence enough, and before all that needs
     # levels.
     if facts.num_unsure > len(facts.counted):
         return "not_converged"
     if len(facts.counted) < FEWEST:
         return "few"
+    if not facts.has_improved and facts.evidence:
+        return "too_fast" if facts.is_from_start else "too_fast_later"
+    if facts.faults:
+        return "bad_batch" if all(fault.count <= _BAD_BATCH for fault in facts.faults) else "data_fault"
+    if 2 * len(facts.clipped) > len(facts.readings):
+        return "clipped"
     if facts.level is None or not facts.at_limit:
-        return "below"
-    if facts.last_level < _LEFT_BELOW:
+        is_noisy = facts.noise_level is not None and facts.noise_level >= _NOISY
+        return "noise_limited" if facts.has_stalled and facts.has_improved and is_noisy else "room"
+    if facts.last_level < _LEFT_BELOW and facts.at_limit[-1] not in facts.last_third:
         return "left"
     # Where most of a run is near the limit most spikes are near it too, whatever causes them.
     if facts.spikes and facts.num_near >= max(0.5, facts.share_near) * len(facts.spikes):

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
-LIMIT_FACTORS = (1 / 3, 3.0)
+LIMIT_FACTORS = (0.45, 6.0)
 """Between these, in units of the one that is named, the learning rate at the limit lies in four of five runs. They come
 from the sweeps in `benchmarks/verdicts`, where the largest usable learning rate is known."""
 
@@ -32,6 +32,7 @@ class Reading:
         learning_rate: The one of this step, the highest of the parameter groups.
         converged: Whether the measurement met its tolerance.
         step_ratio: The ratio of this one measurement by itself, where `ratio` is averaged over several.
+        eigenvalue_ratio: That of the eigenvalue, where `ratio` is the larger one of it and of the average.
         noise_ratio: What noise does to the progress of a step: the rise of the loss by second order over the fall by
             first order, expected of fresh data. At 1 a step makes no progress; at 0.5 a single step makes the most.
         clipping: The share of the gradient's length that clipping left; 1 if nothing was clipped.
@@ -44,6 +45,7 @@ class Reading:
     learning_rate: float | None = None
     converged: bool = True
     step_ratio: float | None = None
+    eigenvalue_ratio: float | None = None
     noise_ratio: float | None = None
     clipping: float | None = None
     judged: bool = True
@@ -53,6 +55,11 @@ class Reading:
         """The ratio of a reading that has one."""
         assert self.ratio is not None
         return self.ratio
+
+    @property
+    def single(self) -> float:
+        """The ratio of this measurement by itself, of a reading that has one."""
+        return self.value if self.step_ratio is None else self.step_ratio
 
     @property
     def learning_rate_limit(self) -> float | None:
@@ -69,10 +76,27 @@ def last_part(readings: Sequence[Reading]) -> Sequence[Reading]:
     return readings[-count:] if count >= _FEWEST_OF_PART else readings
 
 
-def learning_rate_limit(readings: Sequence[Reading]) -> float | None:
-    """The learning rate at the limit, by the median of what each of the last part of the readings names."""
-    found = _limits(last_part(readings))
-    return median(found) if found else None
+def learning_rate_limit(readings: Sequence[Reading], *, is_suffering: bool = False) -> float | None:
+    """The learning rate at the limit, from what each of the readings names.
+
+    The geometric mean of the highest of the first half of them and the lower quartile of all. Networks come to places
+    whose curvature fits their rate: trained at an eighth of the largest usable rate they sharpen until that eighth is
+    at the limit, so that what most readings name is the present rate, whatever it is. The flattest place that a run has
+    seen on its way shows what a larger rate could have met, and alone would be too hopeful; not that of the second
+    half, where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came
+    nearest to the largest usable rates.
+
+    Args:
+        readings: The readings.
+        is_suffering: Whether the run shows that its rate is too large. Then it has not come to where the curvature fits
+            its rate, and the lower quartile alone is named.
+
+    """
+    found = _limits(readings)
+    if not found:
+        return None
+    quartile = quantiles(found, n=4, method="inclusive")[0] if len(found) > 1 else found[0]
+    return quartile if is_suffering else math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
 
 
 def confidence(readings: Sequence[Reading], num_unsure: int = 0) -> str:

@@ -1,19 +1,27 @@
 """What is said of a run: two sentences for each kind, with the figures from the facts."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from statistics import median
 
-from lyapunov_lightning.curvature.diagnosis.facts import NEAR, RunFacts, facts_of, is_at_limit
-from lyapunov_lightning.curvature.diagnosis.kinds import Kind, classify
-from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS, Reading, confidence, learning_rate_limit
+from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, NEAR, SUSPECT, RunFacts, is_at_limit
+from lyapunov_lightning.curvature.diagnosis.kinds import Kind
+from lyapunov_lightning.curvature.diagnosis.losses import Excursion
+from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS, Reading, learning_rate_limit
 
 TITLES: dict[Kind, str] = {
     "unknown": "stability limit unknown",
-    "diverged": "diverged above the stability limit",
-    "diverged_below": "diverged below the stability limit",
+    "too_fast": "learning rate too large from the start",
+    "too_fast_later": "learning rate too large later on",
+    "data_fault": "a fault in the data",
+    "lost_otherwise": "lost below the stability limit",
     "not_converged": "measurements did not converge",
     "few": "too few measurements to judge",
-    "below": "below the stability limit",
+    "bad_batch": "a bad batch",
+    "clipped": "clipped gradients",
+    "noise_limited": "below the stability limit, limited by noise",
+    "room": "below the stability limit",
     "left": "above the stability limit for a while",
     "limited": "limited by the learning rate",
     "above": "above the stability limit",
@@ -21,96 +29,8 @@ TITLES: dict[Kind, str] = {
 }
 """Each kind in a few words."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    """What the stability ratios and the losses of a run say. As a string: two sentences, with the figures.
-
-    Attributes:
-        kind: Which of the rules fits, see `lyapunov_lightning.curvature.diagnosis`.
-        sharpness: The sentence on the sharpness.
-        consequence: The sentence on what follows from it.
-        met_at: The first measured step at which the ratio was at the limit, if there is one.
-        level: The median ratio since then, or over the last half of the measurements where the limit was not met.
-        crossings: The measured steps at which the ratio went above 1.
-        spikes: The steps at which the loss began to spike.
-        num_near: How many of these came near a measurement at the limit.
-        window: Within how many steps of a measurement a spike counts as near.
-        learning_rate_limit: The learning rate at which the run would be at the limit: the median of what the last third
-            of the measurements name, each with the learning rate of its own step. None if none names one.
-        confidence: How sure that is, in words.
-
-    """
-
-    kind: Kind
-    sharpness: str
-    consequence: str
-    met_at: int | None = None
-    level: float | None = None
-    crossings: tuple[int, ...] = ()
-    spikes: tuple[int, ...] = ()
-    num_near: int = 0
-    window: int = NEAR
-    learning_rate_limit: float | None = None
-    confidence: str = "none"
-
-    @property
-    def learning_rate_range(self) -> tuple[float, float] | None:
-        """Where the learning rate at the limit lies in four of five runs; None if none is named."""
-        if self.learning_rate_limit is None:
-            return None
-        low, high = LIMIT_FACTORS
-        return low * self.learning_rate_limit, high * self.learning_rate_limit
-
-    @property
-    def title(self) -> str:
-        """The kind in a few words."""
-        return TITLES[self.kind]
-
-    def __str__(self) -> str:
-        return f"{self.sharpness} {self.consequence}"
-
-
-def diagnose(readings: Sequence[Reading], losses: tuple[Sequence[int], Sequence[float]] = ((), ())) -> Diagnosis:
-    """Say what the stability ratios and the losses of a run mean for its learning rate.
-
-    Args:
-        readings: The measurements, in the order of their steps.
-        losses: Steps and values of the training loss.
-
-    Returns:
-        The diagnosis, by the rules in `lyapunov_lightning.curvature.diagnosis`.
-
-    Example::
-
-        >>> from lyapunov_lightning.curvature.diagnosis import Reading, diagnose
-        >>> ratios = {0: 0.2, 10: 0.6, 20: 1.01, 30: 0.99}
-        >>> readings = [Reading(step, ratio, learning_rate=0.1) for step, ratio in ratios.items()]
-        >>> found = diagnose(readings, (range(40), [1 / (1 + t) for t in range(40)]))
-        >>> found.kind, found.met_at, round(found.learning_rate_limit, 2)
-        ('at_edge', 20, 0.13)
-        >>> print(found.sharpness)
-        The sharpness met the stability limit at step 20 and stayed at 1.00 times it.
-
-    """
-    facts = facts_of(readings, losses)
-    kind = classify(facts)
-    sharpness, consequence = SENTENCES[kind](facts)
-    if kind == "unknown":  # spikes without a ratio would say nothing of the learning rate
-        return Diagnosis(kind=kind, sharpness=sharpness, consequence=consequence)
-    return Diagnosis(
-        kind=kind,
-        sharpness=sharpness,
-        consequence=consequence,
-        met_at=facts.met_at,
-        level=facts.level,
-        crossings=facts.crossings,
-        spikes=facts.spikes,
-        num_near=facts.num_near,
-        window=facts.window,
-        learning_rate_limit=learning_rate_limit(facts.counted),
-        confidence=confidence(facts.counted, facts.num_unsure),
-    )
+_RAISED = 1.5
+"""How many times the learning rate of the measurements below the limit is one that a schedule has raised."""
 
 
 def _unknown(facts: RunFacts) -> tuple[str, str]:
@@ -120,21 +40,93 @@ def _unknown(facts: RunFacts) -> tuple[str, str]:
     )
 
 
-def _diverged(facts: RunFacts) -> tuple[str, str]:
-    # The first of the ratios at the limit: the later ones were measured on parameters that were already thrown about.
-    first = next(filter(is_at_limit, facts.before_lost))
+def _too_fast(facts: RunFacts) -> tuple[str, str]:
+    decisive = facts.decisive
+    if decisive is None or not decisive.judged:
+        lost = "The loss rose in the first steps and was no lower at the end than at first"
+        if facts.lost_at is not None:
+            lost = f"The loss was lost from step {facts.lost_at} on"
+        return (
+            f"{lost}, and there was no stability ratio before to judge by.",
+            "So early it is as a rule the learning rate that is too large: warm it up, or lower it.",
+        )
+    return _met(facts, decisive), _too_large(decisive, "The learning rate is too large")
+
+
+def _too_fast_later(facts: RunFacts) -> tuple[str, str]:
+    decisive = facts.decisive
+    assert decisive is not None  # by the rule for the kind
+    rates = [one.learning_rate for one in facts.counted if not is_at_limit(one) and one.learning_rate is not None]
+    if decisive.learning_rate is not None and rates and decisive.learning_rate > _RAISED * median(rates):
+        raised = f"The learning rate had been raised to {decisive.learning_rate:.2g}, which is too large"
+        return _met(facts, decisive), _too_large(decisive, raised)
+    return _met(facts, decisive), _too_large(decisive, "The learning rate became too large for the curvature")
+
+
+def _met(facts: RunFacts, decisive: Reading) -> str:
+    """Where the limit was met, and what became of the loss."""
+    lost = "was no lower at the end than at first"
+    if facts.lost_at is not None:
+        lost = f"was lost from step {facts.lost_at} on"
     return (
-        f"The sharpness was {shown(first.value)} times the stability limit at step {first.step}, and the loss was lost"
-        f" from step {facts.lost_at} on.",
-        f"The learning rate is too large{where_the_limit_is(first)}.",
+        f"The sharpness was {shown(decisive.value)} times the stability limit at step {decisive.step}, and the loss"
+        f" {lost}."
     )
 
 
-def _diverged_below(facts: RunFacts) -> tuple[str, str]:
+def _too_large(decisive: Reading, told: str) -> str:
+    """That the learning rate is to blame, as sure as the ratio makes it."""
+    if is_at_limit(decisive):
+        return f"{told}{where_the_limit_is(decisive)}."
+    return (
+        f"{told}, as far as can be told{where_the_limit_is(decisive)}, which is known roughly, and nothing"
+        " else is to be seen."
+    )
+
+
+def _data_fault(facts: RunFacts) -> tuple[str, str]:
+    fault = facts.fault
+    assert fault is not None  # by the rule for the kind
+    is_short = fault.came_back and fault.start < fault.end < fault.start + NEAR
+    steps = f"of steps {fault.start} to {fault.end}" if is_short else f"from step {fault.start} on"
+    cause = (
+        "for a fault in the data, or for a number that is not finite," if _is_lost(fault) else "for a fault in the data"
+    )
+    return _jumped(facts, fault), f"No learning rate does that at once: look {cause} {steps}."
+
+
+def _bad_batch(facts: RunFacts) -> tuple[str, str]:
+    fault = facts.faults[0]
+    steps = " and ".join(str(one.start) for one in facts.faults)
+    return _jumped(facts, fault), (
+        f"No learning rate does that at once: look at the batch{'es' * (len(facts.faults) > 1)} of step"
+        f"{'s' * (len(facts.faults) > 1)} {steps}."
+    )
+
+
+def _jumped(facts: RunFacts, fault: Excursion) -> str:
+    """How the loss jumped, what was measured before, and what on the batch."""
+    to = "no finite number" if _is_lost(fault) else f"{max(fault.values):.3g}"
+    outcome = "came back" if fault.came_back else "did not come back"
+    measured = []
+    if facts.before:
+        highest = max(facts.before, key=lambda reading: reading.value)
+        measured.append(f"at most {shown(highest.value)} times the stability limit before that")
+    if facts.on_batch is not None:
+        measured.append(f"{shown(facts.on_batch.single)} times it on the batch of step {facts.on_batch.step}")
+    sharpness = f"; the sharpness was {' and '.join(measured)}" if measured else ""
+    return f"The loss jumped from {fault.level:.3g} to {to} at step {fault.start} and {outcome}{sharpness}."
+
+
+def _is_lost(fault: Excursion) -> bool:
+    return not math.isfinite(max(fault.values))
+
+
+def _lost_otherwise(facts: RunFacts) -> tuple[str, str]:
     seen = "not measured"
-    if facts.before_lost:
-        last = facts.before_lost[-1]
-        seen = f"{shown(last.value)} times the stability limit at step {last.step}"
+    if facts.before:
+        highest = max(facts.before, key=lambda reading: reading.value)
+        seen = f"{shown(highest.value)} times the stability limit at most"
     return (
         f"The loss was lost from step {facts.lost_at} on, and the sharpness before that was {seen}.",
         "As far as was measured, the learning rate is not to blame: look for what else is wrong, such as numbers that"
@@ -150,6 +142,11 @@ def _not_converged(facts: RunFacts) -> tuple[str, str]:
 
 
 def _few(facts: RunFacts) -> tuple[str, str]:
+    if not facts.counted:
+        return (
+            "All measurements were made before the moments of the optimizer had settled.",
+            "They cannot be judged: train for longer.",
+        )
     last = facts.counted[-1]
     return (
         f"The sharpness was measured {_times(len(facts.counted))}: {shown(last.value)} times the stability limit at"
@@ -158,31 +155,78 @@ def _few(facts: RunFacts) -> tuple[str, str]:
     )
 
 
-def _below(facts: RunFacts) -> tuple[str, str]:
+def _clipped(facts: RunFacts) -> tuple[str, str]:
+    left = median(reading.clipping for reading in facts.clipped if reading.clipping is not None)
+    level = facts.last_level
+    sharpness = (
+        f"The gradient was clipped at {len(facts.clipped)} of {len(facts.readings)} measured steps, to {left:.2g} of"
+        f" its length, and the sharpness is {shown(level)} times the stability limit for what that leaves."
+    )
+    if level < left * AT_LIMIT:
+        return sharpness, f"Without clipping it would be below the limit too. {_room_at(facts)}."
+    limit = learning_rate_limit([replace(reading, ratio=reading.value / left) for reading in facts.counted])
+    named = "" if limit is None else f": without it the limit is met at a learning rate of {limit:.2g}"
+    return sharpness, f"Clipping is what keeps this learning rate stable{named}."
+
+
+def _below(facts: RunFacts) -> str:
     highest, last = facts.highest, facts.counted[-1]
     at_the_end = f", {shown(last.value)} times it at the end" if highest.step != last.step else ""
     return (
         f"The sharpness stayed below the stability limit: {shown(highest.value)} times it at most, at step"
-        f" {highest.step}{at_the_end}.",
-        _room(facts, highest),
+        f" {highest.step}{at_the_end}."
     )
 
 
-def _room(facts: RunFacts, highest: Reading) -> str:
-    """What follows for a run that stayed below the limit."""
+def _noise_limited(facts: RunFacts) -> tuple[str, str]:
+    return _below(facts), (
+        f"{_room_at(facts)}, but what limits it is noise and not curvature: over the last half the loss has fallen no"
+        " further than it differs from batch to batch, and a larger learning rate brings more of that."
+    )
+
+
+def _room(facts: RunFacts) -> tuple[str, str]:
+    if facts.spikes and facts.highest.value >= SUSPECT:
+        return _below(facts), (
+            f"The loss spiked {_times(len(facts.spikes))}: the limit is known roughly, and the learning rate may be the"
+            " cause."
+        )
     if facts.spikes:
-        return (
+        return _below(facts), (
             f"The loss spiked {_times(len(facts.spikes))} all the same: look for another cause than the learning rate."
         )
+    limit = learning_rate_limit(facts.counted)
     # The rate at the limit would be negative or infinite.
-    if highest.value <= 0:
-        return "The loss did not spike, and no direction of positive curvature was seen."
-    return f"The learning rate has room{where_the_limit_is(highest)}."
+    if facts.highest.value <= 0:
+        return _below(facts), "The loss did not spike, and no direction of positive curvature was seen."
+    if limit is None:
+        return _below(facts), "The learning rate has room."
+    return _below(facts), f"{_room_at(facts)}. {_worth_trying(facts, limit)}"
+
+
+def _room_at(facts: RunFacts) -> str:
+    """Up to which learning rate the run is stable."""
+    limit = learning_rate_limit(facts.counted)
+    if limit is None:
+        return "The learning rate has room"
+    low, high = (factor * limit for factor in LIMIT_FACTORS)
+    return (
+        f"The run is stable up to a learning rate of about {limit:.2g} ({low:.2g} to {high:.2g} in four of five runs)"
+    )
+
+
+def _worth_trying(facts: RunFacts, limit: float) -> str:
+    """Which larger learning rate is worth trying, as far as noise lets it bring something."""
+    rates = [reading.learning_rate for reading in facts.counted if reading.learning_rate is not None]
+    low, highest = LIMIT_FACTORS[0] * limit, max(rates)
+    if low > highest:
+        return f"A larger one is worth trying, such as {low:.2g}."
+    return f"A larger one than {highest:.2g} is worth trying in small steps, since it may be at the limit already."
 
 
 def _left(facts: RunFacts) -> tuple[str, str]:
     sharpness = (
-        f"The sharpness was at the stability limit from step {facts.met_at} to step {facts.at_limit[-1].step},"
+        f"The sharpness was at the stability limit {_span(facts.at_limit)},"
         f" {shown(facts.highest.value)} times it at most, and {shown(facts.last_level)} times it at the end."
     )
     if 2 * facts.num_near >= len(facts.spikes) > 0:
@@ -196,25 +240,30 @@ def _limited(facts: RunFacts) -> tuple[str, str]:
 
 
 def _above(facts: RunFacts) -> tuple[str, str]:
-    calm = (
-        "The loss did not spike all the same, which is common on small batches: measure on fixed data to see what the"
-        " training follows."
-    )
+    calm = "The loss did not spike all the same: the limit is known roughly, and the run bears this learning rate."
     return _stayed(facts), _unexplained_spikes(facts) or calm
 
 
 def _at_edge(facts: RunFacts) -> tuple[str, str]:
-    calm = "The loss did not spike: the learning rate is as large as the curvature lets it be, and the run bears it."
+    calm = (
+        "The loss did not spike: the run bears this learning rate, to which its curvature has adapted, and how much"
+        " more it bears can only be tried."
+    )
     return _stayed(facts), _unexplained_spikes(facts) or calm
 
 
 SENTENCES: dict[Kind, Callable[[RunFacts], tuple[str, str]]] = {
     "unknown": _unknown,
-    "diverged": _diverged,
-    "diverged_below": _diverged_below,
+    "too_fast": _too_fast,
+    "too_fast_later": _too_fast_later,
+    "data_fault": _data_fault,
+    "lost_otherwise": _lost_otherwise,
     "not_converged": _not_converged,
     "few": _few,
-    "below": _below,
+    "bad_batch": _bad_batch,
+    "clipped": _clipped,
+    "noise_limited": _noise_limited,
+    "room": _room,
     "left": _left,
     "limited": _limited,
     "above": _above,
@@ -253,6 +302,11 @@ def _came_near(facts: RunFacts) -> str:
     num_spikes = len(facts.spikes)
     which = "The one loss spike" if num_spikes == 1 else f"{facts.num_near} of {num_spikes} loss spikes"
     return f"{which} came within {facts.window} steps of a measurement at the limit"
+
+
+def _span(readings: Sequence[Reading]) -> str:
+    first, last = readings[0].step, readings[-1].step
+    return f"at step {first}" if first == last else f"from step {first} to step {last}"
 
 
 def _times(count: int) -> str:

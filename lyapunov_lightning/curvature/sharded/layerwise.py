@@ -92,7 +92,7 @@ class LayerwiseHessian(ShardedHessian):
     def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
         with self.space.together():
             own = self._needed()
-            with self._collectives.followed(("values", len(distances))):
+            with self._collectives.followed(("values", len(distances), self._num_batches)):
                 # Each batch counts once in a rank's mean, whose parts are sums over samples: times the number of
                 # batches it is the sum over this rank's samples.
                 values = own.values_along(direction, distances) * self._num_batches
@@ -123,8 +123,9 @@ class LayerwiseHessian(ShardedHessian):
         own = self._needed()
         # A rank that has failed before would be missing in the first gathering, where it could not say so.
         self._ranks.meet()
-        # With a kept graph a product has only the collectives of the backward pass, so it is another kind.
-        with self._collectives.followed((compute, vector is None, self.graph_bytes > 0)):
+        # With a kept graph a product has only the collectives of the backward pass, so it is another kind. So it is on
+        # another number of batches: a step that accumulates has more than the last one of an epoch may have.
+        with self._collectives.followed((compute, vector is None, self.graph_bytes > 0, self._num_batches)):
             found = compute(own, vector)
         # Not summed over the ranks once more: each backward pass through a gathering has done that.
         return found * (self._num_batches / self._count())

@@ -149,7 +149,7 @@ def stability_of(
     if gradient is not None and rule.is_adaptive:
         pieces = layout.split(gradient.to(layout.device))
         states = [
-            state if owner is None else rule.seen(owner, state, piece, local_of(parameter))
+            state if owner is None else rule.seen(owner, state, piece, parameter)
             for owner, state, piece, parameter in zip(owners, states, pieces, parameters, strict=True)
         ]
         trained = [(owner, state) for owner, state in zip(owners, states, strict=True) if owner is not None]
@@ -241,14 +241,17 @@ class _Rule:
         gradients the moments hold.
 
         """
-        if not self.has_started(state) and not gradient.any():  # as a parameter that gets no gradient
+        own = local_of(parameter)
+        # As a parameter that gets no gradient. Of a sharded one that may be so on one rank and not on another, and all
+        # have to take it for the same.
+        if own is parameter and not self.has_started(state) and not gradient.any():
             return state
-        gradient = gradient.reshape(parameter.shape) if gradient.shape != parameter.shape else gradient
+        gradient = gradient.reshape(own.shape) if gradient.shape != own.shape else gradient
         if group.get("maximize"):
             gradient = -gradient
         decay = self.decay(group)
         if decay:
-            gradient = gradient + decay * parameter.detach().to(gradient)
+            gradient = gradient + decay * own.detach().to(gradient)
         step = state.get("step", 0)
         return {**state, **self.moments(group, state, gradient), "step": step, "counted": step + 1}
 

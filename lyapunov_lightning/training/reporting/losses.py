@@ -32,15 +32,18 @@ class LossSeries:
     Attributes:
         steps: The optimizer steps, ascending.
         values: The losses at these steps, NaN and infinite ones included.
+        learning_rates: Those at these steps as far as `stepping` was told them, else NaN.
 
     """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.values: list[float] = []
+        self.learning_rates: list[float] = []
         self._stride, self._count = 1, 0
-        self._pending: list[tuple[int, Tensor | None]] = []
+        self._pending: list[tuple[int, float, Tensor | None]] = []
         self._begun = 0
+        self._learning_rate = math.nan
         self._is_alone = True
 
     @property
@@ -51,8 +54,17 @@ class LossSeries:
     def start(self, trainer: Trainer) -> None:
         """Begin a run, or resume it."""
         self._pending = []
+        self._learning_rate = math.nan
         self._begun = trainer.global_step
         self._is_alone = trainer.world_size == 1
+
+    def stepping(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the learning rate of the step of this batch, in the hook ``on_before_optimizer_step``."""
+        # Here: by the end of the batch a scheduler has set the next one. One that is a tensor on a device is left
+        # alone, since reading it would wait for the device at every step.
+        rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+        known = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.is_cuda)]
+        self._learning_rate = max(known, default=math.nan)
 
     def see(self, trainer: Trainer, outputs: Any) -> None:
         """Keep the loss of a batch, in the hook ``on_train_batch_end``; all ranks together.
@@ -68,7 +80,8 @@ class LossSeries:
             # Under automatic optimization Lightning has divided it by the number of micro-batches.
             loss *= trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
         # The step that the batch began in: `global_step` has moved on if this batch completed it.
-        self._pending.append((self._begun, loss))
+        self._pending.append((self._begun, self._learning_rate, loss))
+        self._learning_rate = math.nan
         self._begun = trainer.global_step
         # The same on all ranks, since every batch adds one entry, with or without a loss: they collect together.
         if len(self._pending) >= _PENDING:
@@ -91,27 +104,31 @@ class LossSeries:
         if self._is_alone:
             self.collect_own()
         counts = [self._stride, self._count]
-        return {"steps": list(self.steps), "values": list(self.values), "counts": counts}
+        rates = list(self.learning_rates)
+        return {"steps": list(self.steps), "values": list(self.values), "learning_rates": rates, "counts": counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
+        self.learning_rates = list(state["learning_rates"])
         self._stride, self._count = state["counts"]
 
     def _stacked(self, device: torch.device) -> Tensor:
         nothing = torch.tensor(math.nan, device=device)  # all ranks have to reduce equally many numbers
-        return torch.stack([nothing if loss is None else loss.to(device) for _, loss in self._pending])
+        return torch.stack([nothing if loss is None else loss.to(device) for _, _, loss in self._pending])
 
     def _keep(self, values: list[float]) -> None:
-        for (step, loss), value in zip(self._pending, values, strict=True):
+        for (step, rate, loss), value in zip(self._pending, values, strict=True):
             if loss is None or step % self._stride:
                 continue
             if self.steps and self.steps[-1] == step:
                 self._count += 1  # a further micro-batch of the same step
                 self.values[-1] += (value - self.values[-1]) / self._count
+                self.learning_rates[-1] = rate
             else:
                 self.steps.append(step)
                 self.values.append(value)
+                self.learning_rates.append(rate)
                 self._count = 1
         self._pending = []
         # By the step itself and not by place: a resumed run keeps the same steps as one without a break.
@@ -120,3 +137,4 @@ class LossSeries:
             kept = [place for place, step in enumerate(self.steps) if step % self._stride == 0]
             self.steps = [self.steps[place] for place in kept]
             self.values = [self.values[place] for place in kept]
+            self.learning_rates = [self.learning_rates[place] for place in kept]

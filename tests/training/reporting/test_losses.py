@@ -67,6 +67,9 @@ class Keeping(pl.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.series.start(trainer)
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.series.stepping(optimizer)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.series.see(trainer, outputs)
 
@@ -119,6 +122,29 @@ def test_losses_are_fetched_before_they_become_many(monkeypatch):
     assert keeping.series.steps == list(range(7))
 
 
+class Scheduled(Telling):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_each_loss_has_the_learning_rate_of_its_own_step(accumulate):
+    keeping = Keeping(3)
+    series = kept(Scheduled(), keeping, callbacks=[keeping], accumulate_grad_batches=accumulate)
+    assert len(series.steps) == math.ceil(22 / accumulate)
+    assert series.learning_rates == pytest.approx([0.1 * 0.5**step for step in series.steps])
+
+
+def test_a_learning_rate_that_nobody_told_is_not_a_number():
+    keeping = Keeping()
+    keeping.on_before_optimizer_step = lambda *_: None
+    series = kept(Telling(), keeping, callbacks=[keeping], max_steps=5)
+    assert all(map(math.isnan, series.learning_rates))
+    assert len(series.learning_rates) == 5
+
+
 def test_nan_is_kept_as_what_it_is():
     class Broken(Telling):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -138,3 +164,4 @@ def test_a_checkpoint_holds_what_was_not_collected_yet():
     resumed = LossSeries()
     resumed.load_state_dict(keeping.series.state_dict())
     assert (resumed.steps, resumed.values[-1]) == ([*range(6), 6], 5.0)
+    assert resumed.learning_rates[:6] == [0.1] * 6
