@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 _MOST_KEPT = 10_000
 """Results that are kept; beyond that every second one is dropped."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """The result of one measurement.
 
@@ -59,7 +59,8 @@ class Results(Generic[R]):
         """All fields of all results."""
         # Plain dictionaries: ``torch.load(weights_only=True)`` refuses dataclasses, and with them the user's whole
         # checkpoint.
-        return {"items": [dict(vars(result)) for result in self.items]}
+        names = [field.name for field in fields(self._kind)]
+        return {"items": [{name: getattr(result, name) for name in names} for result in self.items]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -51,29 +51,9 @@ class Reference(Callback):
         self.eigenvalues[step] = torch.linalg.eigvalsh(hessian)
         optimizer = trainer.optimizers[0]
         self.learning_rates[step] = optimizer.param_groups[0]["lr"]
-        scale = self.inverse_preconditioner(optimizer).sqrt() if optimizer.state else None
-        if scale is not None and len(scale) == len(hessian):
-            scaled = scale[:, None] * hessian * scale
-            self.preconditioned[step] = float(torch.linalg.eigvalsh(scaled)[-1])
-
-    def inverse_preconditioner(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """The factor of each coordinate of the gradient in the update, over the highest learning rate."""
-        highest = max(group["lr"] for group in optimizer.param_groups)
-        factors: list[Tensor] = []
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-                    name = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-                    corrected = state[name] / (1 - group["betas"][1] ** float(state["step"]))
-                    factor = 1 / (corrected.sqrt() + group["eps"])
-                elif isinstance(optimizer, torch.optim.RMSprop):
-                    centre = state["grad_avg"] ** 2 if group["centered"] else 0
-                    factor = 1 / ((state["square_avg"] - centre).sqrt() + group["eps"])
-                else:
-                    factor = torch.ones_like(parameter)
-                factors.append((factor * group["lr"] / highest).detach().reshape(-1))
-        return torch.cat(factors)
+        if len(hessian) == sum(p.numel() for group in optimizer.param_groups for p in group["params"]):
+            scale = inverse_preconditioner(pl_module, optimizer, whole).sqrt()
+            self.preconditioned[step] = float(torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[-1])
 
     @property
     def largest(self) -> dict[int, float]:
@@ -82,6 +62,44 @@ class Reference(Callback):
     @property
     def smallest(self) -> dict[int, float]:
         return {step: float(values[0]) for step, values in self.eigenvalues.items()}
+
+
+def inverse_preconditioner(module: pl.LightningModule, optimizer: torch.optim.Optimizer, batch: Any) -> Tensor:
+    """The factor of each coordinate of the gradient in the update, over the highest learning rate.
+
+    An adaptive optimizer divides by moments in which the gradient of the step is counted.
+
+    Args:
+        module: The module, in the order of whose parameters the factors are.
+        optimizer: Its optimizer, before the step.
+        batch: The data of the step.
+
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        loss = nn.functional.mse_loss(module(batch[0]), batch[1])
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    highest = max(group["lr"] for group in optimizer.param_groups)
+    factors: list[Tensor] = []
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        group, state = groups[parameter], optimizer.state.get(parameter, {})
+        square = gradient.square()
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            beta = group["betas"][1]
+            moment = beta * state.get("exp_avg_sq", 0) + (1 - beta) * square
+            if group["amsgrad"]:
+                moment = torch.maximum(moment, torch.as_tensor(state.get("max_exp_avg_sq", 0.0)))
+            divisor = (moment / (1 - beta ** (float(state.get("step", 0)) + 1))).sqrt() + group["eps"]
+        elif isinstance(optimizer, torch.optim.RMSprop):
+            alpha = group["alpha"]
+            moment = alpha * state.get("square_avg", 0) + (1 - alpha) * square
+            if group["centered"]:
+                moment = moment - (alpha * state.get("grad_avg", 0) + (1 - alpha) * gradient) ** 2
+            divisor = moment.sqrt() + group["eps"]
+        else:
+            divisor = torch.ones_like(parameter)
+        factors.append((group["lr"] / highest / divisor).detach().reshape(-1))
+    return torch.cat(factors)
 
 
 def all_near(values: Iterable[float], expected: float, **tolerance: float) -> bool:

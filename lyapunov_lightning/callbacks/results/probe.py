@@ -7,7 +7,8 @@ from typing_extensions import override
 from lyapunov_lightning.training.results import Result, known
 
 
-@dataclass(frozen=True, kw_only=True)
+# Thousands are kept, and the dictionary of so many fields would be four times as large as what they hold.
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeResult(Result):
     """What `CurvatureProbe` found; None for what was not measured or is not known.
 
