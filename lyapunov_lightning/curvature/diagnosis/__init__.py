@@ -44,7 +44,7 @@ measurements is not seen.
 The room has six parts, and each knows only those before it: `readings` (the measurements, and the learning rate that
 they name), `losses` (what a series of losses shows by itself), `facts` (what was seen in a run), `kinds` (the rules
 above), `sentences` (what is said of each kind) and `verdict` (all of it together). `watch` judges a run that is not
-over. Nothing here knows the callback or how the ratios were measured. `benchmarks/known_runs.py` holds the rules
+over. Nothing here knows the callback or how the ratios were measured. `benchmarks/known_runs` holds the rules
 against a hundred runs of which the cause is known.
 
 References:
