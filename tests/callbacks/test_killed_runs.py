@@ -180,7 +180,7 @@ def same(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
+    return bool(first == second) or (first != first and second != second)  # a NaN is what it was
 
 
 @pytest.mark.parametrize("callbacks", ACTING)

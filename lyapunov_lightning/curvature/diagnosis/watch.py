@@ -72,7 +72,7 @@ class EdgeWatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self._above = [(int(step), float(ratio)) for step, ratio in state["above"]]
-        self._recent = [Reading(*fields) for fields in state["recent"]]
+        self._recent = [Reading(*fields) for fields in state.get("recent", ())]  # an earlier version did not keep them
 
     def _is_by_a_batch(self, losses: tuple[Sequence[int], Sequence[float]]) -> bool:
         """Whether what the loss last did was to jump further than the ratios before explain."""

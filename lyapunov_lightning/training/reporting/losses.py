@@ -110,7 +110,8 @@ class LossSeries:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.steps, self.values = list(state["steps"]), list(state["values"])
-        self.learning_rates = list(state["learning_rates"])
+        # An earlier version did not keep them.
+        self.learning_rates = list(state.get("learning_rates", [math.nan] * len(self.steps)))
         self._stride, self._count = state["counts"]
 
     def _stacked(self, device: torch.device) -> Tensor:
