@@ -51,6 +51,9 @@ class Reference(Callback):
         self.eigenvalues[step] = torch.linalg.eigvalsh(hessian)
         optimizer = trainer.optimizers[0]
         self.learning_rates[step] = optimizer.param_groups[0]["lr"]
+        own = set(optimizer.param_groups[0]["params"])
+        if own.isdisjoint(pl_module.parameters()):  # a twin of the module that is trained
+            return
         if len(hessian) == sum(p.numel() for group in optimizer.param_groups for p in group["params"]):
             scale = inverse_preconditioner(pl_module, optimizer, whole).sqrt()
             self.preconditioned[step] = float(torch.linalg.eigvalsh(scale[:, None] * hessian * scale)[-1])

@@ -40,7 +40,13 @@ def test_edge_is_that_of_converged_exact_values() -> None:
     def exact(sharpness: float, converged: bool) -> list[ProbeResult]:
         return [
             ProbeResult(
-                step=step, epoch=0.0, lambda_max=sharpness, stability_limit=20.0, converged=converged, learning_rate=0.1
+                step=step,
+                epoch=0.0,
+                lambda_max=sharpness,
+                decisive_eigenvalue=sharpness,
+                stability_limit=20.0,
+                converged=converged,
+                learning_rate=0.1,
             )
             for step in range(0, 100, 20)
         ]
