@@ -1,5 +1,6 @@
 """Models that are sharded over the ranks are measured and acted upon as if each rank had the whole."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -174,9 +175,14 @@ OF_MINI_BATCHES = ("cosines", "gradient_in_top")
 """What is said of the mini-batches, which are those of all ranks together where no rank has a gradient of its own."""
 
 
+def plain(result: Any) -> dict[str, Any]:
+    """All fields of a result."""
+    return {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+
+
 def fields(result: Any) -> dict[str, Any]:
     """What a result says, but for the sign of a step along a vector that has none."""
-    found = dict(vars(result))
+    found = plain(result)
     if found.get("descent_step") is not None:
         found["descent_step"] = abs(found["descent_step"])
     return found
@@ -200,7 +206,7 @@ def test_a_callback_finds_and_does_on_shards_what_it_does_on_copies(callbacks, n
 @pytest.mark.parametrize("name", runs.CALLBACKS)
 def test_ranks_agree_on_what_is_logged_and_on_the_parameters(callbacks, name):
     first, second = (outcome[name]["sharded"] for outcome in callbacks)
-    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    assert same([plain(r) for r in first["results"][0]], [plain(r) for r in second["results"][0]])
     assert same(first["parameters"], second["parameters"])
     assert first["logged"]
 
@@ -225,7 +231,7 @@ GAUGED = {
 def test_steps_on_shards_are_as_near_to_their_edge_as_those_on_copies(outcomes, optimizer, way):
     found = outcomes("sharded_gauges")
     first, second = (outcome[optimizer][way] for outcome in found)
-    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    assert same([plain(r) for r in first["results"][0]], [plain(r) for r in second["results"][0]])
     copied = found[0][optimizer]["copied"]
     assert first["warned"] == copied["warned"]
     assert close(first["parameters"], copied["parameters"], 1e-9)
@@ -239,7 +245,7 @@ def test_steps_on_shards_are_as_near_to_their_edge_as_those_on_copies(outcomes, 
 
 def test_a_rank_that_has_nothing_of_a_model_takes_part_in_all_that_is_measured(outcomes):
     first, second = (outcome["sharded"] for outcome in outcomes("sharded_on_one_rank"))
-    assert same([vars(r) for r in first["results"][0]], [vars(r) for r in second["results"][0]])
+    assert same([plain(r) for r in first["results"][0]], [plain(r) for r in second["results"][0]])
     copied = outcomes("sharded_on_one_rank")[0]["copied"]
     assert first["warned"] == copied["warned"] == []
     for result, expected in zip(first["results"][0], copied["results"][0], strict=True):
@@ -302,7 +308,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(outcomes, name
     for outcome in outcomes("sharded_resume"):
         straight, resumed = outcome[name]["straight"], outcome[name]["resumed"]
         assert same(straight["parameters"], resumed["parameters"])
-        first, second = ([vars(r) for r in run["results"][0]] for run in (straight, resumed))
+        first, second = ([plain(r) for r in run["results"][0]] for run in (straight, resumed))
         for one, other in zip(first, second, strict=True):
             different = {field for field in one if not same(one[field], other[field])}
             # Searches begin anew, and the batch with which a first step would be compared is not in a checkpoint.
