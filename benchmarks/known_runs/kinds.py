@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 from benchmarks.known_runs.problems import MSE, SEEDS, SETS
 from benchmarks.known_runs.training import ALL, OPTIMIZERS, Fault, Run, eigenvalue_over_limit, sweep, train
@@ -14,17 +14,22 @@ Maker = Callable[[Run, random.Random], Iterator[Run]]
 
 
 def too_fast(setting: Run, draw: random.Random) -> Iterator[Run]:
-    """It makes no progress, and at a third of the rate it does."""
+    """It makes no progress, not even at first, and at a third of the rate it does."""
     found = sweep(setting)
     for factor in (1, 3**0.5):
         run = replace(setting, rate=factor * found.broken)
-        if found.progress(run) <= 0.05 and found.progress(replace(run, rate=run.rate / 3)) > 0.5:
+        is_lost = found.progress(run) <= 0.05 and not _falls_at_first(run)
+        if is_lost and found.progress(replace(run, rate=run.rate / 3)) > 0.5:
             yield run
 
 
 def too_fast_later(setting: Run, draw: random.Random) -> Iterator[Run]:
-    """The rate is raised, at once or step by step, from a sixth of the usable one to beyond the broken one."""
+    """The broken rate, where the loss falls at first; or the usable one, raised to beyond that in a step or in many."""
     found = sweep(setting)
+    sharpening = replace(setting, rate=found.broken)
+    is_lost = found.progress(sharpening) <= 0.05 and _falls_at_first(sharpening)
+    if is_lost and found.progress(replace(sharpening, rate=found.broken / 3)) > 0.5:
+        yield sharpening
     run = replace(setting, rate=found.usable / 6, steps=300)
     start = draw.choice([100, 150])
     for factor in (2, 6):
@@ -32,6 +37,12 @@ def too_fast_later(setting: Run, draw: random.Random) -> Iterator[Run]:
         lower = replace(raised, raised=(start, factor * found.broken / run.rate / 10))
         if found.progress(raised) <= 0.05 and min(found.progress(run), found.progress(lower)) > 0.5:
             yield raised
+
+
+def _falls_at_first(run: Run) -> bool:
+    """Whether the loss falls by a tenth in the first steps."""
+    losses = train(run)[0]
+    return len(losses) >= 25 and median(losses[5:25]) < 0.9 * losses[0]
 
 
 def at_edge(setting: Run, draw: random.Random) -> Iterator[Run]:

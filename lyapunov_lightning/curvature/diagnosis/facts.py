@@ -38,6 +38,9 @@ _JUMP_AT_LIMIT = 10.0
 _UNDONE = 0.8
 """What of the gain of a training a fault undoes at least: late in one, single batches stand out all the time."""
 
+_RAISED = 1.5
+"""How many times the learning rate of the measurements below the limit is one that a schedule has raised."""
+
 _IMPROVED = 0.1
 """The share of the first loss by which a loss has to be lower to have improved."""
 
@@ -67,7 +70,6 @@ class RunFacts:
         lost_at: The step from which on the loss was lost; None if it was not.
         is_unmeasured: Whether no ratio was known before that.
         rose_at_first: Whether one of the first losses was more than twice the first one, and not by noise.
-        had_improved: Whether the loss was ever lower for a while than at first.
         has_improved: Whether the loss was lower at the end, or until it was lost, than at first.
         has_stalled: Whether it has not fallen any more over its last half, and the learning rate has not either.
         window: Within how many steps of a measurement a spike counts as *near*.
@@ -85,7 +87,6 @@ class RunFacts:
     lost_at: int | None = None
     is_unmeasured: bool = False
     rose_at_first: bool = False
-    had_improved: bool = False
     has_improved: bool = True
     has_stalled: bool = False
     window: int = NEAR
@@ -156,10 +157,18 @@ class RunFacts:
 
     @property
     def is_from_start(self) -> bool:
-        """Whether the loss was lost, or the limit met, at the beginning, and never fell."""
-        began = self.met_at if self.lost_at is None else self.lost_at
-        is_early = self.rose_at_first or (began is not None and began <= self.start + NEAR)
-        return is_early and not self.had_improved
+        """Whether the loss was lost at the beginning, or the ratio was near the limit from there on."""
+        if self.rose_at_first or self.is_lost_at_once:
+            return True
+        is_met = self.met_at is not None and self.met_at <= self.start + NEAR
+        return is_met and not self.is_raised and median(reading.value for reading in self.counted) >= SUSPECT
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether the limit was met at a learning rate far above those below it, as where a schedule has raised it."""
+        rates = [one.learning_rate for one in self.counted if not is_at_limit(one) and one.learning_rate is not None]
+        rate = None if self.decisive is None else self.decisive.learning_rate
+        return bool(rates) and rate is not None and rate > _RAISED * median(rates)
 
     @property
     def is_lost_at_once(self) -> bool:
@@ -221,15 +230,17 @@ def facts_of(
     window = max(NEAR, round(median(gaps)) if gaps else 0)
     found = excursions(steps, values)
 
-    def before(step: int) -> tuple[Reading, ...]:
+    def before(step: int, readings: Sequence[Reading]) -> tuple[Reading, ...]:
         place = bisect_left(steps, step)
         lately = [rate for rate in learning_rates[max(0, place - NEAR) : place] if not math.isnan(rate)]
-        return readings_before(step, known, window, max(lately, default=None))
+        return readings_before(step, readings, window, max(lately, default=None))
 
     def jumped(excursion: Excursion) -> bool:
+        if excursion.jump < _JUMP_AND_RISE[0]:  # most of them, and what follows takes time
+            return False
         ratios = [reading.value for reading in known if reading.step < excursion.start - NEAR]
         usual = median(ratios[-_MEMORY:]) if ratios else 0.0
-        return is_sudden(excursion, before(excursion.start), usual)
+        return is_sudden(excursion, before(excursion.start, known), usual)
 
     diverged = diverged_at(steps, values)
     lost_at = min([one.start for one in found if one.is_final] + ([] if diverged is None else [diverged]), default=None)
@@ -237,17 +248,19 @@ def facts_of(
     found = tuple(one for one in found if one.start <= lost_from)
     faults = tuple(one for one in found if jumped(one) and (one.undone >= _UNDONE or one.start == lost_at))
     others = max((max(one.values) for one in found if one not in faults), default=-math.inf)
-    faults = tuple(one for one in faults if max(one.values) > others)
+    faults = tuple(one for one in faults if max(one.values) > others or one.start == lost_at)
     fault = next((one for one in faults if lost_at in (None, one.start)), None)
     # At the step itself too, if it built up: where it begins to leave is not known to the step.
     left_at = fault.start if fault is not None else None if lost_at is None else lost_at + 1
     on_batch = (one for one in known if fault is not None and fault.start <= one.step <= fault.end)
+    clean = [one for one in known if not any(_is_off_by(other, one, known) for other in faults if other is not fault)]
+    left = () if left_at is None else before(left_at, clean)
     counting = [
         reading
-        for reading in known
+        for reading in clean
         if reading.step < lost_from
         and not _is_alone(reading, known)
-        and not any(_is_off_by(fault, reading, known) for fault in faults)
+        and not (fault is not None and _is_off_by(fault, reading, known))
     ]
     until_lost = values[: bisect_left(steps, lost_from)]
     judged = tuple(reading for reading in counting if reading.judged)
@@ -255,15 +268,14 @@ def facts_of(
     return RunFacts(
         readings=judged,
         settling=tuple(reading for reading in counting if not reading.judged),
-        before=() if left_at is None else before(left_at),
+        before=left,
         on_batch=next(on_batch, None),
         faults=faults,
         spikes=tuple(one.start for one in found if is_spike(one) and one not in faults and one.start != lost_at),
         start=steps[0] if steps else 0,
         lost_at=lost_at,
-        is_unmeasured=left_at is not None and not before(left_at),
+        is_unmeasured=left_at is not None and not left,
         rose_at_first=_rose_at_first(values),
-        had_improved=any(_has_improved(values[:end]) for end in range(NEAR, len(until_lost) + 1, NEAR)),
         has_improved=_has_improved(until_lost),
         has_stalled=not _is_decayed(learning_rates) and has_stalled(values),
         window=window,

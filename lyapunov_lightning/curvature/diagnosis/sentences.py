@@ -29,9 +29,6 @@ TITLES: dict[Kind, str] = {
 }
 """Each kind in a few words."""
 
-_RAISED = 1.5
-"""How many times the learning rate of the measurements below the limit is one that a schedule has raised."""
-
 
 def _unknown(facts: RunFacts) -> tuple[str, str]:
     return (
@@ -56,8 +53,7 @@ def _too_fast(facts: RunFacts) -> tuple[str, str]:
 def _too_fast_later(facts: RunFacts) -> tuple[str, str]:
     decisive = facts.decisive
     assert decisive is not None  # by the rule for the kind
-    rates = [one.learning_rate for one in facts.counted if not is_at_limit(one) and one.learning_rate is not None]
-    if decisive.learning_rate is not None and rates and decisive.learning_rate > _RAISED * median(rates):
+    if facts.is_raised:
         raised = f"The learning rate had been raised to {decisive.learning_rate:.2g}, which is too large"
         return _met(facts, decisive), _too_large(decisive, raised)
     return _met(facts, decisive), _too_large(decisive, "The learning rate became too large for the curvature")

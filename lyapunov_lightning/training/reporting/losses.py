@@ -104,8 +104,9 @@ class LossSeries:
         if self._is_alone:
             self.collect_own()
         counts = [self._stride, self._count]
-        rates = list(self.learning_rates)
-        return {"steps": list(self.steps), "values": list(self.values), "learning_rates": rates, "counts": counts}
+        state = {"steps": list(self.steps), "values": list(self.values), "counts": counts}
+        is_told = not all(map(math.isnan, self.learning_rates))
+        return {**state, "learning_rates": list(self.learning_rates)} if is_told else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

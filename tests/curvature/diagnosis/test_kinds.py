@@ -23,7 +23,7 @@ def seen(*ratios: float, **others: Any) -> RunFacts:
 
 def before(*ratios: float, **options: Any) -> dict[str, Any]:
     """A loss that was lost at step 100, after these ratios."""
-    return {"before": tuple(readings_of(ratios, learning_rate=0.1, **options)), "lost_at": 100}
+    return {"before": tuple(readings_of(ratios, **{"learning_rate": 0.1, **options})), "lost_at": 100}
 
 
 CASES: list[tuple[Kind, RunFacts]] = [
@@ -33,6 +33,9 @@ CASES: list[tuple[Kind, RunFacts]] = [
     ("too_fast", seen(lost_at=3, is_unmeasured=True)),
     ("too_fast", seen(0.3, 0.3, 0.3, rose_at_first=True, has_improved=False)),
     ("too_fast", seen(1.2, 1.2, 1.2, has_improved=False)),
+    ("too_fast", seen(1.2, 1.2, 0.9, **before(1.2, 1.2, 0.9))),
+    ("too_fast_later", seen(1.2, *[0.3] * 8, **before(0.3, 1.2))),
+    ("too_fast_later", seen(1.2, 0.9, **before(0.9, 3.0, learning_rate=0.4))),
     ("too_fast_later", seen(0.5, 0.5, **before(0.5, 0.5, 1.2, 0.3))),
     ("too_fast_later", seen(0.5, 0.5, **before(0.3, 0.6))),
     ("too_fast_later", seen(0.3, 0.3, 0.3, 0.3, 1.2, 1.2, has_improved=False)),
