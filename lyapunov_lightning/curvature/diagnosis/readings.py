@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-LIMIT_FACTORS = (0.35, 6.0)
+LIMIT_FACTORS = (0.55, 5.5)
 """Between these, in units of the one that is named, the learning rate at the limit lies in four of five runs. They come
-from the sweeps in `benchmarks/verdicts`, where the largest usable learning rate is known."""
+from the sweeps in `benchmarks/verdicts`, where the largest usable learning rate is known, as do the two that follow."""
+
+FURTHEST = 12.0
+"""How many times its own learning rate a run may name at most. From further below the curvature to come is not seen:
+without a bound one in nine was named more than three times too high, with it one in thirty."""
+
+_BORNE = 1.5
+"""How many times its own learning rate is named for a run that gets on though its curvature is beyond the limit: the
+measured limit is refuted, and as a rule such runs bore 2.3 times as much."""
 
 NORMAL_SPREAD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
@@ -86,6 +94,9 @@ def learning_rate_limit(readings: Sequence[Reading], *, is_suffering: bool = Fal
     half, where a network that has learned its data is flat. Of the sweeps in `benchmarks/verdicts` this mean came
     nearest to the largest usable rates.
 
+    A run that gets on bears its own learning rate, whatever was measured, and what it says of one that is far larger is
+    not believed.
+
     Args:
         readings: The readings.
         is_suffering: Whether the run shows that its rate is too large. Then it has not come to where the curvature fits
@@ -96,7 +107,16 @@ def learning_rate_limit(readings: Sequence[Reading], *, is_suffering: bool = Fal
     if not found:
         return None
     quartile = quantiles(found, n=4, method="inclusive")[0] if len(found) > 1 else found[0]
-    return quartile if is_suffering else math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
+    if is_suffering:
+        return quartile
+    limit = math.sqrt(max(found[: (len(found) + 1) // 2]) * quartile)
+    own = highest_rate(readings)
+    return _BORNE * own if limit < own else min(limit, FURTHEST * own)
+
+
+def highest_rate(readings: Sequence[Reading]) -> float:
+    """The highest learning rate of readings that know theirs."""
+    return max(reading.learning_rate for reading in readings if reading.learning_rate is not None)
 
 
 def confidence(readings: Sequence[Reading], num_unsure: int = 0) -> str:

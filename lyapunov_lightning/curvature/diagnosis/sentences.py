@@ -8,7 +8,7 @@ from statistics import median
 from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, NEAR, SUSPECT, RunFacts, is_at_limit
 from lyapunov_lightning.curvature.diagnosis.kinds import Kind
 from lyapunov_lightning.curvature.diagnosis.losses import Excursion
-from lyapunov_lightning.curvature.diagnosis.readings import LIMIT_FACTORS, Reading, learning_rate_limit
+from lyapunov_lightning.curvature.diagnosis.readings import FURTHEST, LIMIT_FACTORS, Reading, highest_rate, learning_rate_limit
 
 TITLES: dict[Kind, str] = {
     "unknown": "stability limit unknown",
@@ -160,7 +160,8 @@ def _clipped(facts: RunFacts) -> tuple[str, str]:
     )
     if level < left * AT_LIMIT:
         return sharpness, f"Without clipping it would be below the limit too. {_room_at(facts)}."
-    limit = learning_rate_limit([replace(reading, ratio=reading.value / left) for reading in facts.counted])
+    unclipped = [replace(reading, ratio=reading.value / left) for reading in facts.counted]
+    limit = learning_rate_limit(unclipped, is_suffering=True)
     named = "" if limit is None else f": without it the limit is met at a learning rate of {limit:.2g}"
     return sharpness, f"Clipping is what keeps this learning rate stable{named}."
 
@@ -206,15 +207,14 @@ def _room_at(facts: RunFacts) -> str:
     if limit is None:
         return "The learning rate has room"
     low, high = (factor * limit for factor in LIMIT_FACTORS)
-    return (
-        f"The run is stable up to a learning rate of about {limit:.2g} ({low:.2g} to {high:.2g} in four of five runs)"
-    )
+    is_furthest = limit >= FURTHEST * highest_rate(facts.counted)
+    how_far = f"{limit:.2g}, further than which nothing is said" if is_furthest else f"about {limit:.2g}"
+    return f"The run is stable up to a learning rate of {how_far} ({low:.2g} to {high:.2g} in four of five runs)"
 
 
 def _worth_trying(facts: RunFacts, limit: float) -> str:
     """Which larger learning rate is worth trying, as far as noise lets it bring something."""
-    rates = [reading.learning_rate for reading in facts.counted if reading.learning_rate is not None]
-    low, highest = LIMIT_FACTORS[0] * limit, max(rates)
+    low, highest = LIMIT_FACTORS[0] * limit, highest_rate(facts.counted)
     if low > highest:
         return f"A larger one is worth trying, such as {low:.2g}."
     return f"A larger one than {highest:.2g} is worth trying in small steps, since it may be at the limit already."

@@ -23,8 +23,9 @@ class Diagnosis:
         spikes: The steps at which the loss began to spike.
         num_near: How many of these came near a measurement at the limit.
         window: Within how many steps of a measurement a spike counts as near.
-        learning_rate_limit: The learning rate at which the run would be at the limit: the median of what the last third
-            of the measurements name, each with the learning rate of its own step. None if none names one.
+        learning_rate_limit: The learning rate at which the run would be at the limit, from what the measurements name,
+            each with the learning rate of its own step (see `readings.learning_rate_limit`); at most twelve times that
+            of the run. None if none names one.
         confidence: How sure that is, in words.
 
     """

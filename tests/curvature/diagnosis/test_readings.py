@@ -33,6 +33,23 @@ def test_of_a_run_that_suffers_the_flattest_place_does_not_count():
     assert learning_rate_limit(readings, is_suffering=True) == pytest.approx(0.1)
 
 
+def test_a_run_that_gets_on_bears_its_learning_rate_whatever_was_measured():
+    readings = readings_of([0.9] * 10 + [3.0] * 30, learning_rate=0.1)
+    assert learning_rate_limit(readings) == pytest.approx(0.15)
+    assert learning_rate_limit(readings, is_suffering=True) == pytest.approx(0.1 / 3)
+
+
+def test_a_limit_far_above_the_learning_rate_is_bounded():
+    assert named([0.2] * 40) == pytest.approx(0.5)
+    assert named([0.002] * 40) == pytest.approx(1.2)
+
+
+def test_the_bound_follows_the_highest_learning_rate():
+    """In a warm-up the rate of the last step is not what the run was trained at."""
+    readings = [Reading(step, 0.001, learning_rate=rate) for step, rate in enumerate([0.01, 0.1, 0.001])]
+    assert learning_rate_limit(readings) == pytest.approx(1.2)
+
+
 def test_the_spread_is_that_of_the_last_part():
     assert [reading.value for reading in last_part(readings_of([0.1, 0.2, 0.3, 0.4, 0.5]))] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert len(last_part(readings_of([0.1] * 30))) == 10
@@ -40,7 +57,7 @@ def test_the_spread_is_that_of_the_last_part():
 
 def test_each_ratio_counts_with_the_rate_of_its_own_step():
     """Warm-up and decay over a curvature that stays."""
-    rates = [0.02 * min(1.0, step / 100) * (1 - step / 400) + 1e-9 for step in range(0, 400, 10)]
+    rates = [0.03 * min(1.0, step / 100) * (1 - step / 400) + 1e-9 for step in range(0, 400, 10)]
     readings = [Reading(10 * place, 5 * rate, learning_rate=rate) for place, rate in enumerate(rates)]
     assert learning_rate_limit(readings) == pytest.approx(0.2)
 
