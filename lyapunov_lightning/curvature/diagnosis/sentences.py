@@ -8,7 +8,13 @@ from statistics import median
 from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, NEAR, SUSPECT, RunFacts, is_at_limit
 from lyapunov_lightning.curvature.diagnosis.kinds import Kind
 from lyapunov_lightning.curvature.diagnosis.losses import Excursion
-from lyapunov_lightning.curvature.diagnosis.readings import FURTHEST, LIMIT_FACTORS, Reading, highest_rate, learning_rate_limit
+from lyapunov_lightning.curvature.diagnosis.readings import (
+    FURTHEST,
+    LIMIT_FACTORS,
+    Reading,
+    highest_rate,
+    learning_rate_limit,
+)
 
 TITLES: dict[Kind, str] = {
     "unknown": "stability limit unknown",
