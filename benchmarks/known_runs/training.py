@@ -246,7 +246,7 @@ def eigenvalue_over_limit(run: Run) -> float:
             stability = stability_of(optimizer, parameters)
             hessian = HessianOperator(lambda batch: run.loss(network(batch[0]), batch[1]), parameters, [batch])
             assert stability is not None  # the optimizers here all have a rule
-            found = power_iteration(stability.matrix(hessian), max_iterations=30, tol=0.05)
+            found = power_iteration(stability.matrix(hessian), tol=0.05, max_matvecs=30)
             ratios.append(float(found.values[0]) / stability.limit)
         optimizer.step()
     return median(ratios)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.known_runs.training import Fault, Run, train
+from benchmarks.known_runs.training import ALL, Fault, Run, eigenvalue_over_limit, train
 from benchmarks.known_runs.watching import watch
 
 RAISED = Run("digits as numbers", "momentum", 32, 3, rate=0.05, steps=120, raised=(100, 100), resumed=50)
@@ -35,3 +35,10 @@ def test_the_sentence_names_the_cause(kind: str, run: Run, better: Run) -> None:
     assert train(better)[1] < (1.1 if kind == "clipped" else 1.0) * train(run)[1]
     if kind == "clipped":
         assert train(replace(run, clip=None))[1] > train(run)[0][0]
+
+
+def test_what_makes_a_run_one_at_the_edge_is_the_largest_eigenvalue_over_the_limit():
+    """Where a network hardly moves its curvature stays, and the limit is in inverse proportion to the rate."""
+    run = Run("diabetes", "SGD", ALL, 3, rate=1e-6, steps=40)
+    slow, fast = (eigenvalue_over_limit(replace(run, rate=rate)) for rate in (1e-6, 3e-6))
+    assert 0 < slow == pytest.approx(fast / 3, rel=1e-3)
