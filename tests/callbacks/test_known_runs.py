@@ -39,6 +39,6 @@ def test_the_sentence_names_the_cause(kind: str, run: Run, better: Run) -> None:
 
 def test_what_makes_a_run_one_at_the_edge_is_the_largest_eigenvalue_over_the_limit():
     """Where a network hardly moves its curvature stays, and the limit is in inverse proportion to the rate."""
-    run = Run("diabetes", "SGD", ALL, 3, rate=1e-6, steps=40)
+    run = Run("diabetes", "SGD", ALL, 3, rate=1e-6, steps=80)
     slow, fast = (eigenvalue_over_limit(replace(run, rate=rate)) for rate in (1e-6, 3e-6))
     assert 0 < slow == pytest.approx(fast / 3, rel=1e-3)
