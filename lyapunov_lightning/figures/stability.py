@@ -90,7 +90,7 @@ def sharpness_figure(
         else:
             _known_curve(upper, times, limits, **dashed)
         # Without either of the two there is nothing to compare, and nothing shaded.
-        _shade_above(upper, times, np.fmax(values, along), limits)
+        _shade_above(upper, times, np.fmax(_joined(times, values), _joined(times, along)), limits)
     _fit_from_zero(upper, np.concatenate([values, along, limits]))
     upper.set_ylabel("curvature")
     if len(crossings):
@@ -115,6 +115,14 @@ def _known_curve(panel: Axes, times: Floats, values: Floats, **options: Any) -> 
     known = np.isfinite(values)
     if known.any():
         curve(panel, times[known], values[known], **options)
+
+
+def _joined(times: Floats, values: Floats) -> Floats:
+    """The values on the line that is drawn through the known ones; NaN before the first and after the last."""
+    known = np.isfinite(values)
+    if not known.any():
+        return values
+    return np.interp(times, times[known], values[known], left=np.nan, right=np.nan)
 
 
 def _shade_above(panel: Axes, times: Floats, values: Floats, limits: Floats) -> None:

@@ -76,6 +76,15 @@ def test_a_limit_that_changes_is_drawn_as_it_was():
     assert line.get_ydata().tolist() == limit
 
 
+def test_what_is_shaded_follows_the_line_between_rare_eigenvalues():
+    """And not only at the steps at which they were measured, as triangles."""
+    eigenvalues = [8.0, None, None, None, 8.0]
+    picture = sharpness_figure([0, 1, 2, 3, 4], eigenvalues, [4.0] * 5, batch_sharpness=[1.0] * 5)
+    [shade] = picture.axes[0].collections
+    [path] = shade.get_paths()
+    assert all(path.contains_point((step, 7.9)) for step in (0.5, 1.5, 2.0, 2.5, 3.5))
+
+
 def test_the_rate_and_its_limit_have_a_panel_between():
     rates, limits = [0.0, 0.01, 0.1], [None, 0.2, 0.05]
     picture = sharpness_figure(
