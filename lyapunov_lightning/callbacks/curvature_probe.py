@@ -449,7 +449,7 @@ class CurvatureProbe(CurvatureCallback):
             own = at.hessian if is_shared and is_own else self.shared.on_batches(at.step, config)
             fixed = at.hessian if is_shared and not is_own else None
             hessian_on = partial(self.shared.on_batches, at.step, config)
-            gradient = at.gradient if own is at.hessian else own.gradient()
+            gradient = at.gradient if own is at.hessian else own.gradient(keep_graph=True)
             pending.gauged = self._sharpness.measure(own, gradient, at.step.own_batches, stability, hessian_on, fixed)
             if self._is_clipped:
                 pending.awaited.append("update")

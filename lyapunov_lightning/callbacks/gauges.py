@@ -104,7 +104,7 @@ class SharpnessGauge:
         elif fixed is None and self._others is not None:
             other = hessian_on(self._others)
         if other is not None:
-            there = step_direction(other.gradient(), stability.scale)
+            there = step_direction(other.gradient(keep_graph=True), stability.scale)
             self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
         self._count += 1
         self._others = batches if fixed is None else None

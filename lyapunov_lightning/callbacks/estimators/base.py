@@ -88,8 +88,8 @@ class MeasuredStep:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """The gradient of the measured loss, of shape ``(n,)``, before the step."""
-        return self.hessian.gradient()
+        """The gradient of the measured loss, of shape ``(n,)``, before the step; products follow it."""
+        return self.hessian.gradient(keep_graph=True)
 
     def progress(self) -> AbstractContextManager[Callable[[], None]]:
         """A progress bar, of a measurement that takes long: a function to call after each product or evaluation."""

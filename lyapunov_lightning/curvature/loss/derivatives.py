@@ -98,10 +98,18 @@ class Derivatives:
         """Build all graphs anew the next time."""
         self._asked.drop()
 
-    def gradient(self) -> Tensor:
-        """The gradient of the mean loss at the present parameters, of shape ``(size,)``."""
+    def gradient(self, keep_graph: bool = False) -> Tensor:
+        """The gradient of the mean loss at the present parameters, of shape ``(size,)``.
+
+        Args:
+            keep_graph: Whether products follow, for which its graph is built and kept where that is possible.
+
+        """
         with torch.inference_mode(False), self._loss.batches.mean(self._space.size) as total:
-            for index, gradient in enumerate(self.batch_gradients()):
+            self._way.refresh()
+            for index in range(len(self._loss.batches)):
+                # In this order: the evaluation may be what finds out the weight.
+                gradient = self._batch_gradient(index, keep_graph)
                 total.add(gradient, self._loss.batches.weight(index))
         return total.sum
 
@@ -109,7 +117,7 @@ class Derivatives:
         """The gradients of this rank's batches at the present parameters, one after the other."""
         self._way.refresh()
         for index in range(len(self._loss.batches))[:max_batches]:
-            yield self._way.gradient(index)
+            yield self._batch_gradient(index)
 
     def products(self, vectors: Tensor) -> Tensor:
         """The products with the rows of a tensor, as the rows of another.
@@ -129,6 +137,17 @@ class Derivatives:
                 self._find_step()
                 total = self._mean_products(vectors)
         return total.sum.view(vectors.shape)
+
+    def _batch_gradient(self, index: int, keep_graph: bool = False) -> Tensor:
+        if keep_graph:
+            try:
+                return self._way.gradient(index, keep_graph=True)
+            except RuntimeError:
+                # The product that the graph is for will meet this again, and take another way or say that it cannot.
+                if self.raises_at_once:
+                    raise
+                self.drop_graphs()
+        return self._way.gradient(index)
 
     def difference(self, vector: Tensor) -> Tensor:
         """The product with one vector by finite differences, whatever the present way is."""

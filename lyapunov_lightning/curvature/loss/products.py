@@ -12,9 +12,9 @@ In the order in which ``method="auto"`` prefers them:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Generic, Literal, Protocol
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from lyapunov_lightning.curvature.loss.freshness import LossInputs
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph, Graph, KeptGraphs
 from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+
+Result = TypeVar("Result")
 
 Method = Literal["auto", "double_backward", "forward_over_reverse", "finite_difference"]
 
@@ -52,8 +54,14 @@ class Product(Protocol):
     def products(self, index: int, directions: Sequence[Any]) -> list[Tensor]:
         """The products of one batch's Hessian with prepared vectors, each of shape ``(size,)``."""
 
-    def gradient(self, index: int) -> Tensor:
-        """The gradient for one batch at the present parameters, of shape ``(size,)``."""
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
+        """The gradient for one batch at the present parameters, of shape ``(size,)``.
+
+        Args:
+            index: The batch.
+            keep_graph: Whether to build what products with this batch need as well, and keep it.
+
+        """
 
     def drop(self) -> None:
         """Drop all that is kept."""
@@ -92,9 +100,19 @@ class GraphProduct(ABC, Generic[Graph]):
 
     def products(self, index: int, directions: Sequence[list[Tensor]]) -> list[Tensor]:
         """The products for one batch, by one graph."""
+        return self._computed(index, lambda graph, is_kept: self._all_multiplied(graph, directions, is_kept))
+
+    def _computed(self, index: int, compute: Callable[[Graph, bool], Result]) -> Result:
+        """What is computed from the graph of a batch, which is built and kept where there is room for it.
+
+        Args:
+            index: The batch.
+            compute: Takes the graph, and whether it is kept.
+
+        """
         kept = self.graphs[index]
         if kept is not None:
-            return self._all_multiplied(kept, directions, retain_graph=True)
+            return compute(kept, True)
         with ExitStack() as stack:
             stack.enter_context(TwiceDifferentiableOperations())
             batch = self._loss.batches.tensors(index)
@@ -106,17 +124,17 @@ class GraphProduct(ABC, Generic[Graph]):
             # Checkpointed layers are evaluated again in each backward pass, which is possible only within this block:
             # the graph cannot be kept.
             if evaluation.is_recomputed:
-                return self._all_multiplied(graph, directions, retain_graph=False)
+                return compute(graph, False)
             if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._loss.parameters)):
                 inputs = None  # a copy that does not say so: what it was computed from is gone, or its own
             with torch._C.DisableTorchFunction():  # what follows is no part of the loss
                 is_kept = self.graphs.keep(index, graph, batch, inputs)
             # The scalar loss and what only it needs may be freed now; a kept graph has what the products need.
             del evaluation
-        return self._all_multiplied(graph, directions, retain_graph=is_kept)
+        return compute(graph, is_kept)
 
     @abstractmethod
-    def gradient(self, index: int) -> Tensor:
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch, from its graph where that is kept."""
 
     def drop(self) -> None:
@@ -148,11 +166,10 @@ class DoubleBackward(GraphProduct[GradientGraph]):
 
     name = "double_backward"
 
-    def gradient(self, index: int) -> Tensor:
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch, which a kept graph has already."""
-        kept = self.graphs[index]
-        if kept is not None:
-            return self._layout.flatten(kept.gradient)
+        if keep_graph or self.graphs[index] is not None:
+            return self._computed(index, lambda graph, _: self._layout.flatten(graph.gradient))
         return self._loss.batch_gradient(index)
 
     def _graph(self, evaluation: Evaluation) -> GradientGraph:
@@ -215,7 +232,7 @@ class ForwardOverReverse:
             self._check_slope(evaluation.loss, primal, self._layout.flatten(direction))
             return product
 
-    def gradient(self, index: int) -> Tensor:
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch."""
         return self._loss.batch_gradient(index)
 
@@ -290,7 +307,7 @@ class FiniteDifference:
         behind = self._displaced_gradient(index, -displacement)
         return ahead.sub_(behind).mul_(factor)
 
-    def gradient(self, index: int) -> Tensor:
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch."""
         return self._loss.batch_gradient(index)
 

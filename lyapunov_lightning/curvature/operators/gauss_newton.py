@@ -232,7 +232,7 @@ class _ThroughOutputs(GraphProduct[_Linearised]):
         self._after_outputs = after_outputs
         self._num_to_check = len(loss.batches)
 
-    def gradient(self, index: int) -> Tensor:
+    def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient of the loss for one batch."""
         kept = self.graphs[index]
         # The graph of J has been kept with the loss's slopes in the outputs, and Jᵀ of these is the gradient.

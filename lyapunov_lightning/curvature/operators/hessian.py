@@ -142,15 +142,17 @@ class HessianOperator(MeanOperator):
         """Length of the finite-difference step; None as long as none was needed."""
         return self._derivatives.step
 
-    def gradient(self, displacement: Tensor | None = None) -> Tensor:
+    def gradient(self, displacement: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
         """The gradient of the mean loss, of shape ``(size,)``.
 
         Args:
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
+            keep_graph: Whether products at the present parameters follow. The graph that they need is then built with
+                the gradient, which saves the evaluation of the loss for the first of them.
 
         """
         if displacement is None:  # the kept graphs have these
-            return self._derivatives.gradient()
+            return self._derivatives.gradient(keep_graph)
         with torch.inference_mode(False):
             return self._loss.gradient(displacement)
 

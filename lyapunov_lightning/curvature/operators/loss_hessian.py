@@ -40,8 +40,8 @@ class LossHessian(LinearOperator, Protocol):
     def method(self) -> str:
         """How products are computed at present."""
 
-    def gradient(self, displacement: Tensor | None = None) -> Tensor:
-        """The gradient, at a displacement from the present parameters."""
+    def gradient(self, displacement: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
+        """The gradient, at a displacement from the present parameters; with what products need that follow."""
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The loss, at a displacement from the present parameters."""

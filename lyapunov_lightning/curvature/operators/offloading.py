@@ -60,9 +60,10 @@ class OffloadedHessian(SymmetricOperator):
         """The product with a vector of shape ``(length,)``."""
         return self._hessian.matvec(self._there(vector)).cpu()
 
-    def gradient(self, displacement: Tensor | None = None) -> Tensor:
-        """The gradient, at a displacement from the present parameters."""
-        return self._hessian.gradient(None if displacement is None else self._there(displacement)).cpu()
+    def gradient(self, displacement: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
+        """The gradient, at a displacement from the present parameters; with what products need that follow."""
+        there = None if displacement is None else self._there(displacement)
+        return self._hessian.gradient(there, keep_graph=keep_graph).cpu()
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The loss, at a displacement from the present parameters."""

@@ -7,6 +7,7 @@ and not in another's.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -90,14 +91,15 @@ class ShardedHessian(SymmetricOperator):
         self.num_matvecs += 1
         return self._mean(vector, _product)
 
-    def gradient(self, displacement: Tensor | None = None) -> Tensor:
+    def gradient(self, displacement: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
         """The gradient of the mean loss.
 
         Args:
             displacement: Where to take it, relative to the present parameters; at these if None.
+            keep_graph: Whether products at the present parameters follow, see `HessianOperator.gradient`.
 
         """
-        return self._mean(displacement, _gradient)
+        return self._mean(displacement, partial(_gradient, keep_graph=keep_graph))
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The mean loss, at a displacement from the present parameters."""
@@ -150,5 +152,5 @@ def _product(own: HessianOperator, vector: Tensor | None) -> Tensor:
     return own.matvec(vector)
 
 
-def _gradient(own: HessianOperator, displacement: Tensor | None) -> Tensor:
-    return own.gradient(displacement)
+def _gradient(own: HessianOperator, displacement: Tensor | None, *, keep_graph: bool) -> Tensor:
+    return own.gradient(displacement, keep_graph=keep_graph)

@@ -78,8 +78,8 @@ class ShardDifferences(SymmetricOperator):
                 self.step = fitting_step(self._difference, self._loss.gradient(None), longest, self.space)
             return self._difference(vector, self.step)
 
-    def gradient(self, displacement: Tensor | None = None) -> Tensor:
-        """The gradient of the mean loss, at a displacement from the present parameters."""
+    def gradient(self, displacement: Tensor | None = None, *, keep_graph: bool = False) -> Tensor:
+        """The gradient of the mean loss, at a displacement from the present parameters; there are no graphs to keep."""
         with self.space.together():
             return self._loss.gradient(displacement)
 

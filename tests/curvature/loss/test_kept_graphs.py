@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lyapunov_lightning.curvature import HessianOperator, lanczos
+from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.loss.freshness import Contents
 from tests.curvature.helpers import TOLERANCE, relative_error, vector
 
@@ -166,6 +167,46 @@ def test_a_solver_builds_each_graph_once() -> None:
     lanczos(operator, largest=2, smallest=1)
     assert operator.num_matvecs > 10
     assert calls.number == 2
+
+
+def test_a_gradient_builds_the_graphs_of_the_products_that_follow() -> None:
+    setting = Setting()
+    calls = Calls(setting.loss)
+    operator = HessianOperator(calls, setting.model.parameters(), setting.batches)
+    direction = vector(operator.size)
+    expected = setting.rebuilt.gradient(), setting.rebuilt.matvec(direction)
+    found = operator.gradient(keep_graph=True), operator.matvec(direction)
+    assert all(relative_error(*pair) <= 1e-12 for pair in zip(found, expected, strict=True))
+    assert not found[0].requires_grad
+    operator.gradient(keep_graph=True)
+    assert calls.number == 2
+
+
+def test_a_gradient_whose_graph_does_not_fit_or_cannot_be_built_is_the_gradient() -> None:
+    setting = Setting()
+    calls = Calls(setting.loss)
+    small = HessianOperator(calls, setting.model.parameters(), setting.batches, max_graph_bytes=1)
+    assert relative_error(small.gradient(keep_graph=True), setting.operator.gradient()) <= 1e-12
+    assert (calls.number, small.graph_bytes) == (2, 0)
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+    x = vector(3).requires_grad_()
+    weights = torch.ones(2, 3, dtype=torch.float64)
+    once = HessianOperator(lambda batch: Cube.apply(batch * x).sum(), [x], [weights])
+    assert relative_error(once.gradient(keep_graph=True), 6 * x.detach() ** 2) <= 1e-12
+    with pytest.warns(CurvatureWarning, match="finite differences"):
+        product = once.matvec(torch.ones(3, dtype=torch.float64))
+    assert relative_error(product, 12 * x.detach()) <= 1e-6
 
 
 def test_what_is_not_noticed_is_read_again_after_a_reset() -> None:
