@@ -22,6 +22,7 @@ from lyapunov_lightning.figures.style import (
     mark_lower_edge,
     new_picture,
     stacked,
+    with_fixed_margins,
     write,
 )
 from lyapunov_lightning.figures.ticks import Floats, is_wide, linear_axis, log_axis, number_label
@@ -75,8 +76,9 @@ def sharpness_figure(
 
     """
     heights = [3.0, *([2.0] if _is_known(learning_rate_limit) else []), *([] if losses is None else [2.0])]
-    picture = new_picture(WIDTH, 1.6 * len(heights) + 1.4, title)
-    upper, *lower = stacked(picture, heights)
+    picture = new_picture(WIDTH, 1.6 * len(heights) + 1.4, title, is_measured=False)
+    upper, *lower = panels = stacked(picture, heights)
+    with_fixed_margins(picture, panels)
     times, values, limits = floats(steps), floats(sharpness), floats(stability_limit)
     _known_curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
     along = floats(batch_sharpness) if len(batch_sharpness) else np.full(len(times), np.nan)

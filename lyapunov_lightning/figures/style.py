@@ -43,6 +43,9 @@ MOST_NAMES = 6
 TICK_SIZE = 9.0
 """The font size of tick labels and small text, in points."""
 
+_LEFT, _RIGHT, _BELOW, _ABOVE = 0.95, 0.12, 0.5, 0.45
+"""Margins of a figure whose layout is not measured, in inches."""
+
 _SAVED_DPI = 200
 _SHOWN_DPI = 150
 
@@ -163,16 +166,18 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def new_picture(width: float, height: float, title: str = "") -> Picture:
+def new_picture(width: float, height: float, title: str = "", *, is_measured: bool = True) -> Picture:
     """An empty picture with a title.
 
     Args:
         width: In inches.
         height: In inches, without the title.
         title: Written over all panels, at the left.
+        is_measured: Whether the layout is that of the texts as they are; else `with_fixed_margins` is to make it.
 
     """
-    picture = Picture(figsize=(width, height + (0.3 if title else 0.0)), layout="constrained")
+    layout = "constrained" if is_measured else None
+    picture = Picture(figsize=(width, height + (0.3 if title else 0.0)), layout=layout)
     if title:
         picture.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left")
     return picture
@@ -194,6 +199,25 @@ def stacked(picture: Picture, heights: Sequence[float], steps_label: str = "step
     panels[-1].set_xlabel(steps_label)
     picture.align_ylabels(panels)
     return panels  # type: ignore[no-any-return]
+
+
+def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
+    """Lay out stacked panels, with a legend above each, by margins that are known beforehand.
+
+    For figures that are drawn while a training waits: it takes half the time of a layout that measures every text.
+
+    Args:
+        picture: Made by `new_picture` without a measured layout.
+        panels: Its panels.
+
+    """
+    width, height = picture.get_size_inches()
+    above = _ABOVE + (0.3 if picture.get_suptitle() else 0.0)
+    picture.subplots_adjust(
+        left=_LEFT / width, right=1 - _RIGHT / width, bottom=_BELOW / height, top=1 - above / height, hspace=0.35
+    )
+    for panel in panels:
+        panel.yaxis.set_label_coords((0.2 - _LEFT) / (width - _LEFT - _RIGHT), 0.5)
 
 
 def floats(values: Any) -> Floats:

@@ -76,6 +76,26 @@ def test_a_limit_that_changes_is_drawn_as_it_was():
     assert line.get_ydata().tolist() == limit
 
 
+@pytest.mark.parametrize("scale", [3e-12, 1.0, -4e7])
+@pytest.mark.parametrize("title", ["", "limited by the learning rate"])
+def test_fixed_margins_have_room_for_the_labels(scale, title):
+    values = [scale * step for step in STEPS]
+    limits = [1.234567e-5 / (1 + step) for step in STEPS]
+    loss = (STEPS, [-12345.6 - 10 * step for step in STEPS])
+    rates = {"learning_rate": [1e-7] * len(STEPS), "learning_rate_limit": limits}
+    picture = sharpness_figure(STEPS, values, [abs(scale)] * len(STEPS), losses=loss, title=title, **rates)
+    check_picture(picture)
+    width, height = picture.bbox.width, picture.bbox.height
+    for panel in picture.axes:
+        box = panel.get_tightbbox()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= width
+        assert box.y1 <= height
+        label = panel.yaxis.label.get_window_extent()
+        assert all(tick.get_window_extent().x0 > label.x1 for tick in panel.get_yticklabels() if tick.get_text())
+
+
 def test_what_is_shaded_follows_the_line_between_rare_eigenvalues():
     """And not only at the steps at which they were measured, as triangles."""
     eigenvalues = [8.0, None, None, None, 8.0]
