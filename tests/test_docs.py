@@ -235,6 +235,10 @@ _PUT_TOGETHER = {
     "lyapunov_lightning/callbacks/curvature_probe.py": [
         "the sharpness has been above the stability limit since step …"
     ],
+    "lyapunov_lightning/curvature/loss/function_check.py": [
+        "The backward pass of … is not the derivative of its forward pass",
+        "The backward pass of … uses numbers that were kept from its forward pass",
+    ],
     "lyapunov_lightning/curvature/loss/mean_loss.py": [
         "The loss reaches a parameter in a way that cannot be substituted"
     ],

@@ -7,13 +7,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -261,47 +259,6 @@ def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hooks, before in kept:
             hooks.update(before)
-
-
-def check_twice_differentiable(loss: Tensor) -> bool:
-    """Refuse a loss with functions in its graph whose backward pass autograd cannot see.
-
-    PyTorch itself raises for functions that are marked with ``@once_differentiable``, and only where the way from the
-    gradient to the parameters leads through such a function. What other functions hide, by computing in NumPy or in a
-    kernel of their own, it takes for a constant; that is noticed while the gradient is taken.
-
-    Returns:
-        Whether there are functions that were not PyTorch's own. The derivative of the loss with respect to itself, a
-        one, has to require a gradient for what they hide to be noticed.
-
-    Raises:
-        RuntimeError: If there is one that is marked.
-
-    """
-    has_functions = False
-    for node in nodes([loss]):
-        function = getattr(node, "_forward_cls", None)
-        if function is not None:
-            # The decorator leaves no mark but the code of the function that it wraps around.
-            if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
-                raise RuntimeError(
-                    f"{node.name()} is marked with @once_differentiable: it cannot be differentiated twice."
-                )
-            has_functions = True
-            node.register_hook(partial(_check_visible, node.name()))
-    return has_functions
-
-
-def _check_visible(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
-    """Refuse a backward pass, in which a graph is recorded, that has cut the graph."""
-    if torch.is_grad_enabled() and any(entry is not None and entry.requires_grad for entry in grad_outputs):
-        for entry in grad_inputs:
-            # A gradient that is zero everywhere, as that of an index, hides nothing.
-            if entry is not None and not entry.requires_grad and bool(entry.any()):
-                raise RuntimeError(f"{name} hides its backward pass from autograd: it cannot be differentiated twice.")
-
-
-_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
 def dtypes_behind(tensor: Tensor) -> set[torch.dtype]:

@@ -18,6 +18,7 @@ from lyapunov_lightning.curvature.compat.operations import twice_differentiable_
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
 from lyapunov_lightning.curvature.loss.difference_step import first_step, fitting_step
 from lyapunov_lightning.curvature.loss.fixed_batches import Total
+from lyapunov_lightning.curvature.loss.function_check import FunctionCheck
 from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.loss.products import FiniteDifference, Product
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
@@ -65,6 +66,7 @@ class Derivatives:
         self._falls_back = falls_back
         self._refusal = refusal
         self._on_fallback = on_fallback
+        self._functions = FunctionCheck(loss, is_movable=difference is not None)
         self.raises_at_once = False
         self.reset()
 
@@ -86,6 +88,7 @@ class Derivatives:
     def reset(self) -> None:
         """Go back to the way that was asked for, without graphs and without a step that was found."""
         self._way = self._asked
+        self._is_checked = False
         if self._difference is not None:
             self._difference.step = self._given_step
         self._plain_rnn = False
@@ -171,6 +174,7 @@ class Derivatives:
             while index < num_batches:
                 try:
                     found = self._way.products(index, directions)
+                    self._check_functions(index)
                 except RuntimeError as error:
                     self.drop_graphs()
                     if self.raises_at_once:
@@ -193,6 +197,19 @@ class Derivatives:
                     total.add(found[0] if len(found) == 1 else torch.cat(found), batches.weight(index))
                     index += 1
         return total
+
+    def _check_functions(self, index: int) -> None:
+        """Check the derivatives of functions that are not PyTorch's own, once, before a product is trusted.
+
+        Not where other ranks take part in each evaluation: their number is fixed there.
+
+        Raises:
+            RuntimeError: If one has other derivatives than products take it to have.
+
+        """
+        if not self._is_checked and self._way is not self._difference and not self.raises_at_once:
+            self._functions.check(index)
+        self._is_checked = True
 
     def _mean_difference(self, vector: Tensor, step: float | None = None) -> Tensor:
         """The mean of the finite differences along a vector over a step, or over the present one."""
@@ -243,11 +260,11 @@ class Derivatives:
         self._check_evaluation(index)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not self._falls_back:
-            raise MeasurementError(f"{self._refusal} PyTorch says: {reason}") from error
+            raise MeasurementError(f"{self._refusal} The reason: {reason}") from error
         self._take_differences()
         warnings.warn(
             "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
-            f" gradient, which blur the kinks of ReLU networks. PyTorch says: {reason}",
+            f" gradient, which blur the kinks of ReLU networks. The reason: {reason}",
             CurvatureWarning,
             stacklevel=5,
         )

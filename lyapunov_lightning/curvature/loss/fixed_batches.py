@@ -44,6 +44,11 @@ class Evaluation:
     owner: object = None
     is_recomputed: bool = False
 
+    @property
+    def differentiated(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What products differentiate twice, and what they differentiate only once."""
+        return [self.loss], []
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -133,6 +138,11 @@ class FixedBatches:
         weight = self._weights[index]
         assert weight is not None
         return weight
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other ranks."""
+        return self._ranks.is_single
 
     @property
     def is_copied(self) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
-from lyapunov_lightning.curvature.compat.operations import check_twice_differentiable, differentiated, nodes
+from lyapunov_lightning.curvature.compat.functions import check_twice_differentiable, own_functions
+from lyapunov_lightning.curvature.compat.operations import differentiated, nodes
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, FixedBatches, Total
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
@@ -25,19 +26,30 @@ class MeanLoss:
     Attributes:
         batches: The loss with its batches.
         parameters: What it is a function of.
+        layout: How they form a vector.
+        functions: The functions in it that are not PyTorch's own, None standing for those in C++; None as long as
+            nobody has looked for them.
 
     """
 
     def __init__(self, batches: FixedBatches, parameters: Sequence[Tensor], layout: FlatLayout) -> None:
         self.batches = batches
         self.parameters = parameters
-        self._layout = layout
+        self.layout = layout
         self.reset()
 
     def reset(self) -> None:
         """Forget how the loss has to be evaluated, to find it out again."""
         self._is_substituted = False
         self._needs_graph = False
+        self.functions: frozenset[type | None] | None = None
+
+    def look_for_functions(self, evaluation: Evaluation) -> None:
+        """Look for functions that are not PyTorch's own in a loss that was evaluated, once."""
+        if self.functions is None:
+            twice, once = evaluation.differentiated
+            found = own_functions([*twice, *once])
+            self.functions = frozenset(getattr(node, "_forward_cls", None) for node in found)
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The mean loss.
@@ -75,7 +87,7 @@ class MeanLoss:
             displacement: Where to take it, relative to the present parameters: shape ``(size,)``; at these if None.
 
         """
-        with self.batches.mean(self._layout.size) as total:
+        with self.batches.mean(self.layout.size) as total:
             for index in range(len(self.batches)):
                 # In this order: the evaluation may be what finds out the weight.
                 total.add(self.batch_gradient(index, displacement), self.batches.weight(index))
@@ -85,7 +97,7 @@ class MeanLoss:
         """The gradient of one batch's loss, of shape ``(size,)``."""
         with self.batches.evaluated(index, self.displaced(displacement)) as evaluation:
             gradient = self.gradient_of(evaluation)
-        return self._layout.flatten(gradient)
+        return self.layout.flatten(gradient)
 
     def gradient_of(self, evaluation: Evaluation, create_graph: bool = False) -> list[Tensor | None]:
         """The gradient of a loss that was evaluated, one entry for each parameter; None stands for zeros.
@@ -140,7 +152,7 @@ class MeanLoss:
                 "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
                 " float32 (mixed precision does), or use `method='double_backward'`."
             )
-        pieces = self._layout.split(displacement.detach().to(dtype=self._layout.dtype, device=self._layout.device))
+        pieces = self.layout.split(displacement.detach().to(dtype=self.layout.dtype, device=self.layout.device))
         is_trained = [parameter.requires_grad for parameter in self.parameters]
         values = [parameter.detach() for parameter in self.parameters]
         if any(is_trained):  # one call for all, since models may have thousands
@@ -195,8 +207,8 @@ class MeanLoss:
     @property
     def _sum_dtype(self) -> torch.dtype:
         """In which losses are summed: differences of losses are small, so rounding should not add to that of each."""
-        is_mps = self._layout.device.type == "mps"  # which has no float64
-        return self._layout.dtype if is_mps else torch.float64
+        is_mps = self.layout.device.type == "mps"  # which has no float64
+        return self.layout.dtype if is_mps else torch.float64
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class GraphProduct(ABC, Generic[Graph]):
             if self.graphs.has_room(index) and not self._loss.batches.is_copied:
                 inputs = stack.enter_context(LossInputs([*self._loss.parameters, *batch]))
             evaluation = stack.enter_context(self._loss.batches.evaluated(index))
+            with torch._C.DisableTorchFunction():
+                self._loss.look_for_functions(evaluation)
             graph = self._graph(evaluation)
             # Checkpointed layers are evaluated again in each backward pass, which is possible only within this block:
             # the graph cannot be kept.
@@ -223,6 +225,8 @@ class ForwardOverReverse:
                 for parameter, piece in zip(self._loss.parameters, direction, strict=True)
             ]
             with TwiceDifferentiableOperations(duals), self._loss.batches.evaluated(index, duals) as evaluation:
+                with torch._C.DisableTorchFunction():
+                    self._loss.look_for_functions(evaluation)
                 # Some of PyTorch's formulas, such as that of a determinant, lose the tangents where no graph is
                 # recorded; with `create_graph` it takes others.
                 gradient = self._loss.gradient_of(evaluation, create_graph=True)

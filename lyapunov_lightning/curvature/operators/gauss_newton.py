@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
-from lyapunov_lightning.curvature.compat.operations import check_twice_differentiable, differentiated, nodes
+from lyapunov_lightning.curvature.compat.functions import check_twice_differentiable
+from lyapunov_lightning.curvature.compat.operations import differentiated, nodes
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, num_samples
@@ -57,6 +58,11 @@ class _SplitEvaluation(Evaluation):
 
     outputs: Sequence[Tensor]
     variables: Sequence[Tensor]
+
+    @property
+    def differentiated(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The loss is differentiated twice in the outputs, and these once in the parameters."""
+        return [self.loss], self.outputs
 
 
 class _LossAfterOutputs(Protocol):

@@ -49,17 +49,46 @@ def test_double_backward_needs_no_substitution(how: str) -> None:
     assert torch.allclose(raw_parameter_operator(how).matvec(vector(3)), 2 * vector(3))
 
 
-@pytest.mark.parametrize("how", ["forward_over_reverse", "finite_difference"])
-def test_parameters_that_cannot_be_substituted_are_noticed_in_products(how: str) -> None:
+def test_parameters_that_cannot_be_substituted_are_noticed_in_forward_mode() -> None:
     with pytest.raises(MeasurementError, match=r"cannot be substituted.*`method='double_backward'`"):
-        raw_parameter_operator(how).matvec(vector(3))
+        raw_parameter_operator("forward_over_reverse").matvec(vector(3))
 
 
-@pytest.mark.parametrize("measure", ["gradient", "value"])
-def test_parameters_that_cannot_be_substituted_are_noticed_at_a_displacement(measure: str) -> None:
-    operator = raw_parameter_operator("kept")
-    with pytest.raises(MeasurementError, match="cannot be substituted"):
-        getattr(operator, measure)(vector(3))
+def test_functions_may_be_handed_parameters_themselves() -> None:
+    """Which show the memory of other values meanwhile, and are what they were afterwards."""
+    operator = raw_parameter_operator("finite_difference")
+    (weight,) = operator.parameters
+    memory, version = weight.data_ptr(), weight._version
+    there = vector(3) + vector(3, seed=1)
+    assert torch.allclose(operator.matvec(vector(3)), 2 * vector(3), rtol=1e-6)
+    assert torch.allclose(operator.gradient(vector(3, seed=1)), 2 * there)
+    assert operator.value(vector(3, seed=1)) == pytest.approx(float(there.square().sum()))
+    along = operator.values_along(vector(3, seed=1), [0.0, 1.0])
+    assert torch.allclose(along, torch.stack([vector(3).square().sum(), there.square().sum()]))
+    assert (weight.data_ptr(), weight._version) == (memory, version)
+    assert torch.equal(weight, vector(3))
+    assert weight.grad is None
+
+
+def test_parameters_are_shown_again_where_the_loss_fails() -> None:
+    weight = vector(3).requires_grad_()
+
+    def loss(batch: Tensor) -> Tensor:
+        if not torch.equal(weight, vector(3)):
+            raise KeyError("elsewhere")
+        return Square.apply(weight).sum()
+
+    operator = HessianOperator(loss, [weight], [torch.ones(1)])
+    for measure in (operator.gradient, operator.value):
+        with pytest.raises(KeyError):
+            measure(vector(3))
+        assert torch.equal(weight, vector(3))
+
+
+def test_random_numbers_are_the_same_where_parameters_are_handed_over() -> None:
+    weight = vector(50).requires_grad_()
+    operator = HessianOperator(lambda batch: functional.dropout(Square.apply(weight)).sum(), [weight], [torch.ones(1)])
+    assert torch.equal(operator.gradient(torch.zeros(50, dtype=torch.float64)), operator.gradient())
 
 
 @every_method
