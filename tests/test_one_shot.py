@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lyapunov_lightning import HessianConfig, SpectrumResult, measure
-from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.modules import (
     AugmentedClusters,
@@ -42,6 +42,19 @@ class Data(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.calls.append("transferred")
         return batch
+
+
+class Partial(SmallRegressor):
+    """Averages over the targets that are there, of which the last batch has none."""
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss if batch_idx < 2 else loss * 0 + float("nan")
+
+
+def test_a_batch_whose_loss_is_not_finite_fails_the_measurement() -> None:
+    with pytest.raises(NonFiniteCurvatureError):
+        measure(Partial(), regression_loader(24))
 
 
 class Stream(IterableDataset):

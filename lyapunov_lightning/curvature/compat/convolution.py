@@ -118,6 +118,8 @@ def convolution(
 ) -> Tensor:
     """``torch.conv1d``, ``conv2d`` and ``conv3d`` in one, by the number of dimensions of the weight.
 
+    Complex ones are PyTorch's.
+
     Args:
         input: Shape ``(N, C, ...)``, or ``(C, ...)`` for a single sample.
         weight: Shape ``(outputs, C / groups, ...)``.
@@ -129,6 +131,10 @@ def convolution(
 
     """
     dimensions = weight.ndim - 2
+    if weight.is_complex():
+        # PyTorch computes these from real ones, each with all derivatives; their own backward has no complex kernel.
+        of_pytorch = (torch.conv1d, torch.conv2d, torch.conv3d)[dimensions - 1]
+        return of_pytorch(input, weight, bias, stride, padding, dilation, groups)
     if input.ndim == dimensions + 1:
         return convolution(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     # Autocast knows PyTorch's own convolutions and not this one, so it does here what autocast would have done.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.compat.operations import eager, watched_checkpointing, without_graph
-from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
 from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
@@ -251,6 +251,35 @@ def _checked_weights(weights: Sequence[float] | None, num_batches: int) -> list[
     if not all(weight > 0 for weight in weights):
         raise ValueError(f"`weights` should be positive, got {list(weights)}.")
     return [float(weight) for weight in weights]
+
+
+def numbers_of_samples(batches: Sequence[Any]) -> list[float]:
+    """The numbers of samples of several batches, with a warning where their tensors contradict each other.
+
+    A contradiction does not matter where it is the same in all batches, which then weigh the same by any reading.
+    """
+    numbers = [float(num_samples(batch)) for batch in batches]
+    readings = [sorted(_readings(batch)) for batch in batches]
+    contradicting = next((place for place, reading in enumerate(readings) if len(reading) > 1), None)
+    if contradicting is not None and (len(batches) == 1 or any(reading != readings[0] for reading in readings)):
+        warnings.warn(
+            f"The tensors of batch {contradicting} contradict each other on its number of samples: the leading"
+            f" dimensions are {', '.join(map(str, readings[contradicting]))}. That of the first one,"
+            f" {numbers[contradicting]:g}, is taken, and weighs the batch in the mean. Give `weights`, the number of"
+            " samples of each batch.",
+            CurvatureWarning,
+            stacklevel=4,
+        )
+    return numbers
+
+
+def _readings(batch: Any) -> set[int]:
+    """What the number of samples may be: leading dimensions, and the length of a list of samples that are mappings."""
+    lengths = [member.shape[0] for member in _members(batch) if isinstance(member, Tensor) and member.ndim]
+    # A single number for all samples, as a temperature, contradicts nothing.
+    readings = {length for length in lengths if length != 1 or lengths[0] == 1}
+    is_list = isinstance(batch, (list, tuple)) and bool(batch)
+    return readings | {len(batch)} if is_list and all(isinstance(sample, Mapping) for sample in batch) else readings
 
 
 def num_samples(batch: Any) -> int:

@@ -19,12 +19,14 @@ class GradientGraph:
         gradient: One entry for each parameter; None stands for zeros.
         leaves: What the loss was differentiated with respect to.
         owner: What has to live as long as the graph.
+        zero: See `MeanLoss.zero_of`.
 
     """
 
     gradient: Sequence[Tensor | None]
     leaves: Sequence[Tensor]
     owner: object
+    zero: Tensor
 
     @property
     def tensors(self) -> Sequence[Tensor | None]:

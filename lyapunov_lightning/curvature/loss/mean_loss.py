@@ -97,7 +97,16 @@ class MeanLoss:
         """The gradient of one batch's loss, of shape ``(size,)``."""
         with self.batches.evaluated(index, self.displaced(displacement)) as evaluation:
             gradient = self.gradient_of(evaluation)
-        return self.layout.flatten(gradient)
+            return self.layout.flatten(gradient) + self.zero_of(evaluation.loss)
+
+    def zero_of(self, loss: Tensor) -> Tensor:
+        """A zero, or NaN where the loss of a batch is not finite.
+
+        Added to the batch's gradients and products it makes them NaN, and so the mean of all batches on all ranks,
+        which the solvers refuse. By itself a gradient may well be finite where the loss is not: the mean over no labels
+        is NaN, and its gradient zero. To look at the number would be to wait for the device.
+        """
+        return (loss.detach() * 0).to(device=self.layout.device, dtype=self.layout.dtype)
 
     def gradient_of(self, evaluation: Evaluation, create_graph: bool = False) -> list[Tensor | None]:
         """The gradient of a loss that was evaluated, one entry for each parameter; None stands for zeros.

@@ -160,7 +160,10 @@ class GraphProduct(ABC, Generic[Graph]):
 
     def _all_multiplied(self, graph: Graph, directions: Sequence[list[Tensor]], retain_graph: bool) -> list[Tensor]:
         last = len(directions) - 1
-        return [self._multiplied(graph, d, retain_graph or place < last) for place, d in enumerate(directions)]
+        return [
+            self._multiplied(graph, direction, retain_graph or place < last).add_(graph.zero)
+            for place, direction in enumerate(directions)
+        ]
 
 
 class DoubleBackward(GraphProduct[GradientGraph]):
@@ -171,13 +174,13 @@ class DoubleBackward(GraphProduct[GradientGraph]):
     def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch, which a kept graph has already."""
         if keep_graph or self.graphs[index] is not None:
-            return self._computed(index, lambda graph, _: self._layout.flatten(graph.gradient))
+            return self._computed(index, lambda graph, _: self._layout.flatten(graph.gradient) + graph.zero)
         return self._loss.batch_gradient(index)
 
     def _graph(self, evaluation: Evaluation) -> GradientGraph:
         """The gradient with its graph."""
         gradient = self._loss.gradient_of(evaluation, create_graph=True)
-        return GradientGraph(gradient, evaluation.leaves, evaluation.owner)
+        return GradientGraph(gradient, evaluation.leaves, evaluation.owner, self._loss.zero_of(evaluation.loss))
 
     def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
         """The derivative of ``gᵀv``."""
@@ -234,7 +237,7 @@ class ForwardOverReverse:
             product = self._layout.flatten([None if pair is None else pair.tangent for pair in pairs])
             primal = self._layout.flatten([None if pair is None else pair.primal for pair in pairs])
             self._check_slope(evaluation.loss, primal, self._layout.flatten(direction))
-            return product
+            return product + self._loss.zero_of(forward_ad.unpack_dual(evaluation.loss).primal)
 
     def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch."""
@@ -341,4 +344,4 @@ class FiniteDifference:
                     " or use `method='double_backward'`."
                 )
             gradient = self._loss.gradient_of(evaluation)
-        return self._layout.flatten(gradient)
+            return self._layout.flatten(gradient) + self._loss.zero_of(evaluation.loss)

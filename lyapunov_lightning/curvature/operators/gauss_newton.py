@@ -30,7 +30,7 @@ from lyapunov_lightning.curvature.compat.functions import check_twice_differenti
 from lyapunov_lightning.curvature.compat.operations import differentiated, nodes
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
-from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, num_samples
+from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, num_samples, numbers_of_samples
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph
 from lyapunov_lightning.curvature.loss.mean_loss import MeanLoss
 from lyapunov_lightning.curvature.loss.products import GraphProduct
@@ -114,7 +114,7 @@ class _LossOfOutputs:
 
     def weights(self, batches: Sequence[Any]) -> list[float] | None:
         """The number of samples of each batch."""
-        return [float(num_samples(batch)) for batch in batches]
+        return numbers_of_samples(batches)
 
     @contextmanager
     def evaluated(self, batch: Any, values: Sequence[Tensor] | None = None) -> Iterator[_SplitEvaluation]:
@@ -243,12 +243,12 @@ class _ThroughOutputs(GraphProduct[_Linearised]):
         kept = self.graphs[index]
         # The graph of J has been kept with the loss's slopes in the outputs, and Jᵀ of these is the gradient.
         if kept is not None:
-            return self._pulled_back(kept, kept.slopes, retain_graph=True)
+            return self._pulled_back(kept, kept.slopes, retain_graph=True) + kept.zero
         with self._loss.batches.evaluated(index) as evaluation:
             assert isinstance(evaluation, _SplitEvaluation)  # what the objective yields
             slopes, _ = self._after_outputs.differentiated(evaluation)
             paired = replace(evaluation, loss=_paired(evaluation.outputs, slopes))
-            return self._layout.flatten(self._loss.gradient_of(paired))
+            return self._layout.flatten(self._loss.gradient_of(paired)) + self._loss.zero_of(evaluation.loss)
 
     def forget_checks(self) -> None:
         """Check each batch's derivative anew."""
@@ -268,6 +268,7 @@ class _ThroughOutputs(GraphProduct[_Linearised]):
                 pulled_back,
                 evaluation.leaves,
                 evaluation.owner,
+                self._loss.zero_of(evaluation.loss),
                 outputs=evaluation.outputs,
                 cotangents=cotangents,
                 slopes=slopes,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
-from lyapunov_lightning.curvature.loss.fixed_batches import Objective, num_samples
+from lyapunov_lightning.curvature.loss.fixed_batches import Objective, numbers_of_samples
 from lyapunov_lightning.curvature.loss.products import (
     DoubleBackward,
     FiniteDifference,
@@ -57,7 +57,7 @@ class HessianOperator(MeanOperator):
             backward, and finite differences with one warning where PyTorch cannot differentiate twice. Errors of
             another kind are raised as they are, after a second attempt where a device or the network failed.
         weights: Number of samples ``N_b`` of each batch. By default what an `Objective` says, else the leading
-            dimension of the batch's first tensor.
+            dimension of the batch's first tensor, with a warning where others have another one.
         step: Length of the finite-difference step in parameter space: the product is that along ``v/‖v‖`` over this
             distance to both sides. By default one that fits the loss, found by 7 to 15 gradients before the first such
             product, and kept. In float32 it is at most 5e-2, where it stays if kinks, such as ReLU has, leave no better
@@ -110,7 +110,7 @@ class HessianOperator(MeanOperator):
             loss = SubstitutedLoss(loss, self.parameters)
             # A single batch of a single rank has no need of its number of samples, which may not be in it.
             if weights is None and (len(batches) > 1 or reduce is not None):
-                weights = [float(num_samples(batch)) for batch in batches]
+                weights = numbers_of_samples(batches)
         self._loss = self._average_over(loss, batches, weights)
         # Made in any case: `auto` falls back to it, and `check` compares with it.
         difference = FiniteDifference(self._loss, self.layout, step)

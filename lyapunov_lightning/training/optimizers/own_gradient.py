@@ -37,7 +37,9 @@ class OwnGradient:
         # of sums, up to 1e-5, while another dropout mask or a loss scale changes the gradient as a whole.
         computed = operator.gradient()
         distance, norm = torch.linalg.vector_norm(own - computed), torch.linalg.vector_norm(computed)
-        self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)
+        # Of a gradient that is not finite nothing can be told: the next one is compared.
+        if bool((distance + norm).isfinite()):
+            self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)
         return computed
 
     def state_dict(self) -> dict[str, Any]:

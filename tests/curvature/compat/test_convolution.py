@@ -139,3 +139,24 @@ def test_operator_of_a_convolutional_network(memory_format: torch.memory_format)
         lambda x: net(x).square().mean(), parameters.values(), [batch], method="forward_over_reverse"
     )
     torch.testing.assert_close(along.matvec(flat), dense @ flat, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["double_backward", "auto"])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_complex_convolutions_are_those_of_pytorch(dimensions: int, how: str) -> None:
+    """Whose gradients, as functions of their own, have no complex kernel."""
+    torch.manual_seed(0)
+    shape, image = (2, 1, *[2] * dimensions), (3, 1, *[4] * dimensions)
+    weight = torch.randn(*shape, 2, dtype=torch.float64, requires_grad=True)
+    batch = torch.randn(image, dtype=torch.complex128)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[dimensions - 1]
+
+    def loss(x: Tensor, real: Tensor) -> Tensor:
+        return convolve(x, torch.view_as_complex(real), stride=2).abs().square().tanh().mean()
+
+    dense = torch.autograd.functional.hessian(lambda real: loss(batch, real), weight.detach())
+    operator = HessianOperator(lambda x: loss(x, weight), [weight], [batch], method=how)
+    direction = torch.randn(operator.size, dtype=torch.float64)
+    expected = dense.reshape(operator.size, operator.size) @ direction
+    torch.testing.assert_close(operator.matvec(direction), expected, rtol=1e-10, atol=1e-12)
+    assert operator.method == "double_backward"

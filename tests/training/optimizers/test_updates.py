@@ -291,6 +291,20 @@ def test_a_gradient_of_something_else_is_not_used() -> None:
     assert not OwnGradient().may_fit(SimpleNamespace(world_size=1, accumulate_grad_batches=2))
 
 
+def test_a_gradient_that_is_not_finite_settles_nothing() -> None:
+    module, own = Bowl(), OwnGradient()
+    operator = module.operator()
+    (module.loss() * float("nan")).backward()
+    own.take(operator)
+    assert own.may_fit(TRAINER)
+    assert own.state_dict() == {"fits": None}
+    for parameter in operator.parameters:
+        parameter.grad = None
+    module.loss().backward()
+    own.take(operator)
+    assert own.state_dict() == {"fits": True}
+
+
 # Gradients that are projected.
 
 
