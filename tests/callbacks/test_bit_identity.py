@@ -406,6 +406,48 @@ class OwnLoggers(WithState):
         return 0.0
 
 
+class CountedSine(torch.autograd.Function):
+    """A function that the package has to call by itself to know its derivatives, and that counts its calls."""
+
+    calls: list[int] = []  # noqa: RUF012  (it is about state of a class)
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        CountedSine.calls.append(len(CountedSine.calls))
+        ctx.save_for_backward(inputs)
+        return inputs.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class CountedReversal(CountedSine):
+    """One whose derivatives are not to be trusted, so that it is called even more often."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient * ctx.saved_tensors[0].cos()
+
+
+class OwnFunction(WithState):
+    function: Any = CountedSine
+
+    def prepare(self) -> None:
+        CountedSine.calls.clear()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.01 * self.function.apply(self.net[0].weight).sum()
+
+    def act(self, loss: Tensor, batch: Any) -> Any:
+        return len(CountedSine.calls)
+
+
+class OwnReversal(OwnFunction):
+    function = CountedReversal
+
+
+@pytest.mark.filterwarnings("ignore:.*CountedReversal")
 @pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "critical"])
 @pytest.mark.parametrize(
     "module",
@@ -427,6 +469,8 @@ class OwnLoggers(WithState):
         BatchWrittenInPlace,
         BatchPopped,
         OwnLoggers,
+        OwnFunction,
+        OwnReversal,
     ],
 )
 def test_whatever_the_training_step_does_is_taken_back(module: type[WithState], estimator: str) -> None:

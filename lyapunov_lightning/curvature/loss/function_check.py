@@ -140,13 +140,13 @@ class FunctionCheck:
         A function may be right only on what it is meant for: matrices of one kind, numbers with a given sum.
         """
         along = self._displacement(index)
+        # Within the evaluation: what a function writes to when it is called is then a copy, if anything is.
         with self._recorded() as moved, self._loss.batches.evaluated(index, self._loss.displaced(along)):
-            pass
-        for call, place in zip(calls, places, strict=True):
-            there = moved[place] if place < len(moved) and moved[place].kind == call.kind else None
-            found = _Repeated(call, there).fault(needs_second=True)
-            if isinstance(found, _Fault):
-                raise RuntimeError(str(found))
+            for call, place in zip(calls, places, strict=True):
+                there = moved[place] if place < len(moved) and moved[place].kind == call.kind else None
+                found = _Repeated(call, there).fault(needs_second=True)
+                if isinstance(found, _Fault):
+                    raise RuntimeError(str(found))
 
     def _check_from_outside(self, index: int, names: set[str]) -> None:
         """Check the backward passes of some functions as functions of the parameters.
