@@ -307,6 +307,25 @@ def test_finite_differences_stand_in_with_one_warning(fit: Fit) -> None:
     assert len(messages) == 1
 
 
+# Batches of which the loss has no value.
+
+
+@pytest.mark.parametrize("estimator", ["lanczos", "power", "lyapunov", "critical"])
+def test_a_batch_whose_loss_is_nan_fails_the_measurement_and_counts_for_nothing(fit: Fit, estimator: Any) -> None:
+    """As where all labels of a batch are ignored: its gradient is zero, and so would its curvature be."""
+
+    def loss_of(module: SmallRegressor, batch: Any) -> Tensor:
+        loss = nn.functional.mse_loss(module(batch[0]), batch[1])
+        is_without_labels = bool((batch[2] == 0).any())
+        return loss.detach() * float("nan") + 0 * loss if is_without_labels else loss
+
+    probe = CurvatureProbe(3, estimator, hessian=HessianConfig("fixed", 3, loss_fn=loss_of))
+    with pytest.warns(CurvatureWarning, match="not finite"):
+        trainer = fit(SmallRegressor(), probe, max_steps=6)
+    assert set(trainer.logger.curve("curvature_details/converged").values()) == {0.0}
+    assert not probe.results
+
+
 # Going on from a checkpoint.
 
 
