@@ -151,9 +151,15 @@ class RunFacts:
 
     @property
     def decisive(self) -> Reading | None:
-        """The first of these at the limit, or the highest: the later ones were made where a run had been thrown to."""
-        at_limit = (reading for reading in self.evidence if is_at_limit(reading))
-        return next(at_limit, max(self.evidence, key=lambda reading: reading.value, default=None))
+        """The first of these at the limit, or the highest: the later ones were made where a run had been thrown to.
+
+        Where the learning rate was raised meanwhile it is the first one at about the rate at which the run was lost:
+        the limit at a lower rate was borne.
+        """
+        at_limit = [reading for reading in self.evidence if is_at_limit(reading)]
+        highest = max((reading.learning_rate or 0.0 for reading in at_limit), default=0.0)
+        raised = (reading for reading in at_limit if _RAISED * (reading.learning_rate or 0.0) >= highest)
+        return next(raised, max(self.evidence, key=lambda reading: reading.value, default=None))
 
     @property
     def is_from_start(self) -> bool:
@@ -165,8 +171,9 @@ class RunFacts:
 
     @property
     def is_raised(self) -> bool:
-        """Whether the limit was met at a learning rate far above those below it, as where a schedule has raised it."""
-        rates = [one.learning_rate for one in self.counted if not is_at_limit(one) and one.learning_rate is not None]
+        """Whether the run was lost at a learning rate far above those before, as where a schedule has raised it."""
+        below = [one for one in self.counted if not is_at_limit(one)] or self.counted
+        rates = [one.learning_rate for one in below if one.learning_rate is not None]
         rate = None if self.decisive is None else self.decisive.learning_rate
         return bool(rates) and rate is not None and rate > _RAISED * median(rates)
 
