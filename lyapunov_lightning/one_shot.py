@@ -202,8 +202,9 @@ class _Once(Callback):
             pairs = self._pairs(operator)
             fault = None if bool(pairs.converged.all()) else hessian.check(seed=config.seed).fault
             if fault is not None and trainer.is_global_zero:
-                message = f"`measure`: the search for eigenvalues has not converged. {fault}"
-                warnings.warn(message, CurvatureWarning, stacklevel=2)
+                warnings.warn(
+                    f"`measure`: the search for eigenvalues has not converged. {fault}", CurvatureWarning, stacklevel=2
+                )
             spectrum = spectral_density(operator, known=pairs, seed=config.seed) if self._density else None
         lines = self._along(hessian, gradient, pairs)
         return SpectrumResult(
