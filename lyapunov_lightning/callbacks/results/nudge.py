@@ -27,6 +27,11 @@ class NudgeResult(Result):
     matvecs: int
     subspace_overlap: float | None = None
 
+    @property
+    @override
+    def has_converged(self) -> bool:
+        return self.num_converged == len(self.eigenvalues)
+
     @override
     def scalars(self) -> dict[str, float]:
         found = {

@@ -119,6 +119,12 @@ class ProbeResult(Result):
         # A gradient that is clipped to a tenth moves the parameters as a tenth of the learning rate would.
         return curvature / self.stability_limit * (1.0 if self.clipping is None else self.clipping)
 
+    @property
+    @override
+    def has_converged(self) -> bool:
+        # Exponents look at the symmetry of their own products.
+        return self.converged or self.residual is None or self.exponent is not None
+
     @override
     def scalars(self) -> dict[str, float]:
         is_lyapunov = self.exponent is not None

@@ -70,6 +70,11 @@ class ScanResult(Result):
         steps = zip(self.unit_steps, self.gradient_components, strict=True)
         return tuple(None if step is None else finite(step / slope) for step, slope in steps)
 
+    @property
+    @override
+    def has_converged(self) -> bool:
+        return self.converged is None or self.converged == 1.0
+
     @override
     def scalars(self) -> dict[str, float]:
         found: dict[str, float | None] = {}

@@ -67,6 +67,11 @@ class TrackedSpectrum(Result):
         """The Frobenius norm of the tracked eigenvalues alone, as in the sharpest-directions paper."""
         return math.hypot(*self.largest, *self.smallest)
 
+    @property
+    @override
+    def has_converged(self) -> bool:
+        return self.converged is None or self.converged == 1.0
+
     @override
     def scalars(self) -> dict[str, float]:
         shown = ("trace", "frobenius_norm", "gradient_in_top_subspace", "subspace_overlap")

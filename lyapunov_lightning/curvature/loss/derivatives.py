@@ -264,7 +264,8 @@ class Derivatives:
         self._take_differences()
         warnings.warn(
             "The loss cannot be differentiated twice, so its curvature is taken from finite differences of the"
-            f" gradient, which blur the kinks of ReLU networks. The reason: {reason}",
+            " gradient: as good for smooth losses, while where there are kinks, such as those of ReLU, only a leading"
+            f" eigenvalue that stands out is right. The reason: {reason}",
             CurvatureWarning,
             stacklevel=5,
         )

@@ -254,6 +254,7 @@ def _unwritten_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 _NOT_SUBSTITUTED = (
     "The loss reaches a parameter in a way that cannot be substituted, such as a custom autograd function or a"
-    " reference kept outside the module. Use `method='double_backward'`, or a loss with a method"
+    " reference kept outside the module. Use `method='double_backward'`; where that refuses the loss as well, compute"
+    " it without that function, such as an ODE without the adjoint method, or give a loss with a method"
     " `evaluated(batch, values)`."
 )

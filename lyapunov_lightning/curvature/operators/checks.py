@@ -48,6 +48,27 @@ class OperatorCheck:
         """Whether the nondeterminism is at most 1e-4: more than rounding, and less than any other random numbers."""
         return self.nondeterminism <= 1e-4
 
+    @property
+    def fault(self) -> str | None:
+        """What keeps searches for eigenvalues from ending, in a sentence with its figures; None where neither does."""
+        if not self.is_deterministic:
+            return (
+                f"The products are random: two of them with one vector differ by {self.nondeterminism:.0e} of their"
+                " length, everything evaluated anew. The loss draws numbers that are not drawn again, such as those of"
+                " a generator of its own. " + _NO_TOLERANCE
+            )
+        if not self.is_symmetric:
+            return (
+                f"The products are not those of a symmetric matrix: uᵀHv and vᵀHu differ by {self.asymmetry:.0e} of the"
+                " length of a product. What the training follows is then not the gradient of one loss: a stopped"
+                " gradient, a hook or an option that changes gradients, or a function whose backward pass is not its"
+                " derivative; finite differences are so across the kinks of a ReLU too. " + _NO_TOLERANCE
+            )
+        return None
+
+
+_NO_TOLERANCE = "No tolerance and no number of products makes an eigenvalue of that: take the residual for its error."
+
 
 def check_operator(
     operator: LinearOperator,

@@ -18,6 +18,8 @@ class Eigenpairs:
         value_errors: Shape ``(k,)``: how far ``θ`` is estimated to be from that eigenvalue: the squared residual over
             the distance to where the next eigenvalue seen by the search may lie, or the residual where that is less;
             never less than the noise of the products. A bound if nothing lies in between that the search has not seen.
+            Of the outermost values, where those alone were wanted to a tolerance of their own, it is how far the
+            outermost eigenvalue may lie beyond ``θ`` without having shown, which may be more than the residual.
         converged: Shape ``(k,)``, bool: whether the tolerance was reached.
         num_matvecs: Products that were spent.
         num_largest: How many of the values are of the upper end.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.solvers.hidden import Projected, chance_of_less, largest_component
 
 _ROWS_AT_ONCE = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
@@ -23,6 +24,18 @@ _ROWS_AT_ONCE = 8
 _NEGLIGIBLE_RESIDUAL = 1e-8
 """Residual, relative to the operator's norm, below which a pair has converged whatever its value: the error of the
 eigenvalue goes with the square of the residual, so it is then known to the rounding error of double precision."""
+
+_CHANCE = 0.1
+"""The chance, at most, that the start of a search hides an eigenvalue beyond the tolerance of an outermost one: for the
+worst place of that eigenvalue. Of 560 searches from random starts for ends of clustered, repeated, huge-ranged and
+indefinite spectra and of ones like a network's none was wrong with 0.1, in 11.1 products each; 3 with 0.2, in 10.4; 5
+with 0.3, in 10.1; and 15 where the distance to the next Ritz value was believed, in 9.1."""
+
+_CHANCE_OF_MORE = 0.01
+"""The chance that it hides one beyond the error that is stated, where that is less than the tolerance."""
+
+_EXCESSES = torch.logspace(-4, 4, 97, dtype=torch.float64, device="cpu")
+"""How far beyond a value an eigenvalue is looked for, in units of its tolerance."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,16 @@ class Target:
         """How many in all."""
         return self.largest + self.smallest
 
+    @property
+    def ends_alone(self) -> bool:
+        """Whether no more is wanted than the outermost eigenvalues."""
+        return self.largest <= 1 and self.smallest <= 1
+
+    @property
+    def values_alone(self) -> bool:
+        """Whether no more is wanted than the values of the ends, which are right whatever their multiplicity."""
+        return self.ends_alone and self.value_tol is not None
+
     def is_met(self, values: Tensor, residuals: Tensor, value_errors: Tensor, negligible: float) -> Tensor:
         """Which pairs meet the tolerances. A residual below `negligible` meets them whatever the eigenvalue."""
         converged = residuals <= (self.tol * values.abs()).clamp_min(negligible)
@@ -63,7 +86,8 @@ class RitzPairs:
         values: The Ritz values, the upper end descending, then the lower end ascending.
         coefficients: The Ritz vectors' coefficients in the basis, one column each.
         residuals: Bounds on the residuals.
-        value_errors: Estimates of how far the values are from eigenvalues, at most the residuals.
+        value_errors: Estimates of how far the values are from eigenvalues, at most the residuals; where the values of
+            the ends alone are wanted, from the outermost ones.
         growing: The part of the residuals that further products can reduce: all but what was cut off.
         converged: Which of them meet the tolerance, not counting the noise of the products, which further products do
             not reduce.
@@ -131,6 +155,8 @@ class KrylovBasis:
         self._coupling = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._leaks = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._norm = 0.0
+        self._familiarity = 1.0
+        self._restarts: list[tuple[Projected, Tensor]] = []
         self.asymmetry = 0.0
         self.capacity = capacity
         self._resize(0)
@@ -142,13 +168,21 @@ class KrylovBasis:
         # an operator of norm 1e-200 would count as nothing, and a value that is wrong by a third as exact.
         return max(10 * torch.finfo(self.space.dtype).eps * self._norm, math.sqrt(torch.finfo(torch.float64).tiny))
 
-    def begin(self, direction: Tensor | None = None) -> None:
-        """Grow in a new direction, a random one if none is given, and give up the present one."""
+    def begin(self, direction: Tensor | None = None, familiarity: float = 1.0) -> None:
+        """Grow in a new direction, a random one if none is given, and give up the present one.
+
+        Args:
+            direction: The direction.
+            familiarity: How much more than a random vector it has of an eigenvector that may have been missed.
+
+        """
         # Without the old direction A V is no longer known exactly: what pointed along it is missing from the
         # projection, and counts for the residuals from now on.
         if bool(self._coupling.any()):
             self._leaks = torch.cat([self._leaks.reshape(-1, self.length), self._coupling[None]])
         self._coupling = torch.zeros(self.length, dtype=torch.float64, device="cpu")
+        if self.length == 0:
+            self._familiarity = familiarity
         row = self._room(self.length)
         row.copy_(self.space.random(self._generator) if direction is None else direction)
         row.div_(self.space.norm(row))
@@ -200,12 +234,17 @@ class KrylovBasis:
         negligible = max(
             2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE_RESIDUAL, target.tol / 100) * self._norm
         )
+        # After a part was cut off, the components along the start are not known any more.
+        is_hiding = target.values_alone and not self.is_complete and not len(self._leaks)
+        if is_hiding:
+            errors = torch.maximum(errors, self._hidden(target, values[wanted], negligible))
         # What no further product can reduce is not waited for, but counts for the bounds.
         converged = target.is_met(values[wanted], bounds[wanted], errors, max(negligible, self.asymmetry))
         # The Ritz pairs are of the symmetric part; the antisymmetric part of the projection is orthogonal to the rest
         # of the residual.
         bounds = torch.hypot(bounds, torch.linalg.vector_norm((projection - projection.T) / 2 @ vectors, dim=0))
-        errors = torch.minimum(errors.clamp_min(max(self.rounding, self.asymmetry)), bounds[wanted])
+        errors = errors.clamp_min(max(self.rounding, self.asymmetry))
+        errors = errors if is_hiding else torch.minimum(errors, bounds[wanted])
         return RitzPairs(
             values=values[wanted],
             coefficients=vectors[:, wanted],
@@ -219,6 +258,28 @@ class KrylovBasis:
             extent=(float(values[0]), float(values[-1])),
         )
 
+    def _hidden(self, target: Target, values: Tensor, negligible: float) -> Tensor:
+        """How far beyond each of the outermost values an eigenvalue may lie that the start hides."""
+        assert target.value_tol is not None
+        allowed = (target.value_tol * values.abs()).clamp_min(negligible)
+        signs = torch.tensor([1.0] * target.largest + [-1.0] * target.smallest, dtype=torch.float64, device="cpu")
+        found = []
+        for value, unit, sign in zip(values, allowed, signs, strict=True):
+            beyond = value + sign * unit * _EXCESSES
+            component = largest_component(beyond, self.projected(), self._restarts)
+            chance = chance_of_less(component / self._familiarity, self.space.size)
+            likely, possible = (
+                float(unit * _EXCESSES[min(int((chance > limit).sum()), len(_EXCESSES) - 1)])
+                for limit in (_CHANCE, _CHANCE_OF_MORE)
+            )
+            found.append(possible if possible <= unit else max(likely, float(unit)))
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def projected(self) -> Projected:
+        """The basis in its Ritz vectors."""
+        values, vectors = self.eigh()
+        return Projected(values, vectors, vectors.T @ self._coupling)
+
     def eigh(self) -> tuple[Tensor, Tensor]:
         """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
         projection = self._projection[: self.length, : self.length]
@@ -227,8 +288,10 @@ class KrylovBasis:
 
     def compress(self, largest: int, smallest: int) -> None:
         """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
-        _, vectors = self.eigh()
-        rotation = vectors[:, both_ends(self.length, largest, smallest)]
+        projected = self.projected()
+        kept = both_ends(self.length, largest, smallest)
+        self._restarts.append((projected, kept))
+        rotation = projected.vectors[:, kept]
         before, length = rotation.shape
         self.space.combine(rotation.T, self._rows(before), self._rows(length))
         self._room(length).copy_(self._room(before))

@@ -1,7 +1,7 @@
 """Extreme eigenvalues by Lyapunov exponents that are followed through a training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +9,12 @@ from torch import Tensor
 from lyapunov_lightning.curvature.solvers.lyapunov import LyapunovEstimate, LyapunovIteration
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
+
+_ASYMMETRY_EVERY = 64
+"""At which measurements the asymmetry is looked at: the first that would count as converged, and every so many of
+those after it. It takes eight gradients, so that this is an eighth of a gradient each."""
+
+_NUM_GRADIENTS_OF_ASYMMETRY = 8
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class EndExponents:
         paper_lambda_min: The smallest eigenvalue in the paper's convention.
         estimates: The last iteration of each map.
         num_gradients: Gradients that were spent.
+        asymmetry: By how much the products were last seen to be none of a symmetric matrix, relative to the eigenvalue.
 
     """
 
@@ -35,8 +42,13 @@ class EndExponents:
     paper_lambda_min: float | None
     estimates: tuple[LyapunovEstimate, ...]
     num_gradients: int
+    asymmetry: float = 0.0
 
     def is_within(self, tol: float) -> bool:
+        """Whether each is an eigenvalue of a symmetric matrix to `tol`, with a residual of at most that times it."""
+        return self.asymmetry <= tol and self.has_settled(tol)
+
+    def has_settled(self, tol: float) -> bool:
         """Whether the residual of each estimate is at most `tol` times its eigenvalue."""
         return all(estimate.residual <= tol * abs(estimate.eigenvalue) for estimate in self.estimates)
 
@@ -52,11 +64,23 @@ class ExponentTracker:
         iterations: Iterations for each measurement.
         delta_q: Length of the perturbations, in parameter space.
         seed: Seed of the first perturbations.
+        tol: Relative residual of a measurement after which it is worth looking whether the products are symmetric.
 
     """
 
-    def __init__(self, end: End = "largest", *, iterations: int = 1, delta_q: float = 5e-2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        end: End = "largest",
+        *,
+        iterations: int = 1,
+        delta_q: float = 5e-2,
+        seed: int = 0,
+        tol: float = 2e-2,
+    ) -> None:
         self._iterations = iterations
+        self._tol = tol
+        self._num_settled = 0
+        self._asymmetry = 0.0
         self._ascent = LyapunovIteration(map="ascent", delta_q=delta_q, seed=seed) if end != "smallest" else None
         self._training = LyapunovIteration(map="sgd", delta_q=delta_q, seed=seed) if end != "largest" else None
 
@@ -104,7 +128,7 @@ class ExponentTracker:
             lambda_min = training.eigenvalue
         elif training is not None and self._ascent is None:
             lambda_max = training.eigenvalue
-        return EndExponents(
+        found = EndExponents(
             lambda_max=lambda_max,
             lambda_min=lambda_min,
             exponent=estimates[0].exponent,
@@ -116,14 +140,29 @@ class ExponentTracker:
             # Without the gradient at the present parameters, which the caller has taken.
             num_gradients=self._iterations * len(estimates),
         )
+        if not found.has_settled(self._tol):
+            return replace(found, asymmetry=self._asymmetry)
+        looks = self._num_settled % _ASYMMETRY_EVERY == 0
+        self._num_settled += 1
+        if looks:
+            followed = self._ascent if ascent is not None else self._training
+            assert followed is not None
+            scale = abs(estimates[0].eigenvalue)
+            self._asymmetry = followed.asymmetry(gradient, here, space) / scale if scale else 0.0
+        return replace(
+            found, asymmetry=self._asymmetry, num_gradients=found.num_gradients + _NUM_GRADIENTS_OF_ASYMMETRY * looks
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The perturbations and the control."""
         maps = {"ascent": self._ascent, "training": self._training}
-        return {name: iteration.state_dict() for name, iteration in maps.items() if iteration is not None}
+        state: dict[str, Any] = {name: each.state_dict() for name, each in maps.items() if each is not None}
+        return {**state, "symmetry": {"num_settled": self._num_settled, "asymmetry": self._asymmetry}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict`."""
+        symmetry = state.get("symmetry", {})  # a checkpoint of an earlier version lacks it
+        self._num_settled, self._asymmetry = symmetry.get("num_settled", 0), symmetry.get("asymmetry", 0.0)
         for name, iteration in (("ascent", self._ascent), ("training", self._training)):
             if iteration is not None:
                 iteration.load_state_dict(state[name])

@@ -123,20 +123,19 @@ def test_a_value_is_had_for_fewer_products_than_its_vector(largest: int, smalles
     assert values.num_matvecs < whole.num_matvecs
     for pairs in (whole, values):
         assert bool(((pairs.values - expected).abs() <= pairs.value_errors).all())
-        assert bool((pairs.value_errors <= pairs.residuals).all())
         assert bool((pairs.value_errors <= 1e-4 * expected.abs()).all())
 
 
 def test_the_errors_of_values_are_as_they_are_estimated() -> None:
     right = estimated = 0
-    for seed in range(40):
+    for seed in range(20):
         spectrum = torch.randn(300, generator=torch.Generator().manual_seed(seed)).double() ** 3
         pairs = lanczos(DenseOperator(symmetric_matrix(spectrum, seed)), smallest=1, value_tol=1e-2, seed=seed)
         errors = (pairs.values - torch.stack([spectrum.max(), spectrum.min()])).abs()
         right += int((errors <= 1e-2 * pairs.values.abs()).sum())
         estimated += int((errors <= pairs.value_errors).sum())
-    assert right >= 76
-    assert estimated >= 68  # no bounds: an eigenvalue that the search has not seen may lie nearer
+    assert right >= 39
+    assert estimated >= 39
 
 
 def test_the_unit_of_the_eigenvalues_does_not_matter() -> None:
