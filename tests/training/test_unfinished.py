@@ -123,7 +123,7 @@ def test_a_measurement_on_request_names_them_too() -> None:
 
 
 def test_exponents_of_stopped_gradients_have_not_converged() -> None:
-    """What they settle at is not the largest eigenvalue: 6 where that is 7."""
+    """What they settle at is not the largest eigenvalue of the loss that is computed."""
     probe = CurvatureProbe(every_n_steps=1, estimator="lyapunov", iterations=40)
     said = warned(Stopped(), probe, steps=4)
     assert [text for text in said if "not at an eigenvalue of a symmetric matrix" in text]
