@@ -26,7 +26,7 @@ Kind = Literal[
 SUFFERING: tuple[Kind, ...] = ("too_fast", "too_fast_later", "limited")
 """The kinds of runs whose learning rate is too large by what the run shows."""
 
-_LEFT_BELOW = 0.8
+LEFT_BELOW = 0.8
 """The median of the last third of the ratios below which the run has left the limit."""
 
 _FAR_ABOVE = 3.0
@@ -68,7 +68,7 @@ def classify(facts: RunFacts) -> Kind:
     if facts.level is None or not facts.at_limit:
         is_noisy = facts.noise_level is not None and facts.noise_level >= _NOISY
         return "noise_limited" if facts.has_stalled and facts.has_improved and is_noisy else "room"
-    if facts.last_level < _LEFT_BELOW and facts.at_limit[-1] not in facts.last_third:
+    if facts.last_level < LEFT_BELOW and facts.at_limit[-1] not in facts.last_third:
         return "left"
     # Where most of a run is near the limit most spikes are near it too, whatever causes them.
     if facts.spikes and facts.num_near >= max(0.5, facts.share_near) * len(facts.spikes):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 from lyapunov_lightning.curvature.diagnosis.facts import AT_LIMIT, NEAR, SUSPECT, RunFacts, is_at_limit
-from lyapunov_lightning.curvature.diagnosis.kinds import Kind
+from lyapunov_lightning.curvature.diagnosis.kinds import LEFT_BELOW, Kind
 from lyapunov_lightning.curvature.diagnosis.losses import Excursion
 from lyapunov_lightning.curvature.diagnosis.readings import (
     FURTHEST,
@@ -302,6 +302,11 @@ def shown(ratio: float) -> str:
 
 def _stayed(facts: RunFacts) -> str:
     assert facts.level is not None  # the limit was met
+    if facts.level < LEFT_BELOW:  # it came back at the end
+        return (
+            f"The sharpness met the stability limit at step {facts.met_at}, was below it for the most part, and was"
+            f" {shown(facts.last_level)} times it at the end."
+        )
     return f"The sharpness met the stability limit at step {facts.met_at} and stayed at {shown(facts.level)} times it."
 
 

@@ -290,6 +290,15 @@ def test_what_may_not_be_judged_is_no_evidence():
     assert (found.kind, found.met_at, found.learning_rate_limit) == ("room", None, pytest.approx(2e-3))
 
 
+def test_a_run_that_comes_back_to_the_limit_did_not_stay_there():
+    found = told([0.5, 1.0, *[0.4] * 30, *[1.6] * 10])
+    assert (found.kind, found.met_at) == ("at_edge", 10)
+    assert found.sharpness == (
+        "The sharpness met the stability limit at step 10, was below it for the most part, and was 1.60 times it at the"
+        " end."
+    )
+
+
 # Gradient descent on problems of which the answer is known.
 
 
