@@ -1,7 +1,7 @@
 """What all callbacks of this package have in common: they measure when it is due, log, share and resume."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,8 @@ from lyapunov_lightning.training.lightning_names import (
     callbacks_of,
     log_interval,
 )
-from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder, show_charts
+from lyapunov_lightning.training.reporting.files import RunFiles
+from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
@@ -58,6 +59,7 @@ class CurvatureCallback(Callback):
         default: The schedule if none is given; None follows ``trainer.log_every_n_steps``.
         request: The eigenpairs that the callback wants.
         save_dir: The folder of a table, ``{group}.csv``, that gets everything that is logged, if given.
+        files: Further files that the callback writes.
         arguments: The arguments that the callback was made with, for its `repr`, see `non_default`.
 
     Raises:
@@ -87,6 +89,7 @@ class CurvatureCallback(Callback):
         default: Schedule | None = None,
         request: EigenRequest | None = None,
         save_dir: str | Path | None = None,
+        files: Sequence[RunFiles] = (),
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class CurvatureCallback(Callback):
         self.data_position = StartPosition()
         self._start = SearchStart()
         table = None if save_dir is None else SeriesFile(Path(save_dir) / f"{self.group}.csv")
-        self._recorder = Recorder(type(self).__name__, self.group, log_prefix, table)
+        self._recorder = Recorder(type(self).__name__, self.group, log_prefix, table, files)
         self.schedule = schedule if schedule is not None else default
         self.schedule_state = ScheduleState(self.schedule, self._recorder.say)
         self._results = Results(self.result_class)
@@ -233,7 +236,7 @@ class CurvatureCallback(Callback):
         self.schedule_state.start()
         self._recorder.start(trainer, is_first=peers[0] is self)
         if peers[0] is self:
-            show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
+            self._recorder.show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -284,7 +287,7 @@ class CurvatureCallback(Callback):
         """
         if self._has_new_results:
             self._draw(trainer)
-        self._recorder.say_where()
+        self._recorder.conclude(trainer)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
@@ -334,8 +337,7 @@ class CurvatureCallback(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         """Show the figures of the results so far."""
-        self._has_new_results = False
-        self._recorder.draw(trainer, self.figures)
+        self._has_new_results = not self._recorder.draw(trainer, self.figures)
 
     def _follow_the_logging(self, trainer: Trainer) -> None:
         """Measure when Lightning logs, if the user did not say when to measure."""
