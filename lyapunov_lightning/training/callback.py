@@ -30,8 +30,14 @@ from lyapunov_lightning.training.reporting.recording import Charts, Record, Reco
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
+from lyapunov_lightning.training.sharded.vector_states import (
+    VERSION,
+    cut_states,
+    fitting_space,
+    gathered_state,
+    restore,
+)
 from lyapunov_lightning.training.sharded.vector_states import Stateful as Stateful
-from lyapunov_lightning.training.sharded.vector_states import cut_states, fitting_space, gathered_state
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
@@ -120,6 +126,7 @@ class CurvatureCallback(Callback):
         self._shared: SharedMeasurements | None = None
         self._space: VectorSpace | None = None
         self._is_restored = False
+        self._wrong: list[str] = []
 
     @property
     def results(self) -> list[Any]:
@@ -218,10 +225,18 @@ class CurvatureCallback(Callback):
         check_parameters(owner, pl_module, self.config)
         self._space = fitting_space(pl_module, ranks_of(trainer), None, ())
         if self._is_restored:
+            untyped: Any = trainer
             # Not in `load_state_dict`, which Lightning may call before the strategy has cut the parameters: how a whole
             # vector is to be cut is not known until then.
             cut_states(self._stateful().values(), self._space)
-        self._is_restored = False
+            if self._wrong:  # said here, where the name of the file is known
+                self._recorder.warn_once(
+                    "broken state",
+                    f"its state in the checkpoint {untyped.ckpt_path or ''} is not whole: {'; '.join(self._wrong)}."
+                    " What is broken begins anew, and training goes on. Resume with the version of the package that"
+                    " wrote it, or from another checkpoint, if what was measured before is to be continued.",
+                )
+        self._is_restored, self._wrong = False, []
         if self.request is not None:
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
         # The first callback of the trainer makes what all share; the others find it there, since hooks run in their
@@ -307,13 +322,12 @@ class CurvatureCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         # Lightning asks every rank for its state, although the first alone writes it: so the parts of vectors can be
         # gathered here.
-        return gathered_state({name: part.state_dict() for name, part in self._stateful().items()}, self._space)
+        parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        return {"version": VERSION, **gathered_state(parts, self._space)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, part in self._stateful().items():
-            if name in state_dict:  # a checkpoint of an earlier version lacks what it did not measure
-                part.load_state_dict(state_dict[name])
+        self._wrong = restore(self._stateful(), state_dict)
         # The vectors are on the CPU, and whole, until `on_train_start` knows the device and the parts.
         self._is_restored = True
 
@@ -326,6 +340,8 @@ class CurvatureCallback(Callback):
 
     def _keep(self, trainer: Trainer, record: Record) -> None:
         """Keep the result of a measurement, and count its time; on all ranks together."""
+        if record.has_failed:
+            self._start.vector = None  # where the search began may be what let it fail
         if record.result is not None:
             self._results.add(record.result)
             self._has_new_results = True
