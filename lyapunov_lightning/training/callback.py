@@ -12,7 +12,8 @@ from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
+from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
+from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import Data, HessianConfig
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
@@ -205,6 +206,10 @@ class CurvatureCallback(Callback):
         # shards the model.
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
+            peers = _peers(trainer)
+            check_files({id(peer): (type(peer).__name__, peer._recorder.files) for peer in peers}.values())
+            if peers[0] is self:
+                announce(trainer, [peer._description(trainer) for peer in peers])
         elif not self.results:  # no warning for a test that follows a training
             running = trainer.state.fn
             assert running is not None  # within `setup`
@@ -214,6 +219,11 @@ class CurvatureCallback(Callback):
                 " curvature of a module as it is, or of a checkpoint, is measured by"
                 " `lyapunov_lightning.measure(module, data)`.",
             )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _peers(trainer)[0] is self:
+            check_agreement(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,7 +251,7 @@ class CurvatureCallback(Callback):
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
         # The first callback of the trainer makes what all share; the others find it there, since hooks run in their
         # order.
-        peers = [callback for callback in callbacks_of(trainer) if isinstance(callback, CurvatureCallback)]
+        peers = _peers(trainer)
         self._shared = SharedMeasurements(peers) if peers[0] is self else peers[0].shared
         note = self.shared.start(trainer, self, owner)
         if note is not None:
@@ -288,11 +298,11 @@ class CurvatureCallback(Callback):
         # done here.
         if self._shared is not None:  # the training broke off, and its last measurements may show why
             self.conclude(trainer)
-        self._shared = None
+        self._withdraw(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._shared = None  # frees the fixed data
+        self._withdraw(trainer)
 
     def conclude(self, trainer: Trainer) -> None:
         """Show what was measured, at the end of a run or where it breaks off.
@@ -338,6 +348,16 @@ class CurvatureCallback(Callback):
         """The parts that continue where they were in a resumed run, by their names in the checkpoint."""
         return {"schedule": self.schedule_state, "results": self._results, "data": self.data_position}
 
+    def _withdraw(self, trainer: Trainer) -> None:
+        self._shared = None  # frees the fixed data
+        if _peers(trainer)[0] is self:
+            withdraw(trainer)
+
+    def _description(self, trainer: Trainer) -> Description:
+        """What has to be the same on all ranks."""
+        told = described(self, self._arguments)
+        return told if self.schedule is not None else {**told, "log_every_n_steps": str(log_interval(trainer))}
+
     def _keep(self, trainer: Trainer, record: Record) -> None:
         """Keep the result of a measurement, and count its time; on all ranks together."""
         if record.has_failed:
@@ -379,6 +399,11 @@ class CurvatureCallback(Callback):
             raise MisconfigurationException(
                 f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
             )
+
+
+def _peers(trainer: Trainer) -> list[CurvatureCallback]:
+    """The callbacks of this package, in the order of their hooks."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, CurvatureCallback)]
 
 
 def non_default(function: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:
