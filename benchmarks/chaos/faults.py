@@ -56,8 +56,8 @@ def rows(folder: Path) -> dict[str, list[list[str]]]:
 
 
 def files(folder: Path) -> list[str]:
-    """The files beside the tables that are whole, by name."""
-    return sorted(path.name for path in (folder / "out").iterdir() if not path.name.endswith(".partial"))
+    """The eigenvector files of the run, without those that it has put aside: it may have begun twice."""
+    return sorted(path.name for path in (folder / "out").glob("eigenvectors-step*"))
 
 
 def straight(folder: Path) -> Path:
