@@ -59,7 +59,7 @@ def main() -> None:
                     everything[name] = tried
                     _print_row(name, tried)
         if arguments.only in "a rank of a pair":
-            for name, tried in pairs(folder).items():
+            for name, tried in pairs(folder):
                 everything[name] = tried
                 _print_row(name, tried)
     print()

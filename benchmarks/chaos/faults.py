@@ -136,7 +136,7 @@ def _ends_as_without(
         def run(place: Path = place, own: Any = own) -> None:
             made = callbacks(place) if own is None else own
             limit()
-            train(place, made, checkpoints=False, steps=12)
+            train(place, made, checkpoints=False, steps=12, pictures=True)
 
         statuses.append(wait(fork(run, there / f"{name}.log")))
     well = statuses[1] == 0 or statuses[0] != 0

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,8 @@ def _run(folder: Path, rank: int, sharded: bool, act: Callable[[Any], None] | No
     torch.save([weight.detach() for weight in weights], folder / f"end-{rank}.pt")
 
 
-def pairs(folder: Path) -> dict[str, Tried]:
+def pairs(folder: Path) -> Iterator[tuple[str, Tried]]:
     """All pairs, by strategy and fault."""
-    found: dict[str, Tried] = {}
     for sharded in (False, True):
         strategy_name = "FSDP2" if sharded else "DDP"
         set_ups: dict[str, dict[str, Any]] = {"": {}, ", accumulating": {"accumulate_grad_batches": 2}}
@@ -81,10 +80,10 @@ def pairs(folder: Path) -> dict[str, Tried]:
         for how, options in set_ups.items():
             bare = _pair(folder / f"{strategy_name}{how}-bare", sharded, None, options)
             for fault, act in FAULTS.items():
+                tried = Tried()
                 for at in (0, 1):
                     there = folder / f"{strategy_name}{how}-{fault}-{at}"
                     statuses, seconds, ends = _pair(there, sharded, act, {**options, "at": at})
-                    tried = found.setdefault(f"{strategy_name}{how}: a rank {fault}", Tried())
                     if fault == "is killed":  # the other ends as it would if it were killed in a step
                         well = statuses[1] == -signal.SIGKILL and statuses[0] not in (None, 0)
                         well = well and seconds < PATIENCE.total_seconds() + 15
@@ -93,7 +92,8 @@ def pairs(folder: Path) -> dict[str, Tried]:
                         well = well and all(map(torch.equal, ends or [], bare[2] or []))
                     log = (there / "log-0").read_text()[-200:] + (there / "log-1").read_text()[-200:]
                     tried.see(well, f"at step {at}: {statuses} after {seconds:.0f} s, {log!r}")
-    return found
+                    tried.seconds += seconds
+                yield f"{strategy_name}{how}: a rank {fault}", tried
 
 
 def _pair(

@@ -24,6 +24,7 @@ from lyapunov_lightning import (
     QuasiNewtonLRController,
     SpectrumTracker,
 )
+from lyapunov_lightning.training.reporting import outlets
 from tests.modules import SmallRegressor, regression_data
 
 STEPS = 24
@@ -88,9 +89,20 @@ def all_six(folder: Path) -> list[Callback]:
 
 
 def train(
-    folder: Path, callbacks: list[Callback], *, steps: int = STEPS, checkpoints: bool = True, **options: Any
+    folder: Path,
+    callbacks: list[Callback],
+    *,
+    steps: int = STEPS,
+    checkpoints: bool = True,
+    pictures: bool = False,
+    **options: Any,
 ) -> pl.Trainer:
-    """Train, from the last checkpoint on if there is one, and leave the end in ``end.pt``."""
+    """Train, from the last checkpoint on if there is one, and leave the end in ``end.pt``.
+
+    Without `pictures` the figures are drawn and not written, which takes longer than all of the training.
+    """
+    if not pictures:
+        outlets.write_figure = lambda figure, path: None
     pl.seed_everything(1, verbose=False)
     module = SmallRegressor(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
     last = folder / "last.ckpt"
@@ -136,7 +148,7 @@ def fork(run: Callable[[], Any], log: Path) -> int:
     return process
 
 
-def wait(process: int, seconds: float = 120.0) -> int | None:
+def wait(process: int, seconds: float = 300.0) -> int | None:
     """The exit status of a process, negative for a signal; None if it hangs, after which it is killed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
