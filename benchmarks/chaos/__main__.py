@@ -38,9 +38,6 @@ def main() -> None:
         folder = Path(root)
         unharmed = faults.straight(folder)
         tries: dict[str, Callable[[], Tried | None]] = {
-            "SIGKILL at a random moment, and on from the last checkpoint": lambda: faults.kills(
-                folder, unharmed, arguments.kills
-            ),
             "SIGTERM, and on": lambda: faults.interrupted(folder, unharmed, signal.SIGTERM, 8),
             "SIGINT, and on": lambda: faults.interrupted(folder, unharmed, signal.SIGINT, 8),
             "disk full (RLIMIT_FSIZE)": lambda: faults.full_disk(folder),
@@ -49,6 +46,9 @@ def main() -> None:
             "a logger that raises or hangs for a second": lambda: faults.loggers(folder),
             "an evaluation that fails, each in turn": lambda: faults.evaluations(folder, 100),
             "broken states and tables": lambda: faults.corrupted(folder, 50),
+            "SIGKILL at a random moment, and on from the last checkpoint": lambda: faults.kills(
+                folder, unharmed, arguments.kills
+            ),
         }
         for name, run in tries.items():
             if arguments.only in name:
@@ -58,7 +58,7 @@ def main() -> None:
                     tried.seconds = time.monotonic() - began
                     everything[name] = tried
                     _print_row(name, tried)
-        if arguments.only in "a rank of a pair":
+        if arguments.only in "DDP, FSDP2: a rank":
             for name, tried in pairs(folder):
                 everything[name] = tried
                 _print_row(name, tried)

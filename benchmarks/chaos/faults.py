@@ -57,7 +57,7 @@ def rows(folder: Path) -> dict[str, list[list[str]]]:
 
 def files(folder: Path) -> list[str]:
     """The eigenvector files of the run, without those that it has put aside: it may have begun twice."""
-    return sorted(path.name for path in (folder / "out").glob("eigenvectors-step*"))
+    return sorted(path.name for path in (folder / "out").iterdir() if path.suffix != ".csv" and path.is_file())
 
 
 def straight(folder: Path) -> Path:
@@ -71,21 +71,20 @@ def straight(folder: Path) -> Path:
 def kills(folder: Path, unharmed: Path, count: int) -> Tried:
     """SIGKILL at random moments, and on from the last checkpoint, until the run ends."""
     tried, chance = Tried(), random.Random(1)
-    began = time.monotonic()
-    there = folder / "kills-0"
-    there.mkdir()
-    assert wait(fork(lambda: train(there, all_six(there)), there / "log")) == 0
-    length = time.monotonic() - began
+    length = 5.0  # seconds that the last process took which was not killed, on a machine that may be busy
     for number in range(1, 10_000):
         there = folder / f"kills-{number}"
         there.mkdir()
         num_kills = 0
         while True:
             process = fork(lambda there=there: train(there, all_six(there)), there / "log")  # type: ignore[misc]
+            began = time.monotonic()
             if tried.count + num_kills < count and num_kills < 12:
                 time.sleep(chance.uniform(0, length))
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)  # one that has ended meanwhile does not mind
             status = wait(process)
+            if status == 0:
+                length = time.monotonic() - began
             if status != -signal.SIGKILL:
                 break
             num_kills += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lyapunov_lightning.training.reporting.files import replaced
+from lyapunov_lightning.training.reporting.files import replaced, sweep
 
 _NAME = "eigenvectors-step{step:08d}.safetensors"
 
@@ -88,6 +88,7 @@ class EigenvectorFiles:
 
     def _begin(self, step: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder, self.pattern.name)
         earlier = sorted(self._folder.glob(self.pattern.name))
         if step == 0 and earlier:
             number = 1

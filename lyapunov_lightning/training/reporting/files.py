@@ -55,6 +55,12 @@ def replaced(path: Path) -> Iterator[Path]:
         raise
 
 
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what `replaced` has left of files of this pattern in a run that was killed while it wrote."""
+    for left in folder.glob(f"{pattern}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
 def free_name(path: Path) -> Path:
     """The first of ``NAME.1.csv``, ``NAME.2.csv``, ... that is not taken."""
     number = 1

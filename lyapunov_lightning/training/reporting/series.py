@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from lyapunov_lightning.training.reporting.files import free_name, replaced
+from lyapunov_lightning.training.reporting.files import free_name, replaced, sweep
 
 _COLUMNS = ("step", "epoch", "name", "value")
 
@@ -93,6 +93,7 @@ class SeriesFile:
 
     def _begin(self, step: int) -> str | None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(self._path.parent, self._path.name)
         # A resumed run repeats the steps after its checkpoint. With their old rows in the file every curve would double
         # back.
         note = None

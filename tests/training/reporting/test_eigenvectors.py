@@ -52,7 +52,9 @@ def test_a_resumed_run_has_no_files_of_the_steps_that_it_repeats(tmp_path):
     files = begun(tmp_path)
     for step in (0, 2, 4, 6):
         add(files, step)
+    (tmp_path / "eigenvectors-step00000006.safetensors.0123abcd.partial").touch()
     add(begun(tmp_path, 4), 5)
+    assert not [*tmp_path.glob("*.partial")]  # of a run that was killed while it wrote
     assert steps_in(tmp_path) == [0, 2, 5]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 

@@ -48,6 +48,14 @@ def test_a_resumed_run_goes_on_before_its_step(path):
     assert [*path.parent.iterdir()] == [path]
 
 
+def test_what_a_run_has_left_that_was_killed_while_it_wrote_is_swept_away(path):
+    written(path, ROWS)
+    (path.parent / "spectrum.csv.0123abcd.partial").touch()
+    (path.parent / "another.csv.0123abcd.partial").touch()
+    SeriesFile(path).begin(1)
+    assert sorted(found.name for found in path.parent.iterdir()) == ["another.csv.0123abcd.partial", "spectrum.csv"]
+
+
 def test_a_new_run_puts_the_table_of_an_earlier_one_aside(path):
     for value in (1.0, 2.0, 3.0):
         written(path, [(0, 0, "a", value)])
