@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-portable lint docs papers dist-check wild bench verdicts clean
+.PHONY: demo test test-portable lint docs papers dist-check wild chaos bench verdicts clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -38,6 +38,9 @@ dist-check: $(STAMP)  ## build sdist and wheel, and try them; DOWNLOAD=1 install
 
 wild: .wild/.installed  ## other people's LightningModules, trained without and with the reading callbacks
 	.wild/bin/python -W ignore -m benchmarks.wild
+
+chaos: $(STAMP)  ## kills, full disks, no memory, broken loggers, states and ranks: the training goes on; 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.chaos
 
 bench: .bench/.installed  ## what it costs beside other packages, in one table and one picture; ROOT for CIFAR-10
 	.bench/bin/python -W ignore -m benchmarks --write --root $(or $(ROOT),data)

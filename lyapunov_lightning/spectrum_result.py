@@ -1,5 +1,6 @@
 """The result of `measure`: eigenvalues, their density, and the loss along eigenvectors."""
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
+from lyapunov_lightning.training.reporting.files import replaced
 
 if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
@@ -164,15 +166,48 @@ class SpectrumResult:
         state = {name: value for name, value in vars(self).items() if name not in ("density", "lines")}
         state["density"] = None if self.density is None else vars(self.density)
         state["lines"] = {name: asdict(line) for name, line in self.lines.items()}
-        torch.save(state, path)
+        with replaced(Path(path)) as partial:
+            torch.save(state, partial)
 
     @classmethod
     def load(cls, path: str | Path) -> "SpectrumResult":
-        """Read what `save` wrote."""
-        state = torch.load(path, weights_only=True)
-        density = None if state["density"] is None else SpectralDensity(**state["density"])
-        lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
-        return cls(**{**state, "density": density, "lines": lines})
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file was not written by `save`. It may come from anywhere: nothing in it is run, and it
+                takes no more memory than its size.
+
+        """
+        try:
+            _check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            _check_tensors(state)
+            density = None if state["density"] is None else SpectralDensity(**state["density"])
+            lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
+            result = cls(**{**state, "density": density, "lines": lines})
+            result._check()
+        except OSError:
+            raise
+        except Exception as error:  # of another program's file, or of another version's
+            raise ValueError(
+                f"{path} is no file that `SpectrumResult.save` of this version wrote ({type(error).__name__}: {error})."
+                " Measure again, or read it with the version that wrote it."
+            ) from error
+        return result
+
+    def _check(self) -> None:
+        """Make sure that the fields belong together."""
+        count = len(self.values)
+        if not isinstance(self.num_largest, int) or not 0 <= self.num_largest <= count:
+            raise ValueError(f"`num_largest` is {self.num_largest!r}, of {count} eigenvalues")
+        for name in ("values", "residuals", "value_errors", "converged"):
+            if getattr(self, name).shape != (count,):
+                raise ValueError(f"`{name}` has the shape {tuple(getattr(self, name).shape)}, of {count} eigenvalues")
+        if self.vectors.ndim != 2 or len(self.vectors) != count:
+            raise ValueError(f"`vectors` has the shape {tuple(self.vectors.shape)}, of {count} eigenvalues")
+        for line in self.lines.values():
+            if not line.distances.ndim == 1 or not line.distances.shape == line.losses.shape == line.model.shape:
+                raise ValueError("a line has unequal numbers of distances and losses")
 
     def _names(self) -> list[str]:
         return direction_names(self.num_largest, len(self.values) - self.num_largest)
@@ -180,6 +215,27 @@ class SpectrumResult:
     def _rows(self) -> list[tuple[Any, ...]]:
         columns = (self.values, self.residuals, self.value_errors, self.converged)
         return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _check_archive(path: str | Path) -> None:
+    """Make sure that an archive is no larger inside than outside, as what PyTorch writes never is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+
+
+def _check_tensors(state: Any) -> None:
+    """Make sure that every tensor holds as many numbers as it says: one of a stride of 0 has any number of them."""
+    for entry in state.values() if isinstance(state, dict) else ():
+        if isinstance(entry, dict):
+            _check_tensors(entry)
+        elif isinstance(entry, Tensor) and (entry.layout != torch.strided or not _is_held(entry)):
+            raise ValueError(f"a tensor of the shape {tuple(entry.shape)} is not in it")
+
+
+def _is_held(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def direction_names(num_largest: int, num_smallest: int) -> list[str]:

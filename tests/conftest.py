@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 
 # Lightning takes what is set here for the user's choice. Without it a test that trains with DDP makes all later tests
 # of its process wait for threads that the other test process keeps from running.
@@ -10,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from lyapunov_lightning.training.reporting import outlets
+from lyapunov_lightning.training.reporting import outlets, telling
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
@@ -52,3 +53,13 @@ def _no_picture_files(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """
     if request.node.get_closest_marker("pictures") is None:
         monkeypatch.setattr(outlets, "write_figure", lambda figure, path: None)
+
+
+@pytest.fixture(autouse=True)
+def said_in_place_of_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Our warnings are errors here, which the package says on the console in place of ending the run: then the test
+    fails at its end."""
+    said: list[str] = []
+    monkeypatch.setattr(telling, "print_instead", said.append)
+    yield said
+    assert not said

@@ -24,7 +24,7 @@ FLOORS = (
     ("curvature/tracking",),
     ("curvature",),
     ("figures", "training/lightning_names", "training/results"),
-    ("training/distributed", "callbacks/results"),
+    ("training/distributed", "training/agreement", "callbacks/results"),
     ("training/spacing", "training/fsdp"),
     ("training/schedule",),
     ("training/config",),

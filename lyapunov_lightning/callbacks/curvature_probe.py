@@ -397,11 +397,12 @@ class CurvatureProbe(CurvatureCallback):
             return
         self._has_news = True
         ratio = result.stability_ratio
-        if self._prog_bar and ratio is not None:
-            self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
-        warning = self._edge.see(_reading(result), self._losses.series)
-        if warning is not None:
-            self._recorder.warn_once("too fast", warning)
+        with self._recorder.guarded("verdict", "the measurement could not be judged, and training goes on."):
+            if self._prog_bar and ratio is not None:
+                self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
+            warning = self._edge.see(_reading(result), self._losses.series)
+            if warning is not None:
+                self._recorder.warn_once("too fast", warning)
 
     @override
     def _spend(self, seconds: float) -> None:

@@ -161,7 +161,8 @@ class NudgedSGDHook(CurvatureCallback):
         super().on_train_start(trainer, pl_module)
         check_size(type(self).__name__, pl_module, self._k)
         self._check_optimizer(trainer, pl_module)
-        self._directions.start()
+        assert self._space is not None  # since the line above
+        self._directions.start(list(trainable_parameters(pl_module)), self._space.length)
 
     @override
     def charts(self) -> Charts:
@@ -266,9 +267,11 @@ class _Directions:
         self._names: list[str] = []
         self._is_restored = False
 
-    def start(self) -> None:
-        """Begin a run: without eigenvectors, unless they come from the checkpoint that it resumes."""
-        if not self._is_restored:
+    def start(self, names: list[str], length: int) -> None:
+        """Begin a run: without eigenvectors, unless they come whole from the checkpoint that it resumes."""
+        kept = self.matching(names)
+        is_broken = kept is not None and (kept.ndim != 2 or kept.shape[-1] != length)
+        if is_broken or not self._is_restored:
             self.vectors, self._names = None, []
         self._is_restored = False
 

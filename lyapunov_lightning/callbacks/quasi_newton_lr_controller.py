@@ -176,7 +176,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._steering.start(trainer, optimizer)
         self._losses.start(trainer)
         # Vectors of a checkpoint are on the CPU, where a dot product with the first gradient would fail.
-        self._update.to(trainer.strategy.root_device)
+        self._update.to(trainer.strategy.root_device, list(trainable_parameters(pl_module).values()))
         if self._rule.follows_updates:
             self._step_hook.attach(optimizer, partial(self._after_step, trainer, optimizer))
 

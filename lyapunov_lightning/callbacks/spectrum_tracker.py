@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,13 +22,12 @@ from lyapunov_lightning.figures import alignment_figure, density_figure, eigenva
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_training_map
 from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.eigenvectors import EigenvectorFiles, check_safetensors
 from lyapunov_lightning.training.reporting.progress import watched
 from lyapunov_lightning.training.reporting.recording import Charts
-from lyapunov_lightning.training.reporting.series import check_safetensors, save_vectors
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
@@ -167,6 +165,7 @@ class SpectrumTracker(CurvatureCallback):
                 "`schedule` should have no `max_overhead` with `estimator='benettin'`, which measures at every step,"
                 f" got {schedule.max_overhead}."
             )
+        self._vectors = EigenvectorFiles(save_dir) if save_dir is not None and save_vectors else None
         super().__init__(
             every_n_steps,
             schedule,
@@ -177,6 +176,7 @@ class SpectrumTracker(CurvatureCallback):
             method="finite_difference" if self._along_training else None,
             request=None if self._along_training else EigenRequest(largest, smallest, tol, max_basis_vectors),
             save_dir=save_dir,
+            files=[] if self._vectors is None else [self._vectors],
             arguments=arguments,
         )
         seed = self.config.seed
@@ -185,7 +185,6 @@ class SpectrumTracker(CurvatureCallback):
         self._tol = tol
         self._random_vectors, self._density_steps = random_vectors, density_steps
         self._groups = groups
-        self._vectors_dir = Path(save_dir) if save_dir is not None and save_vectors else None
         self._ascent = LyapunovSpectrum(largest, map="ascent", seed=seed) if largest else None
         self._training = LyapunovSpectrum(smallest, map="sgd", seed=seed) if smallest else None
         self._every_step = ScheduleState(Schedule(every_n_steps=1))
@@ -270,10 +269,8 @@ class SpectrumTracker(CurvatureCallback):
             return result if self._is_logged else None
         pairs = self.shared.eigenpairs(step, self)
         top = pairs.vectors[: pairs.num_largest]
-        if self._vectors_dir is not None:
-            # The first rank alone writes. A full disk would leave the others waiting for it in what follows.
-            with failing_together(step.trainer):
-                self._save(self._vectors_dir, step, pairs, hessian.space)
+        if self._vectors is not None:
+            self._save(self._vectors, step, pairs, hessian.space)
         # Of mini-batches and not of the whole gradient, since a mini-batch's is what SGD steps along.
         alignment = gradient_alignment(hessian, pairs, _GRADIENT_BATCHES)
         estimates = {"matvecs": pairs.num_matvecs, "negative_mass": pairs.negative_mass}
@@ -301,12 +298,11 @@ class SpectrumTracker(CurvatureCallback):
             parts = {"ascent": self._ascent, "training": self._training, "every_step": self._every_step}
         return {**super()._stateful(), **{name: part for name, part in parts.items() if part is not None}}
 
-    def _save(self, folder: Path, step: Step, pairs: Eigenpairs, space: VectorSpace) -> None:
+    def _save(self, files: EigenvectorFiles, step: Step, pairs: Eigenpairs, space: VectorSpace) -> None:
         # On all ranks: of a sharded model `whole` gathers, although the first rank alone writes.
         vectors = torch.stack([space.whole(row).cpu() for row in pairs.vectors])
-        if step.trainer.is_global_zero:
-            path = folder / f"eigenvectors-step{step.index:08d}.safetensors"
-            save_vectors(path, pairs.values, vectors, {"num_largest": str(pairs.num_largest)})
+        metadata = {"num_largest": str(pairs.num_largest)}
+        self._recorder.write(step.trainer, partial(files.add, step.index, pairs.values, vectors, metadata))
 
     def _block_sharpness(self, step: Step) -> dict[str, Any]:
         """The largest eigenvalue of each diagonal block: a Hessian with respect to the block's parameters only."""

@@ -1,7 +1,7 @@
 """What all callbacks of this package have in common: they measure when it is due, log, share and resume."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,8 @@ from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
+from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
+from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import Data, HessianConfig
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
@@ -25,12 +26,19 @@ from lyapunov_lightning.training.lightning_names import (
     callbacks_of,
     log_interval,
 )
-from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder, show_charts
+from lyapunov_lightning.training.reporting.files import RunFiles
+from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.results import Result, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
+from lyapunov_lightning.training.sharded.vector_states import (
+    VERSION,
+    cut_states,
+    fitting_space,
+    gathered_state,
+    restore,
+)
 from lyapunov_lightning.training.sharded.vector_states import Stateful as Stateful
-from lyapunov_lightning.training.sharded.vector_states import cut_states, fitting_space, gathered_state
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
@@ -58,6 +66,7 @@ class CurvatureCallback(Callback):
         default: The schedule if none is given; None follows ``trainer.log_every_n_steps``.
         request: The eigenpairs that the callback wants.
         save_dir: The folder of a table, ``{group}.csv``, that gets everything that is logged, if given.
+        files: Further files that the callback writes.
         arguments: The arguments that the callback was made with, for its `repr`, see `non_default`.
 
     Raises:
@@ -87,6 +96,7 @@ class CurvatureCallback(Callback):
         default: Schedule | None = None,
         request: EigenRequest | None = None,
         save_dir: str | Path | None = None,
+        files: Sequence[RunFiles] = (),
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
@@ -106,7 +116,7 @@ class CurvatureCallback(Callback):
         self.data_position = StartPosition()
         self._start = SearchStart()
         table = None if save_dir is None else SeriesFile(Path(save_dir) / f"{self.group}.csv")
-        self._recorder = Recorder(type(self).__name__, self.group, log_prefix, table)
+        self._recorder = Recorder(type(self).__name__, self.group, log_prefix, table, files)
         self.schedule = schedule if schedule is not None else default
         self.schedule_state = ScheduleState(self.schedule, self._recorder.say)
         self._results = Results(self.result_class)
@@ -118,6 +128,7 @@ class CurvatureCallback(Callback):
         self._space: VectorSpace | None = None
         self._is_restored = False
         self._is_examined = False
+        self._wrong: list[str] = []
 
     @property
     def results(self) -> list[Any]:
@@ -196,6 +207,10 @@ class CurvatureCallback(Callback):
         # shards the model.
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
+            peers = _peers(trainer)
+            check_files({id(peer): (type(peer).__name__, peer._recorder.files) for peer in peers}.values())
+            if peers[0] is self:
+                announce(trainer, [peer._description(trainer) for peer in peers])
         elif not self.results:  # no warning for a test that follows a training
             running = trainer.state.fn
             assert running is not None  # within `setup`
@@ -207,6 +222,11 @@ class CurvatureCallback(Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _peers(trainer)[0] is self:
+            check_agreement(trainer)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         owner = type(self).__name__
         put_away(pl_module)
@@ -216,16 +236,24 @@ class CurvatureCallback(Callback):
         check_parameters(owner, pl_module, self.config)
         self._space = fitting_space(pl_module, ranks_of(trainer), None, ())
         if self._is_restored:
+            untyped: Any = trainer
             # Not in `load_state_dict`, which Lightning may call before the strategy has cut the parameters: how a whole
             # vector is to be cut is not known until then.
             cut_states(self._stateful().values(), self._space)
-        self._is_restored = False
+            if self._wrong:  # said here, where the name of the file is known
+                self._recorder.warn_once(
+                    "broken state",
+                    f"its state in the checkpoint {untyped.ckpt_path or ''} is not whole: {'; '.join(self._wrong)}."
+                    " What is broken begins anew, and training goes on. Resume with the version of the package that"
+                    " wrote it, or from another checkpoint, if what was measured before is to be continued.",
+                )
+        self._is_restored, self._wrong = False, []
         self._is_examined = False
         if self.request is not None:
             check_size(owner, pl_module, self.request.largest + self.request.smallest)
         # The first callback of the trainer makes what all share; the others find it there, since hooks run in their
         # order.
-        peers = [callback for callback in callbacks_of(trainer) if isinstance(callback, CurvatureCallback)]
+        peers = _peers(trainer)
         self._shared = SharedMeasurements(peers) if peers[0] is self else peers[0].shared
         note = self.shared.start(trainer, self, owner)
         if note is not None:
@@ -235,7 +263,7 @@ class CurvatureCallback(Callback):
         self.schedule_state.start()
         self._recorder.start(trainer, is_first=peers[0] is self)
         if peers[0] is self:
-            show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
+            self._recorder.show_charts(trainer, [(peer.group, peer._recorder.charts(peer.charts())) for peer in peers])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -273,11 +301,11 @@ class CurvatureCallback(Callback):
         # done here.
         if self._shared is not None:  # the training broke off, and its last measurements may show why
             self.conclude(trainer)
-        self._shared = None
+        self._withdraw(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._shared = None  # frees the fixed data
+        self._withdraw(trainer)
 
     def conclude(self, trainer: Trainer) -> None:
         """Show what was measured, at the end of a run or where it breaks off.
@@ -287,7 +315,7 @@ class CurvatureCallback(Callback):
         """
         if self._has_new_results:
             self._draw(trainer)
-        self._recorder.say_where()
+        self._recorder.conclude(trainer)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments.items())
@@ -307,13 +335,12 @@ class CurvatureCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         # Lightning asks every rank for its state, although the first alone writes it: so the parts of vectors can be
         # gathered here.
-        return gathered_state({name: part.state_dict() for name, part in self._stateful().items()}, self._space)
+        parts = {name: part.state_dict() for name, part in self._stateful().items()}
+        return {"version": VERSION, **gathered_state(parts, self._space)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, part in self._stateful().items():
-            if name in state_dict:  # a checkpoint of an earlier version lacks what it did not measure
-                part.load_state_dict(state_dict[name])
+        self._wrong = restore(self._stateful(), state_dict)
         # The vectors are on the CPU, and whole, until `on_train_start` knows the device and the parts.
         self._is_restored = True
 
@@ -333,8 +360,20 @@ class CurvatureCallback(Callback):
         """The parts that continue where they were in a resumed run, by their names in the checkpoint."""
         return {"schedule": self.schedule_state, "results": self._results, "data": self.data_position}
 
+    def _withdraw(self, trainer: Trainer) -> None:
+        self._shared = None  # frees the fixed data
+        if _peers(trainer)[0] is self:
+            withdraw(trainer)
+
+    def _description(self, trainer: Trainer) -> Description:
+        """What has to be the same on all ranks."""
+        told = described(self, self._arguments)
+        return told if self.schedule is not None else {**told, "log_every_n_steps": str(log_interval(trainer))}
+
     def _keep(self, trainer: Trainer, record: Record) -> None:
         """Keep the result of a measurement, and count its time; on all ranks together."""
+        if record.has_failed:
+            self._start.vector = None  # where the search began may be what let it fail
         if record.result is not None:
             self._results.add(record.result)
             self._has_new_results = True
@@ -346,8 +385,7 @@ class CurvatureCallback(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         """Show the figures of the results so far."""
-        self._has_new_results = False
-        self._recorder.draw(trainer, self.figures)
+        self._has_new_results = not self._recorder.draw(trainer, self.figures)
 
     def _follow_the_logging(self, trainer: Trainer) -> None:
         """Measure when Lightning logs, if the user did not say when to measure."""
@@ -373,6 +411,11 @@ class CurvatureCallback(Callback):
             raise MisconfigurationException(
                 f"A Trainer can have one `{type(self).__name__}`, got {count}: {reason}. Remove all but one."
             )
+
+
+def _peers(trainer: Trainer) -> list[CurvatureCallback]:
+    """The callbacks of this package, in the order of their hooks."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, CurvatureCallback)]
 
 
 def non_default(function: Callable[..., None], values: Mapping[str, Any]) -> dict[str, Any]:

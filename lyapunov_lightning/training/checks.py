@@ -2,7 +2,8 @@
 
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lyapunov_lightning.training.lightning_names import LightningModule, Misconf
 from lyapunov_lightning.training.replica.copier import Copier, Exhausted
 from lyapunov_lightning.training.replica.namespaces import names_in
 from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.files import RunFiles
 
 
 def check_objective(owner: str, trainer: Trainer, pl_module: LightningModule, config: HessianConfig) -> None:
@@ -88,6 +90,27 @@ def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:
             f"`{owner}` cannot find {num_eigenvalues} eigenvalues of a model with {size} trainable parameters. Ask for"
             " fewer."
         )
+
+
+def check_files(callbacks: Iterable[tuple[str, Sequence[RunFiles]]]) -> None:
+    """Refuse callbacks of one Trainer that would write to one file.
+
+    Args:
+        callbacks: The class and the files of each.
+
+    Raises:
+        MisconfigurationException: With both and the file.
+
+    """
+    owners: dict[Path, str] = {}
+    for owner, files in callbacks:
+        for path in {each.pattern for each in files}:
+            if path in owners:
+                raise MisconfigurationException(
+                    f"A `{owners[path]}` and a `{owner}` of this Trainer would write to one file, {path}. Give each a"
+                    " `save_dir` of its own."
+                )
+            owners[path] = owner
 
 
 def _check_strategy(owner: str, strategy: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lyapunov_lightning.curvature.compat.errors import lacks_derivative
-from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
+from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError, PeerFailureError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
@@ -14,10 +14,11 @@ from lyapunov_lightning.curvature.operators.offloading import OffloadedHessian
 from lyapunov_lightning.curvature.sharded.collectives import Collectives
 from lyapunov_lightning.curvature.sharded.gathered import GatheredHessian
 from lyapunov_lightning.training.config import HessianConfig
-from lyapunov_lightning.training.distributed import ranks_of, sum_over_ranks
+from lyapunov_lightning.training.distributed import any_rank, failing_together, ranks_of, sum_over_ranks
 from lyapunov_lightning.training.fsdp import is_sharded, whole_parameters
 from lyapunov_lightning.training.replica.objective import Problem
 from lyapunov_lightning.training.sharded.ways import (
+    UnfitWayError,
     Way,
     count_samples,
     layerwise_hessian,
@@ -86,13 +87,14 @@ class Operators:
         reasons: list[str] = []
         for way in ways:
             try:
-                hessian = self._in_way(problem, way)
-                check = hessian.check(seed=config.seed)
-            except NonFiniteCurvatureError:
-                raise  # the loss itself is not finite here, whichever way is taken
-            except RuntimeError as error:  # on all ranks, as `check` lets them fail together
-                # Out of memory is a RuntimeError too, and the next way would hide that `max_gather_bytes` is too high.
-                if not (isinstance(error, MeasurementError) or lacks_derivative(error)):
+                with failing_together(problem.trainer):
+                    hessian = self._in_way(problem, way)
+                    check = hessian.check(seed=config.seed)
+            except Exception as error:
+                # The next way is for what this one cannot do. A step that returned nothing, a loss that is not finite,
+                # a lack of memory (where the next way would hide that `max_gather_bytes` is too high) are events, after
+                # which the next measurement looks for a way again. No rank knows what has failed on another.
+                if any_rank(problem.trainer, not _is_of_the_way(error)):
                     raise
                 reasons.append(f"{way}: {error}")
                 continue
@@ -152,6 +154,13 @@ class Operators:
                 )
 
         return GatheredHessian(make, *parts_of(problem, objective.parameters, ranks))
+
+
+def _is_of_the_way(error: Exception) -> bool:
+    """Whether an error, as far as this rank knows, says that a way to a product is none, now and later."""
+    if isinstance(error, (PeerFailureError, UnfitWayError)):
+        return True
+    return isinstance(error, RuntimeError) and lacks_derivative(error)
 
 
 def _say_nothing(_: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -69,8 +70,14 @@ class Results(Generic[R]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        # Without the fields of another version, and without results that lack one.
+        names = {field.name for field in fields(self._kind)}
+        items: list[R] = []
+        for kept in state["items"]:
+            with suppress(TypeError):
+                items.append(self._kind(**{name: value for name, value in kept.items() if name in names}))
         # In place: the list may have been handed out as the callback's `results` before.
-        self.items[:] = [self._kind(**fields) for fields in state["items"]]
+        self.items[:] = [item for item in items if isinstance(item.step, int) and isinstance(item.epoch, (int, float))]
 
 
 def ranked(tag: str, values: Sequence[float]) -> dict[str, float]:

@@ -138,6 +138,9 @@ class ScheduleState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         # Kept for `start` too, which begins every run and would forget what the checkpoint has brought.
+        for name in ("passed", "measured"):
+            if not isinstance(state[name], int | None):
+                raise ValueError(f"{name} should be a step, got {state[name]!r}")
         self._passed, self._measured = self._restored = (state["passed"], state["measured"])
 
     def _fits(self, rules: Schedule, trainer: "Trainer", batch_idx: int, earlier: int) -> bool:

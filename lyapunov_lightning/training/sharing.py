@@ -27,6 +27,7 @@ from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.replica.copier import Copier
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
 from lyapunov_lightning.training.reporting.progress import watched
+from lyapunov_lightning.training.reporting.telling import described
 
 _OFFLOADED_BASIS_BYTES = 2**34
 """Bound on a Krylov basis of the default size in the CPU's memory: 33 float32 vectors of a model of 130 million
@@ -311,7 +312,7 @@ class SharedMeasurements:
             except Exception as error:
                 if not request.acts:
                     # Or each of the other callbacks would spend the same time on failing in the same way.
-                    shared.failure = str(error)
+                    shared.failure = described(error)
                 raise
             if not request.acts:
                 shared.pairs = pairs

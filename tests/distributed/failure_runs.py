@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, LossAlongEigvecScanner, SpectrumTracker
-from lyapunov_lightning.callbacks import spectrum_tracker
 from lyapunov_lightning.training import config, operators, sharing, spacing
-from lyapunov_lightning.training.reporting import recording
+from lyapunov_lightning.training.reporting import eigenvectors, recording
 from tests.distributed.models import (
     PlannedError,
     Smooth,
@@ -70,9 +70,10 @@ def failing_parts(rank: int) -> dict[str, Any]:
     with failing_once(operators, "HessianOperator", only=rank == 1):
         probe = CurvatureProbe(1, tol=0.5)
         found["objective"] = observed(probe, unequal_shards(rank), use_distributed_sampler=False)
-    with tempfile.TemporaryDirectory() as folder, failing_once(spectrum_tracker, "save_vectors", only=rank == 0):
+    with tempfile.TemporaryDirectory() as folder, failing_once(eigenvectors, "replaced", only=rank == 0):
         tracker = SpectrumTracker(1, 1, hessian=HessianConfig("batch"), save_dir=folder, save_vectors=True)
         found["files"] = observed(tracker, unequal_shards(rank), use_distributed_sampler=False)
+        found["files"]["written"] = len([*Path(folder).glob("*.safetensors")])
     with failing_once(sharing, "_restricted", only=rank == 1):
         tracker = SpectrumTracker(1, 1, hessian=HessianConfig("batch"), groups="modules", random_vectors=2)
         found["after the search"] = observed(tracker, unequal_shards(rank), use_distributed_sampler=False)

@@ -1,6 +1,7 @@
 """Models whose parameters are sharded over the ranks, measured and acted upon."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -27,6 +28,7 @@ from lyapunov_lightning import (
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 from lyapunov_lightning.curvature import lanczos, power_iteration, spectral_density, stochastic_moments
+from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.checks import check_objective
 from lyapunov_lightning.training.fsdp import put_away
 from lyapunov_lightning.training.operators import Operators
@@ -412,6 +414,53 @@ def sharded_failures(rank: int) -> dict[str, Any]:
         callbacks = CurvatureProbe(1, hessian=config, tol=0.5), SpectrumTracker(1, 1, hessian=config, tol=0.5)
         found[name] = trained(rank, *callbacks)
     return found
+
+
+EVENTS = {"a step without a loss": MeasurementError, "any exception": PlannedError}
+"""What happens at the first measurement of a run, in each of its evaluations."""
+
+STRUCK = {"gathered": (1,), "layerwise": (0, 1)}
+"""On which ranks, by the way to a product. A rank that fails alone in the first evaluation through layers that are
+gathered one after the other cannot know which collectives the others are in."""
+
+
+@check
+def sharded_events(rank: int) -> dict[str, Any]:
+    """Losses that fail while the first measurement looks for a way to a product."""
+
+    def failing(kind: type[Exception], ranks: tuple[int, ...]) -> Any:
+        def loss_fn(module: Any, batch: Any) -> Tensor:
+            if rank in ranks and module.trainer.global_step == 0:
+                raise kind("planned")
+            return module.loss(batch)
+
+        return loss_fn
+
+    found: dict[str, Any] = {}
+    for way, ranks in STRUCK.items():
+        for name, kind in EVENTS.items():
+            config = HessianConfig("batch", loss_fn=failing(kind, ranks), max_gather_bytes=ROOM[way])
+            with ways_taken() as taken:
+                outcome = trained(rank, CurvatureProbe(1, hessian=config, tol=0.5))
+            found[f"{name}, {way}"] = {**outcome, "ways": taken}
+    return found
+
+
+@contextmanager
+def ways_taken() -> Iterator[list[str]]:
+    """The way to a product of each operator that is made."""
+    taken: list[str] = []
+    plain = Operators._take
+
+    def take(self: Any, problem: Any, way: Any, *arguments: Any) -> None:
+        taken.append(way)
+        plain(self, problem, way, *arguments)
+
+    Operators._take = take
+    try:
+        yield taken
+    finally:
+        Operators._take = plain
 
 
 @check

@@ -50,13 +50,24 @@ def test_users_are_told_once_where_and_why_a_measurement_failed(outcomes, kind):
 
 @pytest.mark.parametrize(
     ("part", "group", "rank"),
-    [("objective", "curvature", 1), ("files", "spectrum", 0), ("after the search", "spectrum", 1)],
+    [("objective", "curvature", 1), ("after the search", "spectrum", 1)],
 )
 def test_what_only_one_rank_does_fails_on_all(outcomes, part, group, rank):
     found = [outcome[part] for outcome in outcomes("failing_parts")]
     assert_failed_once(found, group)
     assert len(found[rank]["warned"]) == 1
     assert "PlannedError" in found[rank]["warned"][0]
+
+
+def test_a_file_that_the_first_rank_cannot_write_costs_no_measurement_and_is_written_later(outcomes):
+    first, second = (outcome["files"] for outcome in outcomes("failing_parts"))
+    assert same(first["logged"], second["logged"])
+    assert same(first["parameters"], second["parameters"])
+    assert converged(first, "spectrum") == [1] * STEPS
+    assert first["written"] == STEPS
+    assert len(first["warned"]) == 1
+    assert "PlannedError" in first["warned"][0]
+    assert not second["warned"]
 
 
 def test_share_of_the_time_is_decided_by_the_first_rank_for_all(outcomes):

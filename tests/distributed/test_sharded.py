@@ -291,6 +291,17 @@ def test_a_measurement_that_fails_is_warned_of_on_all_ranks_and_the_training_goe
         assert all(reason in message for message in found["warned"])
 
 
+@pytest.mark.parametrize("way", runs.STRUCK)
+@pytest.mark.parametrize("event", runs.EVENTS)
+def test_what_happens_at_the_first_measurement_does_not_decide_the_way_of_the_run(outcomes, event, way):
+    for rank, outcome in enumerate(outcomes("sharded_events")):
+        found = outcome[f"{event}, {way}"]
+        assert [result.step for result in found["results"][0]] == [1, 2]
+        assert found["ways"] == [way]
+        [message] = found["warned"]
+        assert ("planned" if rank in runs.STRUCK[way] else "failed on 1 other rank") in message
+
+
 def test_a_rank_that_fails_on_fewer_batches_than_before_leaves_no_other_waiting(outcomes):
     for rank, outcome in enumerate(outcomes("sharded_accumulation")):
         failing = outcome["failing"]

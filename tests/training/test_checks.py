@@ -10,10 +10,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lyapunov_lightning import CurvatureProbe, SpectrumTracker
 from lyapunov_lightning.training.checks import check_objective, check_parameters
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.replica.objective import TrainingObjective
+from tests.modules import MemoryLogger, SmallRegressor
 from tests.training.live import Task, hessian_of, mlp
+from tests.training_runs import train
 
 # Refusals.
 
@@ -96,3 +99,22 @@ def test_frozen_and_unused_parameters_have_no_curvature(fit, loader):
 
     _, results = fit(Partly(), loader(num_samples=4), check)
     assert len(results) == 1
+
+
+def test_callbacks_that_would_write_to_one_file_are_refused_with_the_remedy(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+
+    def trackers(*folders):
+        return [SpectrumTracker(1, largest, save_dir=folder) for largest, folder in enumerate(folders, 1)]
+
+    for second in ("out", "link", "other/../out"):
+        with pytest.raises(MisconfigurationException, match=r"would write to one file, .*spectrum.csv.*`save_dir`"):
+            train(SmallRegressor(), *trackers(str(tmp_path / "out"), str(tmp_path / second)), max_steps=1)
+    probe = CurvatureProbe(1, log_prefix="a")
+    train(
+        SmallRegressor(),
+        probe,
+        *trackers(str(tmp_path / "out"), str(tmp_path / "other")),
+        max_steps=1,
+        logger=MemoryLogger(),
+    )

@@ -118,7 +118,7 @@ class CriticalSharpness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict`."""
-        self._eta = state["eta"]
+        self._eta = None if state["eta"] is None else float(state["eta"])
 
 
 _Point = tuple[float, float]

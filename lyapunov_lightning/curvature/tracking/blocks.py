@@ -70,6 +70,7 @@ class BlockTrackers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self._trackers = {}
         for block, tracker_state in state.items():
             self._tracker(block).load_state_dict(tracker_state)
 

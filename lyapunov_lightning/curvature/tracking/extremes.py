@@ -56,7 +56,7 @@ class ExtremeTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict`."""
-        self._start, self._count = state["start"], state["count"]
+        self._start, self._count = state["start"], int(state["count"])
 
     def _lanczos(self, operator: LinearOperator, start: Tensor | None, seed: int) -> Eigenpairs:
         largest = int(self._end != "smallest")

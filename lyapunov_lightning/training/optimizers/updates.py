@@ -200,10 +200,13 @@ class LastUpdate:
         vector = state["vector"]
         self._last = None if vector is None else _Known(Update(vector, state["lr"]), state["size"])
 
-    def to(self, device: torch.device) -> None:
-        """Move an update that came from a checkpoint to the device of the training."""
+    def to(self, device: torch.device, parameters: Sequence[Tensor]) -> None:
+        """Move an update that came from a checkpoint to the device of the training, unless it is broken."""
         if isinstance(self._last, _Known):
             update = self._last.update
+            if self._last.size == _size_of(parameters) and len(update.vector) != FlatLayout(parameters).size:
+                self._last = None
+                return
             self._last = _Known(replace(update, vector=update.vector.to(device)), self._last.size)
 
 

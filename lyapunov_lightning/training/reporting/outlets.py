@@ -2,10 +2,12 @@
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyapunov_lightning.training.lightning_names import Trainer, either
+from lyapunov_lightning.training.reporting.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,11 +16,14 @@ _DPI = 200
 """Resolution of the files."""
 
 _FigureOutlet = Callable[[Any, str, "Figure", int], None]
+Guard = Callable[[], AbstractContextManager[Any]]
 _TextOutlet = Callable[[Any, str, str, int], None]
 
 
-def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder: Path) -> Path | None:
-    """Hand a figure to every logger that takes figures; write it to a file if no logger does.
+def show_figure(
+    trainer: Trainer, tag: str, figure: "Figure", step: int, folder: Path, guard: Guard = nullcontext
+) -> Path | None:
+    """Hand a figure to every logger that takes figures; write it to a file if no logger does, or all of them fail.
 
     Args:
         trainer: The trainer; only the first rank calls this.
@@ -26,15 +31,19 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder:
         figure: The figure.
         step: The step at which it is shown.
         folder: The folder of the file.
+        guard: Makes a context in which each of the loggers may fail.
 
     Returns:
         The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
 
     """
     outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]
+    is_shown = False
     for outlet, logger in outlets:
-        outlet(logger, tag, figure, step)
-    if outlets:
+        with guard():
+            outlet(logger, tag, figure, step)
+            is_shown = True
+    if is_shown:
         return None
     path = folder / f"{tag.replace('/', '-')}.png"
     write_figure(figure, path)
@@ -44,10 +53,11 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure", step: int, folder:
 def write_figure(figure: "Figure", path: Path) -> None:
     """Write a figure to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=_DPI, format=path.suffix.removeprefix("."))
 
 
-def show_text(trainer: Trainer, tag: str, text: str, step: int) -> None:
+def show_text(trainer: Trainer, tag: str, text: str, step: int, guard: Guard = nullcontext) -> None:
     """Hand a text to every logger that takes texts.
 
     Args:
@@ -55,12 +65,14 @@ def show_text(trainer: Trainer, tag: str, text: str, step: int) -> None:
         tag: Its name, ``group/name``.
         text: The text.
         step: The step at which it is shown.
+        guard: Makes a context in which each of the loggers may fail.
 
     """
     for logger in trainer.loggers:
         outlet = _outlet(logger, _TEXTS)
         if outlet is not None:
-            outlet(logger, tag, text, step)
+            with guard():
+                outlet(logger, tag, text, step)
 
 
 def _outlet(logger: Any, outlets: dict[str, Any]) -> Any:

@@ -2,15 +2,14 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.operators.watched import WatchedOperator
 from lyapunov_lightning.training.lightning_names import Trainer, either, in_library_of
+from lyapunov_lightning.training.reporting.telling import described, warn
 
 _SHOWN_AFTER_SECONDS = 2.0
 """How long a measurement may take before it shows a progress bar."""
@@ -87,11 +86,7 @@ def _drawing() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(
-            f"The progress bar of a measurement cannot be drawn: {type(error).__name__}: {error}",
-            CurvatureWarning,
-            stacklevel=4,
-        )
+        warn(f"The progress bar of a measurement cannot be drawn: {described(error)}")
 
 
 class _Bar:

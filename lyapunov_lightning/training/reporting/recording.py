@@ -5,20 +5,23 @@ Each of Lightning's private names that this needs is used in one place, and test
 
 import re
 import time
-import traceback
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lyapunov_lightning.curvature.errors import CurvatureWarning, PeerFailureError
+from lyapunov_lightning.curvature.errors import PeerFailureError
 from lyapunov_lightning.training.lightning_names import Trainer, either, rank_zero_info, rank_zero_only
+from lyapunov_lightning.training.reporting.backlog import Backlog
+from lyapunov_lightning.training.reporting.files import RunFiles
 from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
 from lyapunov_lightning.training.reporting.series import SeriesFile
+from lyapunov_lightning.training.reporting.telling import described, warn
 from lyapunov_lightning.training.results import Result
 
 if TYPE_CHECKING:
@@ -57,26 +60,41 @@ class Recorder:
     EarlyStopping and ModelCheckpoint find them. They do not go through ``self.log``, which repeats the last value of a
     scalar that is logged now and then.
 
+    Whatever goes wrong while something is written, shown or said is warned of once, and the training goes on. What
+    could not be logged or written waits for the next measurement, and once more for the end of the run. Nothing here
+    waits for other ranks, so a logger or a disk that fails on the first rank leaves no other waiting.
+
     Args:
         owner: The callback's class, named in warnings.
         group: The group of its tags.
         prefix: Put in front of every tag, with a slash, if given.
         table: A file that gets the scalars too, without the prefix.
+        files: Further files that the callback writes.
 
     """
 
-    def __init__(self, owner: str, group: str, prefix: str | None = None, table: SeriesFile | None = None) -> None:
+    def __init__(
+        self,
+        owner: str,
+        group: str,
+        prefix: str | None = None,
+        table: SeriesFile | None = None,
+        files: Sequence[RunFiles] = (),
+    ) -> None:
         self._owner = owner
         self._group = group
         self._table = table
+        self.files: list[RunFiles] = [*([] if table is None else [table]), *files]
         self._prefix = f"{prefix}/" if prefix else ""
+        self._failed_tag = f"{group}_details/converged"
         self._warned: set[str] = set()
         self._folder = Path()
+        self._backlogs: defaultdict[int, Backlog[tuple[dict[str, float], int]]] = defaultdict(Backlog)
         self._started, self._drawing_seconds, self._next_seconds = 0.0, 0.0, _FIRST_DRAWING_SECONDS
-        self._files: list[Path] = []
+        self._pictures: list[Path] = []
 
     def start(self, trainer: Trainer, *, is_first: bool = True) -> None:
-        """Begin a run: open the file, and warn of a run that has no logger.
+        """Begin a run: open the files, and warn of a run that has no logger.
 
         Args:
             trainer: The trainer.
@@ -84,9 +102,13 @@ class Recorder:
 
         """
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask together
-        self._started, self._drawing_seconds, self._files = time.perf_counter(), 0.0, []
-        if self._table is not None and trainer.is_global_zero:
-            self._table.begin(trainer.global_step)
+        self._started, self._drawing_seconds, self._pictures = time.perf_counter(), 0.0, []
+        self._backlogs.clear()
+        for files in self.files if trainer.is_global_zero else []:
+            with self._writing():
+                note = files.begin(trainer.global_step)
+                if note is not None:
+                    self.warn_once("broken files", note)
         if is_first and not trainer.loggers and self._table is None:
             self.warn_once(
                 "no logger",
@@ -112,15 +134,17 @@ class Recorder:
         step = trainer.global_step if step is None else step
         device = trainer.strategy.root_device
         started = _clock(device)
+        scalars: Mapping[str, float] = {}
+        further: Mapping[str, float] = {}
         try:
             yield record
             result = record.result
-            scalars = {} if result is None else result.scalars()
-            further = {} if result is None else result.table()  # within the guard: a result computes when it is read
+            if result is not None:
+                scalars, further = result.scalars(), result.table()  # in the guard: a result computes when it is read
         except Exception as error:
             # `Exception`, and not KeyboardInterrupt: Ctrl+C ends the run, also while it measures.
             record.result, record.has_failed = None, True
-            scalars, further = {f"{self._group}_details/converged": 0.0}, {}
+            scalars, further = {self._failed_tag: 0.0}, {}
             self._warn_of_failure(step, error)
         # Of a failure too: a schedule that bounds the overhead has to count what failing took.
         record.seconds = _clock(device) - started
@@ -136,15 +160,27 @@ class Recorder:
             further: Numbers for the table only.
 
         """
-        tagged = {f"{self._prefix}{name}": float(value) for name, value in scalars.items()}
-        device = trainer.strategy.root_device
-        # Not by `self.log`, which keeps the last value and logs it again at every interval, measured or not: the curve
-        # would be a staircase of stale values. LearningRateMonitor goes the same way.
-        trainer.callback_metrics.update({name: torch.tensor(value, device=device) for name, value in tagged.items()})
-        for logger in trainer.loggers:  # which write on the first rank only
-            logger.log_metrics(tagged, step=_logged_step(trainer))
-        if self._table is not None and trainer.is_global_zero:
-            self._table.append(trainer.global_step, trainer.current_epoch, {**scalars, **(further or {})})
+        with self.guarded("scalars", "what was measured cannot be logged, and training goes on."):
+            tagged = {f"{self._prefix}{name}": float(value) for name, value in scalars.items()}
+            device = trainer.strategy.root_device
+            # Not by `self.log`, which keeps the last value and logs it again at every interval, measured or not: the
+            # curve would be a staircase of stale values. LearningRateMonitor goes the same way.
+            numbers = {name: torch.tensor(value, device=device) for name, value in tagged.items()}
+            trainer.callback_metrics.update(numbers)
+            step = _logged_step(trainer)
+            for logger in trainer.loggers:  # which write on the first rank only
+                with self._logging(logger):
+                    self._backlogs[id(logger)].deliver(partial(_log, logger), (tagged, step))
+            if self._table is not None and trainer.is_global_zero:
+                with self._writing():
+                    rows = {**scalars, **(further or {})}
+                    self._table.append(trainer.global_step, trainer.current_epoch, rows)
+
+    def write(self, trainer: Trainer, write: Callable[[], None]) -> None:
+        """Write to a file on the first rank."""
+        if trainer.is_global_zero:
+            with self._writing():
+                write()
 
     def may_draw(self, trainer: Trainer) -> bool:
         """Whether this rank draws, and drawing once more keeps within the share of the time."""
@@ -152,7 +188,7 @@ class Recorder:
         afterwards = self._drawing_seconds + self._next_seconds
         return bool(trainer.is_global_zero) and afterwards <= _DRAWING_SHARE * elapsed
 
-    def draw(self, trainer: Trainer, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> None:
+    def draw(self, trainer: Trainer, figures: "Callable[[], Mapping[str, Callable[[], Figure]]]") -> bool:
         """Draw figures and show them in all loggers that take figures, or write them to files in the log folder.
 
         An error is warned of, and the training continues.
@@ -161,20 +197,29 @@ class Recorder:
             trainer: The trainer.
             figures: Returns the functions that draw the figures, by name.
 
+        Returns:
+            Whether all of them were shown.
+
         """
         if not trainer.is_global_zero:
-            return
+            return True
         started = time.perf_counter()
-        try:
-            for name, drawn in figures().items():
+        num_shown = 0
+        functions: Mapping[str, Callable[[], Figure]] | None = None
+        # The figures one by one: a full disk or a logger that is out of reach, after hours of training, or a figure
+        # that cannot be drawn, costs no other.
+        with self._showing():
+            functions = figures()
+        for name, drawn in (functions or {}).items():
+            with self._showing():
                 tag = f"{self._prefix}{self._group}/{name}"
-                path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder)
-                if path is not None and path not in self._files:
-                    self._files.append(path)
-        except Exception as error:  # a full disk or a logger that is out of reach, after hours of training
-            self.warn_once("figure", f"a figure could not be shown. {type(error).__name__}: {error}")
+                path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder, self._showing)
+                if path is not None and path not in self._pictures:
+                    self._pictures.append(path)
+                num_shown += 1
         self._next_seconds = time.perf_counter() - started  # about what the next one takes
         self._drawing_seconds += self._next_seconds
+        return functions is not None and num_shown == len(functions)
 
     def tell(self, trainer: Trainer, name: str, text: Callable[[], str | None]) -> None:
         """Say something about the run, on the console and in all loggers that take texts.
@@ -189,23 +234,36 @@ class Recorder:
         """
         if not trainer.is_global_zero:
             return
-        try:
+        with self._telling():
             said = text()
             if said is not None:
                 self.say(said)
-                show_text(trainer, f"{self._prefix}{self._group}/{name}", said, _logged_step(trainer))
-        except Exception as error:
-            self.warn_once("text", f"a text could not be logged. {type(error).__name__}: {error}")
+                tag = f"{self._prefix}{self._group}/{name}"
+                show_text(trainer, tag, said, _logged_step(trainer), self._telling)
 
-    def say_where(self) -> None:
-        """Say in which files the figures are that no logger took."""
-        if self._files:
-            self.say(f"drawn in {', '.join(map(str, self._files))}")
+    def conclude(self, trainer: Trainer) -> None:
+        """Log and write what still waits, and say in which files the figures are that no logger took."""
+        for logger in trainer.loggers:
+            with self._logging(logger):
+                self._backlogs[id(logger)].retry(partial(_log, logger))
+        missing = sum(backlog.num_waiting for backlog in self._backlogs.values())
+        for files in self.files if trainer.is_global_zero else []:
+            with self._writing():
+                files.flush()
+            missing += files.num_waiting
+        if missing and trainer.is_global_zero:
+            self.say(
+                f"{missing} entries could not be logged or written until the end of the run. What was measured is in"
+                " the callback's `results`."
+            )
+        if self._pictures:
+            self.say(f"drawn in {', '.join(map(str, self._pictures))}")
 
     def say(self, text: str) -> None:
         """Say something on the console of the first rank."""
         prefix = f" ({self._prefix.rstrip('/')})" if self._prefix else ""
-        rank_zero_info(f"{self._owner}{prefix}: {text}")
+        with suppress(Exception):  # the console is the last place where anything could be said
+            rank_zero_info(f"{self._owner}{prefix}: {text}")
 
     def show_in_progress_bar(self, trainer: Trainer, name: str, value: float) -> None:
         """Show a number in the progress bar, until the next number of this name."""
@@ -221,6 +279,26 @@ class Recorder:
             for title, tags in charts.items()
         }
 
+    def show_charts(self, trainer: Trainer, charts: Iterable[tuple[str, dict[str, list[Any]]]]) -> None:
+        """Put curves that belong together on one chart of TensorBoard's tab "Custom scalars".
+
+        A run has one layout, and the last one that is logged counts, so it is logged once for all callbacks.
+
+        Args:
+            trainer: The trainer.
+            charts: The group and the charts of each callback.
+
+        """
+        layout: dict[str, dict[str, list[Any]]] = {}
+        for group, members in charts:
+            for title, (kind, tags) in members.items():
+                shown = layout.setdefault(group, {}).setdefault(title, [kind, []])
+                shown[1].extend(tags)
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, either("loggers.TensorBoardLogger")):
+                with self.guarded("charts", "the layout of charts could not be logged, and training goes on."):
+                    logger.experiment.add_custom_scalars(layout)
+
     def warn_once(self, kind: str, message: str, *, everywhere: bool = False) -> None:
         """Warn the user, once for each kind of cause.
 
@@ -232,42 +310,64 @@ class Recorder:
         """
         if kind not in self._warned:
             self._warned.add(kind)
-            warn = _warn if everywhere else rank_zero_only(_warn)
-            warn(f"`{self._owner}`: {message}")
+            (warn if everywhere else rank_zero_only(warn))(f"`{self._owner}`: {message}")
+
+    @contextmanager
+    def guarded(self, kind: str, consequence: str) -> Iterator[None]:
+        """Let a block fail without ending the run: its exception is warned of, once for each kind.
+
+        Args:
+            kind: The kind.
+            consequence: What the failure means, as a sentence.
+
+        """
+        try:
+            yield
+        except Exception as error:
+            with suppress(Exception):  # no memory for a sentence; the training goes on without it
+                self.warn_once(kind, f"{consequence} {described(error)}")
+
+    def _logging(self, logger: Any) -> AbstractContextManager[None]:
+        name = type(logger).__name__
+        return self.guarded(
+            f"logger {name}",
+            f"`{name}` does not take what was measured, and training goes on. It waits and is logged later, where that"
+            " is possible.",
+        )
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self.guarded(
+            "files",
+            "what was measured cannot be written to `save_dir`, and training goes on. It waits and is written later,"
+            " where that is possible: make room there, or the folder writable.",
+        )
+
+    def _showing(self) -> AbstractContextManager[None]:
+        return self.guarded("figure", "a figure could not be shown.")
+
+    def _telling(self) -> AbstractContextManager[None]:
+        return self.guarded("text", "a text could not be logged.")
 
     def _warn_of_failure(self, step: int, error: Exception) -> None:
-        # The last frame is where it happened, most often in the user's own step: a message alone ("expected scalar type
-        # Float") would send the user searching in ours.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        self.warn_once(
-            type(error).__name__,
-            f"the measurement at step {step} failed, and training goes on without it."
-            f" {type(error).__name__} at {place.filename}:{place.lineno}: {error}",
-            # The rank that failed knows the cause; all others only know that some rank failed.
-            everywhere=not isinstance(error, PeerFailureError),
-        )
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # or blocks of the measurement's sizes would stay reserved, and the training fail
+        try:
+            self.warn_once(
+                type(error).__name__,
+                # With the place, most often in the user's own step: a message alone ("expected scalar type Float")
+                # would send the user searching in ours.
+                f"the measurement at step {step} failed, and training goes on without it."
+                f" {described(error, with_place=True)}",
+                # The rank that failed knows the cause; all others only know that some rank failed.
+                everywhere=not isinstance(error, PeerFailureError),
+            )
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()  # or blocks of its sizes would stay reserved, and the training fail
+        except Exception:  # memory has run out, even for the sentence
+            warn("A measurement failed, and training goes on without it. There was no memory to say why.")
 
 
-def show_charts(trainer: Trainer, charts: Iterable[tuple[str, dict[str, list[Any]]]]) -> None:
-    """Put curves that belong together on one chart of TensorBoard's tab "Custom scalars".
-
-    A run has one layout, and the last one that is logged counts, so it is logged once for all callbacks.
-
-    Args:
-        trainer: The trainer.
-        charts: The group and the charts of each callback.
-
-    """
-    layout: dict[str, dict[str, list[Any]]] = {}
-    for group, members in charts:
-        for title, (kind, tags) in members.items():
-            shown = layout.setdefault(group, {}).setdefault(title, [kind, []])
-            shown[1].extend(tags)
-    for logger in trainer.loggers:
-        if trainer.is_global_zero and isinstance(logger, either("loggers.TensorBoardLogger")):
-            logger.experiment.add_custom_scalars(layout)
+def _log(logger: Any, entry: tuple[dict[str, float], int]) -> None:
+    scalars, step = entry
+    logger.log_metrics(scalars, step=step)
 
 
 def _logged_step(trainer: Trainer) -> int:
@@ -279,9 +379,6 @@ def _logged_step(trainer: Trainer) -> int:
 def _clock(device: torch.device) -> float:
     """The time, once the device has done all that was asked of it."""
     if device.type == "cuda":  # whose kernels run on while Python goes ahead: a product would seem to take no time
-        torch.cuda.synchronize(device)
+        with suppress(RuntimeError):  # of an earlier kernel, which the training itself will meet
+            torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, CurvatureWarning, stacklevel=4)

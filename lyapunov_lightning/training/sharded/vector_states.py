@@ -1,10 +1,10 @@
-"""Vectors of the model's size in the states of callbacks.
+"""The states of callbacks in a checkpoint: read as far as they are whole, with the vectors of the model's size in them.
 
 In a checkpoint each vector is whole, so that a run can be resumed on another number of ranks. In a running training of
 a sharded model each rank holds its part of every vector, which no other rank can use.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,9 +17,14 @@ from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.fsdp import put_away, space_of_parameters
 from lyapunov_lightning.training.replica.replica import trainable_parameters
+from lyapunov_lightning.training.reporting.telling import described
 
 VECTORS = frozenset({"perturbation", "perturbations", "rows", "start", "vector", "vectors", "velocity"})
 """The names under which a state keeps vectors of the model's size: one, one in each row, or dictionaries of these."""
+
+
+VERSION = 1
+"""Of the states that are written. A state without one is of an earlier time, and is read too."""
 
 
 class Stateful(Protocol):
@@ -34,6 +39,63 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Restore what `state_dict` returned."""
+
+
+def restore(parts: Mapping[str, Stateful], state: Any) -> list[str]:
+    """Let parts continue from a state, each of them as far as its own is whole.
+
+    Args:
+        parts: The parts, by their names in the state.
+        state: What a checkpoint holds. It may be of another version of this package, or broken.
+
+    Returns:
+        What is wrong with it, a clause for each fault.
+
+    """
+    if not isinstance(state, dict):
+        return [f"it is a {type(state).__name__} and no dictionary"]
+    wrong: list[str] = []
+    version = state.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        wrong.append(f"it is of version {version!r}, where this package knows those up to {VERSION}")
+    for name, part in parts.items():
+        if name not in state:  # an earlier version lacks what it did not measure
+            continue
+        # A start that is not finite would let every measurement fail that begins there.
+        kept = _mapped(state[name], lambda vector: vector if bool(vector.isfinite().all()) else None)
+        if kept is not state[name]:
+            wrong.append(f"`{name}` has vectors that are not finite")
+        before = part.state_dict()
+        try:
+            _check_alike(before, kept)
+            part.load_state_dict(kept)
+        except Exception as error:
+            part.load_state_dict(before)
+            wrong.append(f"`{name}` cannot be read, {described(error)}")
+    return wrong
+
+
+def _check_alike(fresh: Any, kept: Any, name: str = "it", is_vector: bool = False) -> None:
+    """Make sure that what was kept is of the kinds that a part keeps.
+
+    Raises:
+        ValueError: Naming what is not.
+
+    """
+    if is_vector and isinstance(kept, Tensor):
+        fits = kept.ndim in (1, 2) and kept.is_floating_point()
+    elif is_vector and not isinstance(kept, dict):
+        fits = kept is None
+    elif isinstance(kept, dict) or isinstance(fresh, dict):
+        fits = isinstance(kept, dict) and isinstance(fresh, dict | None)
+        for key, entry in kept.items() if fits else ():
+            _check_alike((fresh or {}).get(key), entry, str(key), is_vector or key in VECTORS)
+    else:
+        # What is None in a part that has seen nothing may be of any kind: there the part itself has to look.
+        kinds = (int, float) if type(fresh) is float else (type(fresh),)
+        fits = fresh is None or type(kept) in kinds
+    if not fits:
+        raise ValueError(f"{name} should not be a {type(kept).__name__}")
 
 
 def fitting_space(
@@ -75,7 +137,7 @@ def gathered_state(state: dict[str, Any], space: VectorSpace | None) -> dict[str
     return found
 
 
-def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tensor], is_vector: bool = False) -> Any:
+def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tensor]) -> Any:
     """A state with other vectors in it; the state itself if there are none.
 
     Vectors of another length, such as those of a block of the parameters, are left out: whether vectors fit has to be
@@ -85,21 +147,24 @@ def converted_vectors(state: Any, length: int, convert: Callable[[Tensor], Tenso
         state: The state, or a part of it.
         length: The length of the vectors that are meant.
         convert: Maps the vectors, one in each row of a tensor, to those that take their place.
-        is_vector: Whether `state` stands under one of the names `VECTORS`.
 
     """
+
+    def fitting(vectors: Tensor) -> Tensor | None:
+        if vectors.ndim not in (1, 2) or vectors.shape[-1] != length:
+            return None
+        return convert(vectors.reshape(-1, length)).reshape(*vectors.shape[:-1], -1)
+
+    return _mapped(state, fitting)
+
+
+def _mapped(state: Any, change: Callable[[Tensor], Tensor | None], is_vector: bool = False) -> Any:
+    """A state with something else in place of its vectors; the state itself if nothing changed."""
     if isinstance(state, dict):
-        found = {
-            name: converted_vectors(entry, length, convert, is_vector or name in VECTORS)
-            for name, entry in state.items()
-        }
+        found = {name: _mapped(entry, change, is_vector or name in VECTORS) for name, entry in state.items()}
         # The same object where nothing changed: `_convert` then leaves the part alone.
         return found if any(found[name] is not entry for name, entry in state.items()) else state
-    if not is_vector or not isinstance(state, Tensor):
-        return state
-    if state.ndim not in (1, 2) or state.shape[-1] != length:
-        return None
-    return convert(state.reshape(-1, length)).reshape(*state.shape[:-1], -1)
+    return change(state) if is_vector and isinstance(state, Tensor) else state
 
 
 def without_vectors(state: Any) -> Any:

@@ -39,11 +39,15 @@ _SHARE_OF_FREE = 0.5
 """The share of the free memory that gathered parameters may take, where `HessianConfig.max_gather_bytes` is None."""
 
 
+class UnfitWayError(MeasurementError):
+    """A way to a product is none for these data, where another one may be."""
+
+
 def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian:
     """Exact products through derivatives in which each layer is gathered on its own.
 
     Raises:
-        MeasurementError: If the ranks have different numbers of batches, or none.
+        UnfitWayError: If the ranks have different numbers of batches, or none.
 
     """
     ranks, random = ranks_of(problem.trainer), RandomState.capture()
@@ -52,7 +56,7 @@ def layerwise_hessian(problem: Problem, collectives: Collectives) -> LossHessian
     count = len(problem.batches)
     mean = float(ranks.agreed(torch.tensor([float(count)], dtype=torch.float64)))
     if any_rank(problem.trainer, count != mean or not count):
-        raise MeasurementError("The ranks have different numbers of batches, or none.")
+        raise UnfitWayError("The ranks have different numbers of batches, or none.")
 
     def make() -> HessianOperator:
         own = [local_of(parameter).detach().requires_grad_() for parameter in objective.parameters]

@@ -1,0 +1,69 @@
+"""Files that are there as a whole or not at all."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+
+class RunFiles(Protocol):
+    """Files that a run writes as it goes on, of which some may have to wait until they can be written."""
+
+    @property
+    def pattern(self) -> Path:
+        """Where they are, the same for two that would write to one file."""
+
+    @property
+    def num_waiting(self) -> int:
+        """How much could not be written yet."""
+
+    def begin(self, step: int) -> str | None:
+        """Begin a run, or resume it before this step.
+
+        Returns:
+            What is wrong with the files of the run that is resumed.
+
+        Raises:
+            OSError: If they cannot be written now. The next `flush` begins again.
+
+        """
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+            OSError: If that is not possible yet. It goes on waiting.
+
+        """
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of a file once all is written.
+
+    A run that is killed meanwhile, or a disk that is full, leaves the file as it was. The name cannot be guessed, so
+    that nobody can have put a link there that would lead the writing elsewhere.
+
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what `replaced` has left of files of this pattern in a run that was killed while it wrote."""
+    for left in folder.glob(f"{pattern}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
+def free_name(path: Path) -> Path:
+    """The first of ``NAME.1.csv``, ``NAME.2.csv``, ... that is not taken."""
+    number = 1
+    while (name := path.with_suffix(f".{number}{path.suffix}")).exists() or name.is_symlink():
+        number += 1
+    return name
