@@ -356,24 +356,26 @@ def _leads_to(value: Any, wanted: set[int]) -> bool:
     """Whether a value is one of those wanted, or refers to one and is made anew when it is copied."""
     if id(value) in wanted:
         return True
-    if isinstance(value, types.MethodType):
+    kind = type(value)  # and not `isinstance`, which asks proxies of others what they stand for
+    if kind is types.MethodType:
         return id(value.__self__) in wanted
-    if isinstance(value, types.FunctionType):
+    if kind is types.FunctionType:
         # `register_module_forward_hook(lambda *_: self.count())`
         return any(id(part) in wanted for cell in value.__closure__ or () for part in gc.get_referents(cell))
-    if isinstance(value, functools.partial):
+    if kind is functools.partial:
         return any(_leads_to(part, wanted) for part in (value.func, *value.args, *value.keywords.values()))
-    return isinstance(value, tuple) and any(_leads_to(entry, wanted) for entry in value)
+    return issubclass(kind, tuple) and any(_leads_to(entry, wanted) for entry in value)
 
 
 def _may_hold(value: Any, packages: set[str]) -> bool:
     """Whether to look into a value: containers of Python's, and instances and classes of the packages."""
     kind = type(value)
-    if kind in PLAIN and kind is not type:
+    if issubclass(kind, type):
+        where = value.__module__
+    elif kind in PLAIN or issubclass(kind, nn.Module):
         return False
-    if isinstance(value, (dict, list, deque, set, tuple)):
+    elif issubclass(kind, (dict, list, deque, set, tuple, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
         return True
-    if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
-        return True
-    where = value.__module__ if isinstance(value, type) else kind.__module__
-    return isinstance(where, str) and where.partition(".")[0] in packages and not isinstance(value, nn.Module)
+    else:
+        where = kind.__module__
+    return isinstance(where, str) and where.partition(".")[0] in packages

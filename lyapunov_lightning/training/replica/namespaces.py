@@ -212,10 +212,7 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
         for space in spaces:
             for name in names & space.keys():
                 value = space[name]
-                _note_package(
-                    value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None),
-                    copier,
-                )
+                _note_package(_module_of(value), copier)
                 if isinstance(value, types.FunctionType):
                     pending.append(value)
                 elif isinstance(value, type):
@@ -224,6 +221,13 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
                 elif space is current.__globals__ and isinstance(value, types.ModuleType) and _is_users(value.__name__):
                     spaces.append(vars(value))
             yield _GlobalNamespace(space, names, copier)
+
+
+def _module_of(value: Any) -> Any:
+    """The name of the Python module that a value is, or in which it or its class is defined."""
+    if type(value) is types.ModuleType:
+        return value.__name__
+    return value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__
 
 
 def _note_package(module: Any, copier: Copier) -> None:
