@@ -172,8 +172,9 @@ def _unexplained(objects: list[Any], containers: list[Any]) -> list[Any]:
 def _made_by_step(objects: list[Any]) -> list[Any]:
     """The containers of Python's own kinds that can be reached from objects and are none of them."""
     seen = set(map(id, objects))
-    made: list[Any] = []
-    # A function leads to all global variables of its module, in which a cache may be.
+    functions = [one for one in objects if isinstance(one, types.FunctionType)]
+    # Of a function its cells alone. It leads to all global variables of its module as well, in which a cache may be.
+    made: list[Any] = [one.__closure__ for one in functions if one.__closure__]
     pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))]
     while pending:
         found = []

@@ -54,6 +54,13 @@ def test_containers_that_the_step_has_made_hold_nothing_by_themselves():
     assert discard(copier.memo).pairs == []
 
 
+def test_the_cells_of_a_closure_are_held_by_its_function():
+    entries = ring().entries
+    copier = Copier()
+    copier([lambda: entries.append(1)])
+    assert discard(copier.memo).pairs == []
+
+
 def test_a_list_that_is_held_is_found_without_a_weak_reference():
     copier, original = Copier(), Node(history=[1], other=[2])
     cache = [copier(original).history]
