@@ -275,14 +275,18 @@ class CurvatureCallback(Callback):
         with self._recorder.measurement(trainer, step.index) as record, failing_together(trainer):
             # Before anything else: the vectors that searches start from may be of other parameters.
             self._space = fitting_space(pl_module, ranks_of(trainer), self._space, self._stateful().values())
-            hessian = self.shared.hessian(step, self.config, self._recorder.say)
-            if hessian is None:
-                self.on_missing_data(step)
-            else:
-                record.result = self.measure(hessian, step)
-                self._examine(hessian, record.result)
+            record.result = self._measured(step)
         self.shared.release(self)  # after a failure too, or its graphs would stay through the step
         self._keep(trainer, record)
+
+    def _measured(self, step: Step) -> Any:
+        """The result; by itself, since the operator has to be gone when the measurement is released."""
+        hessian = self.shared.hessian(step, self.config, self._recorder.say)
+        if hessian is None:
+            return self.on_missing_data(step)
+        result = self.measure(hessian, step)
+        self._examine(hessian, result)
+        return result
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,6 +25,7 @@ from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, is_accumulating
 from lyapunov_lightning.training.operators import Operators
 from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.elsewhere import Elsewhere
 from lyapunov_lightning.training.replica.objective import ProbeBatch, Problem
 from lyapunov_lightning.training.reporting.progress import watched
 from lyapunov_lightning.training.reporting.telling import described
@@ -168,6 +169,7 @@ class SharedMeasurements:
         self.callbacks = callbacks
         self._data: dict[HessianConfig, ProbeData] = {}
         self._operators = Operators()
+        self._elsewhere = Elsewhere()
         self._shared: dict[HessianConfig, _Shared] = {}
         self._step: Step | None = None
         self._key: Any = None
@@ -261,7 +263,9 @@ class SharedMeasurements:
             # The operator remembers the state of the generators from when it is made, and all its products see the same
             # dropout masks and augmentation. Each rank has masks of its own, as in training.
             with data.randomness(trainer.global_rank):
-                return self._operators.make(Problem(trainer, step.pl_module, config, batches, names), say)
+                return self._operators.make(
+                    Problem(trainer, step.pl_module, config, batches, names, self._elsewhere), say
+                )
 
     def on_batches(self, step: Step, config: HessianConfig, batches: Sequence[ProbeBatch] | None = None) -> LossHessian:
         """The Hessian of the step's own data, or of others that a callback has kept, whatever the configuration says.
@@ -280,7 +284,7 @@ class SharedMeasurements:
             return self._shared[config].operator
         with failing_together(step.trainer):
             own = step.own_batches if batches is None else batches
-            return self._operators.make(Problem(step.trainer, step.pl_module, config, own, None))
+            return self._operators.make(Problem(step.trainer, step.pl_module, config, own, None, self._elsewhere))
 
     def eigenpairs(self, step: Step, callback: Participant) -> Eigenpairs:
         """The eigenpairs that a callback requests, computed together with those of all that share its operator.
@@ -320,11 +324,13 @@ class SharedMeasurements:
 
     def release(self, callback: Participant) -> None:
         """End a callback's use of the operator at the present step, and drop it after the last one."""
-        shared = self._shared.get(callback.config)
-        if shared is not None:
-            shared.waiting = [waiting for waiting in shared.waiting if waiting is not callback]
-            if not shared.waiting:
+        if callback.config in self._shared:
+            waiting = [other for other in self._shared[callback.config].waiting if other is not callback]
+            self._shared[callback.config].waiting = waiting
+            if not waiting:
                 del self._shared[callback.config]
+        # Before the step, which would find copies where it looks for its own objects.
+        self._elsewhere.settle()
 
 
 class _AccumulatedStep:

@@ -20,6 +20,7 @@ STATES = [
     *state.CODE,
     *objects.OBJECTS,
     *objects.REFERENCES,
+    *objects.LIBRARIES,
     *habits.GENERATORS,
     *habits.ITERATORS,
     *habits.METRICS_AND_LOGS,

@@ -64,6 +64,15 @@ helpers_$ = types.ModuleType("helpers_$")
 exec("N = 0\\n\\ndef tick():\\n    global N\\n    N += 1\\n", vars(helpers_$))
 """
 
+_LIBRARY = """
+import sys, sysconfig
+
+library_$ = types.ModuleType("library_$")
+library_$.__file__ = sysconfig.get_path("purelib") + "/library_$.py"  # as if it were installed
+sys.modules["library_$"] = library_$
+exec("STORE, LIST, KEYED = {}, [], __import__('weakref').WeakKeyDictionary()", vars(library_$))
+"""
+
 OBJECTS = [
     _counter(
         "object that forwards attributes",
@@ -227,3 +236,39 @@ REFERENCES = [
         "self.$ = [nn.Parameter(torch.ones(2))]",
     ),
 ]
+
+LIBRARIES = [
+    _counter(
+        "object in a dictionary of a library",
+        "self.$ = Box_$(n=0)",
+        "library_$.STORE.setdefault('box', self.$).n += 1",
+        "library_$.STORE['box'].n",
+        above=_BOX + _LIBRARY,
+        slow=True,
+    ),
+    _counter(
+        "objects in a list of a library",
+        "self.$ = Box_$(n=0)",
+        "library_$.LIST.append((self.$, self.log))\nself.$.n += 1",
+        "library_$.LIST[0][0].n + len(library_$.LIST)",
+        above=_BOX + _LIBRARY,
+        slow=True,
+        excludes=tags("deepcopy"),
+    ),
+    _counter(
+        "state of a library by a weak key",
+        "self.$ = Box_$(n=0)",
+        "library_$.KEYED[self.$] = library_$.KEYED.get(self.$, 0) + 1",
+        "library_$.KEYED[self.$]",
+        above=_BOX + _LIBRARY,
+        slow=True,
+    ),
+    State(
+        "parameter in the store of a library",
+        "loss = loss + 0.1 * (library_$.STORE.setdefault('w', self.$) * out).square().mean()",
+        "self.$ = nn.Parameter(torch.ones(2))",
+        above=_LIBRARY,
+        slow=True,
+    ),
+]
+"""What a step hands to an installed package that keeps it. Slow, since the first replay looks for who holds it."""

@@ -291,7 +291,7 @@ def num_samples(batch: Any) -> int:
     """
     for member in _members(batch):
         if isinstance(member, Tensor) and member.ndim:
-            return member.shape[0]
+            return member.size(0)  # of a nested tensor there is no shape
     raise ValueError(
         f"The number of samples of a batch of type {type(batch).__name__} is not known, since it holds no tensor with a"
         " leading dimension. Give `weights`."

@@ -234,6 +234,8 @@ def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
         names, _ = wrapper.__tensor_flatten__()
         for name in names:
             yield from _inner_tensors(getattr(wrapper, name))
+    elif tensor.is_nested:
+        yield from tensor.unbind()  # a strided one has no strides of its own
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

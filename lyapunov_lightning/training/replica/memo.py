@@ -88,6 +88,8 @@ class Memo:
         functions: the functions.
         stateless: Objects without attributes, which stand for themselves.
         files: Files that were opened for the copies.
+        owned: The copies that were made attribute by attribute, see `own`.
+        packages: Installed packages that the user's code names, or whose classes were met.
 
     """
 
@@ -103,7 +105,8 @@ class Memo:
         self.functions: dict[types.FunctionType, None] = {}
         self.stateless: list[Any] = []
         self.files: list[Any] = []
-        self._owned: list[Any] = []
+        self.owned: list[Any] = []
+        self.packages: set[str] = set()
 
     def note(self, original: Any, copied: Any) -> Any:
         """Let `copied` stand for `original` wherever that is met from now on; returns `copied`."""
@@ -112,13 +115,12 @@ class Memo:
         return copied
 
     def own(self, original: Any, copied: Any) -> Any:
-        """Note a copy that nobody else can hold, so that `discard` may drop its attributes; returns `copied`.
+        """Note a copy that was made attribute by attribute, so that these may be dropped in the end; returns `copied`.
 
-        A copy that a class has made in its own way is only noted: the class may keep it, as file systems of ``fsspec``
-        are kept for equal arguments, and would hand it out emptied.
+        A copy that a class has made in its own way is only noted: what that consists of is the class's affair.
 
         """
-        self._owned.append(copied)
+        self.owned.append(copied)
         return self.note(original, copied)
 
     def has(self, original: Any) -> bool:
@@ -143,19 +145,3 @@ class Memo:
         """
         for stateless in self.stateless:
             stateless.__dict__.clear()
-
-    def discard(self) -> None:
-        """Empty the copies, so that their memory is free at once.
-
-        A module refers to itself, through its trainer for example. Such a cycle lives until Python's garbage collector
-        comes by, which counts objects and not bytes: until then the copies of many evaluations would be in memory.
-
-        """
-        for copied in self._owned:
-            copied.__dict__.clear()
-        for file in self.files:
-            # Now, and not when the garbage collector comes by: a hundred evaluations would hold a hundred handles.
-            file.close()
-        self.copies.clear()
-        self.originals.clear()
-        self.blocks.clear()

@@ -12,9 +12,9 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -40,17 +40,31 @@ _NEVER_RESTORED = frozenset({"__dict__", "__weakref__", "__abstractmethods__", "
 """Names that Python itself keeps in a class. Some cannot be set; ``_abc_impl`` is a cache of ``isinstance`` in C."""
 
 
+class Namespace(Protocol):
+    """Something that holds copies between `install` and `restore`."""
+
+    def install(self) -> None:
+        """Let it hold copies."""
+
+    def restore(self) -> None:
+        """Let it hold what it held before."""
+
+
 @contextmanager
-def replaced_namespaces(copier: Copier) -> Iterator[None]:
+def replaced_namespaces(
+    copier: Copier, others: Callable[[Copier], Sequence[Namespace]] = lambda _: ()
+) -> Iterator[None]:
     """Let classes and the user's global variables hold copies within the block, and afterwards what they held before.
 
     Args:
         copier: Has copied the objects whose classes and functions are meant.
+        others: Gives what else is to hold copies, once it is known which packages the code names.
 
     """
     # All are looked through before the first one is replaced: else a class that names a global variable which already
     # holds its copy would be given a copy of that copy.
-    namespaces = _reached(copier)
+    namespaces: list[Namespace] = [*_reached(copier)]
+    namespaces += others(copier)
     try:
         for namespace in namespaces:
             namespace.install()
@@ -174,6 +188,7 @@ def _reached(copier: Copier) -> list[_ClassNamespace | _GlobalNamespace]:
         for item in new:
             if isinstance(item, type):
                 if _keeps_state(item):
+                    _note_package(item.__module__, copier)
                     found.append(_ClassNamespace(item, copier))
                     for function in _functions_of(item):
                         found.extend(_globals_of(function, copier, looked_at))
@@ -197,6 +212,7 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
         for space in spaces:
             for name in names & space.keys():
                 value = space[name]
+                _note_package(_module_of(value), copier)
                 if isinstance(value, types.FunctionType):
                     pending.append(value)
                 elif isinstance(value, type):
@@ -205,6 +221,20 @@ def _globals_of(function: Callable[..., Any], copier: Copier, looked_at: set[Any
                 elif space is current.__globals__ and isinstance(value, types.ModuleType) and _is_users(value.__name__):
                     spaces.append(vars(value))
             yield _GlobalNamespace(space, names, copier)
+
+
+def _module_of(value: Any) -> Any:
+    """The name of the Python module that a value is, or in which it or its class is defined."""
+    if type(value) is types.ModuleType:
+        return value.__name__
+    return value.__module__ if isinstance(value, (type, types.FunctionType)) else type(value).__module__
+
+
+def _note_package(module: Any, copier: Copier) -> None:
+    """Note the installed package that a Python module belongs to, unless it is one without state of a step."""
+    package = module.partition(".")[0] if isinstance(module, str) else ""
+    if package and package not in _LIBRARIES and not _is_users(module):
+        copier.memo.packages.add(package)
 
 
 def _functions_of(cls: type) -> Iterator[Callable[..., Any]]:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
 from lyapunov_lightning.curvature.loss.randomness import RandomState
 from lyapunov_lightning.training.config import HessianConfig, LossFn, Mode
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, either, in_library_of
+from lyapunov_lightning.training.replica.elsewhere import Elsewhere
 from lyapunov_lightning.training.replica.namespaces import redirected
 from lyapunov_lightning.training.replica.replica import Replica, context_of_its_own, replica, trainable_parameters
 
@@ -56,6 +57,7 @@ class TrainingObjective:
         loss_fn: Maps the module and a batch to a scalar mean loss.
         batch_size_fn: Maps a batch to the number of its samples.
         names: The parameters that it is a function of; all trainable ones if None.
+        elsewhere: What replays of this run may leave outside of their replicas.
 
     Attributes:
         whole: For each parameter that is sharded over ranks the whole tensor, which stands for it on the replicas.
@@ -74,7 +76,9 @@ class TrainingObjective:
         loss_fn: LossFn | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         names: Collection[str] | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
+        self._elsewhere = Elsewhere() if elsewhere is None else elsewhere
         self._trainer = trainer
         self._pl_module = pl_module
         self._mode = mode
@@ -104,11 +108,13 @@ class TrainingObjective:
             MeasurementError: If the step returned no loss.
 
         """
+        if not self._elsewhere.is_rehearsed:
+            self._rehearse(probe)
         # Where other values are asked for, they are written to a tensor of the shape of the whole sharded parameter.
         changed = {} if values is None else dict(zip(self.parameters, values, strict=True))
         whole = {p: torch.empty_like(tensor) if p in changed else tensor for p, tensor in self.whole.items()}
         versions = [tensor._version for tensor in self.whole.values()]
-        with replica(self._trainer, self._pl_module, self._mode, whole) as twin:
+        with replica(self._trainer, self._pl_module, self._mode, whole, self._elsewhere) as twin:
             leaves = [twin.copier(parameter) for parameter in self.parameters]
             if values is not None:
                 with torch.no_grad():
@@ -123,6 +129,22 @@ class TrainingObjective:
                     " to them outside of the step, such as in `on_train_batch_end`."
                 )
             yield Evaluation(loss, leaves, lambda: self._num_samples(probe.batch, twin.logged_sizes), twin)
+
+    def _rehearse(self, probe: ProbeBatch) -> None:
+        """Evaluate the loss once for nothing but to see where the step puts objects of the module, outside of it.
+
+        Else the second evaluation of a measurement could find there the objects of the first one, whose graph is kept.
+
+        """
+        randomness = RandomState.capture()
+        try:
+            with replica(self._trainer, self._pl_module, self._mode, self.whole, self._elsewhere) as twin:
+                self._evaluated_on(twin, probe)
+            del twin
+        finally:
+            randomness.restore()
+        self._elsewhere.is_rehearsed = True
+        self._elsewhere.settle()
 
     def _evaluated_on(self, twin: "Replica", probe: ProbeBatch) -> Tensor:
         """The loss of a batch on a replica."""
@@ -251,6 +273,7 @@ class Problem:
         config: Which Hessian.
         batches: This rank's batches.
         names: The names of the parameters whose block of the Hessian is meant; all trainable ones if None.
+        elsewhere: What replays of this run may leave outside of their replicas.
 
     """
 
@@ -259,6 +282,7 @@ class Problem:
     config: HessianConfig
     batches: Sequence[ProbeBatch]
     names: Collection[str] | None = None
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
 
     def objective(self, kind: type[TrainingObjective] = TrainingObjective, **options: Any) -> Any:
         """The training loss of this problem, evaluated in one of the ways that there are for it.
@@ -276,5 +300,6 @@ class Problem:
             loss_fn=self.config.loss_fn,
             batch_size_fn=self.config.batch_size_fn,
             names=self.names,
+            elsewhere=self.elsewhere,
             **options,
         )

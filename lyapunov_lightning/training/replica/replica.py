@@ -4,6 +4,8 @@ In the code, *twin* is the module that the step runs on, and `Replica` is the tw
 """
 
 import contextvars
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from lyapunov_lightning.training.config import Mode
 from lyapunov_lightning.training.fsdp import unsharded
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, either
 from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.elsewhere import Elsewhere
 from lyapunov_lightning.training.replica.namespaces import replaced_namespaces
 from lyapunov_lightning.training.replica.trainer_view import view_of
 
@@ -34,18 +37,21 @@ class Replica:
         module: The twin.
         copier: Has made it; its memo knows which parameter of the twin stands for which of the module.
         logged_sizes: What the step has passed to ``self.log`` as ``batch_size``, in order.
+        elsewhere: What it may leave outside.
 
     """
 
     module: Any
     copier: Copier
     logged_sizes: list[int] = field(default_factory=list)
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
 
     def __del__(self) -> None:
         # Here, and not at the end of `replica`: a graph that is kept for further products needs the twin after that
         # block, where it recomputes layers (activation checkpointing). Nothing of the twin holds this object, so it
         # goes at once with the last one that needs the twin, while the twin itself is held by its own cycles.
-        self.copier.memo.discard()
+        self.module = None
+        self.elsewhere.end(self.copier.memo)
 
 
 @contextmanager
@@ -54,6 +60,7 @@ def replica(
     pl_module: LightningModule,
     mode: Mode = "train",
     whole: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    elsewhere: Elsewhere | None = None,
 ) -> Iterator[Replica]:
     """Make a twin of a module, on which its training step can be run without any effect on the training.
 
@@ -62,11 +69,14 @@ def replica(
         pl_module: The module, not wrapped for distributed training.
         mode: ``"eval"`` switches the twin's modules to evaluation, ``"train"`` leaves them as they are.
         whole: What the twin has in the place of parameters that are sharded; its parameters share the memory.
+        elsewhere: What earlier replicas of this run have shown of places outside that hold the module's objects.
 
     Yields:
         The twin. Class attributes and global variables hold copies as long as the block lasts.
 
     """
+    elsewhere = Elsewhere() if elsewhere is None else elsewhere
+    elsewhere.check()
     sizes: list[int] = []
 
     # In the place of `self.log`, which would add the replay's values to the mean that the training logs, silently.
@@ -93,17 +103,21 @@ def replica(
                 unsharded(copier.memo.copy_of(original), original)
     module._trainer = view
     view.strategy._lightning_module = view.strategy.model = module
+    view._data_connector._datahook_selector.model = module
     for inner in copier.memo.modules:
         _isolate(inner, mode)
     gradients = [(t, copier.memo.copy_of(t)) for t in pl_module.parameters() if t.grad is not None and t not in whole]
     # What the block puts in place, it takes back in the opposite order, also where the step fails.
     with ExitStack() as stack:
         stack.callback(copier.memo.forget)
-        stack.enter_context(replaced_namespaces(copier))
-        stack.enter_context(_replaced_methods(families, silent))
+        stack.enter_context(replaced_namespaces(copier, elsewhere.namespaces))
+        for inner in copier.memo.modules:
+            if isinstance(inner, families):
+                vars(inner)[_SILENT] = silent
+        stack.enter_context(_SILENCE.kept(families))
         if gradients:
             stack.enter_context(_LateGradients(gradients))
-        yield Replica(module, copier, sizes)
+        yield Replica(module, copier, sizes, elsewhere)
 
 
 def context_of_its_own(copier: Copier) -> contextvars.Context:
@@ -137,22 +151,53 @@ def _isolate(module: nn.Module, mode: Mode) -> None:
         attributes["training"] = False
 
 
-@contextmanager
-def _replaced_methods(families: Sequence[type], silent: Callable[..., None]) -> Iterator[None]:
-    """Let what LightningModules log go nowhere.
+_SILENT = "_silent_in_replay"
+"""Attribute of a twin: what its methods of `_OUTGOING` do instead."""
+
+
+class _Silence:
+    """Lets what twins log go nowhere, while other modules go on logging, such as those of another thread's Trainer.
 
     On the class, since a `log` that the user has overridden calls ``super().log``, which no attribute of the twin would
-    catch.
+    catch. Once for all replays that are under way: if each put back what it had found, the first to end would let the
+    others' twins log, and the last would leave the methods of the first in place.
 
     """
-    before = [(family, name, vars(family)[name]) for family in families for name in _OUTGOING]
-    try:
-        for family, name, _ in before:
-            setattr(family, name, silent)
-        yield
-    finally:
-        for family, name, method in before:
-            setattr(family, name, method)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._before: list[tuple[type, str, Any]] = []
+
+    @contextmanager
+    def kept(self, families: Sequence[type]) -> Iterator[None]:
+        """For the duration of a replay."""
+        with self._lock:
+            if self._under_way == 0:
+                self._before = [(family, name, vars(family)[name]) for family in families for name in _OUTGOING]
+                for family, name, method in self._before:
+                    setattr(family, name, _silent_for_twins(method))
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                if self._under_way == 0:
+                    for family, name, method in self._before:
+                        setattr(family, name, method)
+
+
+_SILENCE = _Silence()
+"""One for the process, as the classes are."""
+
+
+def _silent_for_twins(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def log(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self).get(_SILENT, functools.partial(method, self))(*args, **kwargs)
+
+    return log
 
 
 class _LateGradients(TorchFunctionMode):

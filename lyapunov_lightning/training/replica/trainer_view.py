@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from lyapunov_lightning.training.lightning_names import Trainer, callbacks_of, in_library_of
+from lyapunov_lightning.training.lightning_names import Trainer, callbacks_of, either, in_library_of
 from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.walk import by_attributes
 
 _NOT_USERS = frozenset({"lightning", "lightning_fabric", "lyapunov_lightning", "pytorch_lightning", "torch"})
 """Packages whose objects the view shares with the trainer: its connectors and loops, Lightning's callbacks, ours."""
+
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 """Attributes in which Lightning keeps the values behind ``trainer.callback_metrics`` and its two relatives."""
@@ -41,20 +44,24 @@ def view_of(trainer: Trainer, copier: Copier) -> Any:
     # `trainer.optimizers` and `trainer.lr_scheduler_configs` are read from the strategy, `trainer.strategy` and the
     # logged metrics from connectors. The view has its own of each, so that what a step sets there stays there.
     strategy = copier.memo.own(trainer.strategy, _shallow(trainer.strategy))
-    accelerator_connector = _shallow(trainer._accelerator_connector)
+    accelerator_connector = copier.memo.own(trainer._accelerator_connector, _shallow(trainer._accelerator_connector))
     accelerator_connector.strategy = strategy
-    strategy._optimizers = [_inert(optimizer, copier) for optimizer in trainer.strategy._optimizers]
-    strategy._lightning_optimizers = [
-        _inert_wrapper(o, strategy, copier) for o in trainer.strategy._lightning_optimizers
-    ]
+    optimizers, wrappers = trainer.strategy._optimizers, trainer.strategy._lightning_optimizers
+    strategy._optimizers = copier.memo.note(optimizers, [_inert(optimizer, copier) for optimizer in optimizers])
+    strategy._lightning_optimizers = copier.memo.note(wrappers, [_inert_wrapper(w, strategy, copier) for w in wrappers])
     strategy.lr_scheduler_configs = copier(trainer.strategy.lr_scheduler_configs)
-    logger_connector = _shallow(trainer._logger_connector)
+    data_connector = copier.memo.own(trainer._data_connector, _shallow(trainer._data_connector))
+    selector = data_connector._datahook_selector = _shallow(trainer._data_connector._datahook_selector)
+    selector.datamodule = datamodule = _datamodule(trainer, copier)
+    logger_connector = copier.memo.own(trainer._logger_connector, _shallow(trainer._logger_connector))
     for name in _METRICS:
         setattr(logger_connector, name, dict(getattr(trainer._logger_connector, name)))
     own: dict[str, Any] = {
         "_loggers": [copier(logger) for logger in trainer.loggers],
         "_accelerator_connector": accelerator_connector,
         "_logger_connector": logger_connector,
+        "_data_connector": data_connector,
+        "datamodule": datamodule,
         "callbacks": list(callbacks_of(trainer)),
     }
     # For `self.trainer.my_counter += 1`, and for steps that look up one of the user's callbacks to write to it.
@@ -64,6 +71,21 @@ def view_of(trainer: Trainer, copier: Copier) -> Any:
         own["callbacks"][place] = callback
     vars(view).update(copier(users), **own)
     return view
+
+
+def _datamodule(trainer: Trainer, copier: Copier) -> Any:
+    """The data module: itself, or a copy of one whose own hooks move batches to the device, and may count them."""
+    datamodule = getattr(trainer, "datamodule", None)
+    kinds = either("LightningDataModule")
+    if not isinstance(datamodule, kinds):
+        return datamodule
+    own = [
+        name
+        for name in _TRANSFER_HOOKS
+        if all(getattr(type(datamodule), name) is not getattr(kind, name) for kind in kinds)
+    ]
+    # As a rule a data module stands for itself, since it holds the data; the datasets in it still do.
+    return by_attributes(datamodule, copier, copier.memo) if own else datamodule
 
 
 def _shallow(value: Any) -> Any:

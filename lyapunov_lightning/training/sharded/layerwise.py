@@ -54,7 +54,7 @@ class LayerwiseObjective(TrainingObjective):
         whole: dict[Tensor, Tensor] = {}
         for layer, sharding in self._layers:
             whole.update(zip(layer, sharding.gathered([shards[p] for p in layer]), strict=True))
-        with replica(self._trainer, self._pl_module, self._mode, whole) as twin:
+        with replica(self._trainer, self._pl_module, self._mode, whole, self._elsewhere) as twin:
             loss = self._evaluated_on(twin, probe)
             samples = float(self._num_samples(probe.batch, twin.logged_sizes))
             # Kept, since all ranks divide by the sum of these numbers, which none of them knows during its own

@@ -54,7 +54,7 @@ class ReshardedObjective(TrainingObjective):
         # On "meta" a replica of a model that fits on no device takes no memory until it is sharded.
         empty: dict[Tensor, Tensor] = {p: torch.empty(p.shape, dtype=p.dtype, device="meta") for p in sharded}
         others = {} if values is None else dict(zip(self.parameters, values, strict=True))
-        with replica(self._trainer, self._pl_module, self._mode, empty) as twin:
+        with replica(self._trainer, self._pl_module, self._mode, empty, self._elsewhere) as twin:
             # Sharded before anything is written to it: at no time a rank holds a whole parameter.
             leaves = shard_again(self._pl_module, twin.module, twin.copier.memo, self._collectives)
             try:

@@ -12,6 +12,7 @@ from torch import nn
 from lyapunov_lightning import CurvatureProbe, SpectrumTracker
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.replica.held import discard
 from tests.modules import SmallRegressor, regression_loader
 
 
@@ -80,7 +81,7 @@ def test_replicas_do_not_grow_from_measurement_to_measurement():
             copier = Copier()
             copier(pl_module)
             copied.append(len(copier.memo.copies))
-            copier.memo.discard()
+            discard(copier.memo)
 
     watching = Watching()
     trainer = pl.Trainer(

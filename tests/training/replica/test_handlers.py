@@ -13,6 +13,7 @@ import pytest
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.replica.copier import Copier, Exhausted
+from lyapunov_lightning.training.replica.held import discard
 
 
 class Counter:
@@ -111,7 +112,7 @@ def test_a_file_is_read_on_from_its_place_and_written_to_nowhere(tmp_path: Path)
         assert read.readline() == "two\n"
         written.write("anything")
         assert file.readline() == "two\n"
-    copier.memo.discard()
+    discard(copier.memo)
     assert read.closed
     assert (tmp_path / "out.txt").read_text() == ""
 
@@ -142,6 +143,6 @@ def test_a_file_without_a_name_of_its_own_refuses_to_be_read_and_stays_open(tmp_
         assert isinstance(copied, Exhausted)
         with pytest.raises(MeasurementError, match=f"draws from a {type(file).__name__}"):
             next(copied)
-        copier.memo.discard()
+        discard(copier.memo)
         del copied
         assert file.read() == b"text"

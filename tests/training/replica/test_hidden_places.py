@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature.errors import CurvatureWarning, MeasurementError
 from lyapunov_lightning.training.replica.copier import Copier, Exhausted
+from lyapunov_lightning.training.replica.held import discard
 from lyapunov_lightning.training.replica.replica import replica
 from tests.training.live import RememberingLogger, Task, mlp, replay, same
 from tests.training.replica.test_copier import Habit, Untidy, frozen
@@ -324,7 +325,7 @@ def test_a_copy_that_goes_does_not_release_what_is_the_originals():
     copied = copier(handle)
     assert isinstance(copied, Handle)
     assert copied.resource == [1]
-    copier.memo.discard()
+    discard(copier.memo)
     del copied
     assert Handle.closed == 0
     del handle
@@ -349,7 +350,7 @@ class Cached:
 def test_an_instance_that_its_class_keeps_is_left_as_it_is():
     cached, copier = Cached("a"), Copier()
     assert copier([cached])[0] is cached
-    copier.memo.discard()
+    discard(copier.memo)
     assert vars(cached) == {"name": "a"}
 
 

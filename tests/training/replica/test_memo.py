@@ -1,7 +1,5 @@
 """One object has one copy, whatever else is made and goes meanwhile; and what was copied can be undone and counted."""
 
-import io
-
 import pytest
 
 from lyapunov_lightning.curvature.errors import MeasurementError
@@ -29,19 +27,6 @@ def test_an_object_made_on_the_way_is_not_taken_for_another_at_its_address():
         memo.note(Thing(number), Thing(number))
     assert not memo.has(Thing())
     assert len(memo.copies) == 100
-
-
-def test_copies_that_nobody_else_can_hold_are_emptied_and_others_are_not():
-    memo, own, other = Memo(), Thing(1), Thing(2)
-    memo.own(Thing(), own)
-    memo.note(Thing(), other)
-    file = io.StringIO()
-    memo.files.append(file)
-    memo.discard()
-    assert vars(own) == {}
-    assert vars(other) == {"number": 2}
-    assert file.closed
-    assert not memo.copies
 
 
 def test_what_was_written_to_stateless_objects_is_forgotten():

@@ -1,0 +1,199 @@
+"""The end of a replica: what nobody else holds is emptied, and what somebody holds is left as it is.
+
+Python counts the references to every object. Those that come from the copies themselves can be counted too; an object
+that has more of them is held by somebody else: by a library's cache into which the training step has put it, or by an
+object that the step has made. So does Python's garbage collector find out what is garbage; here it is done for the
+copies alone, and at once.
+"""
+
+import functools
+import gc
+import sys
+import types
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lyapunov_lightning.training.replica.memo import Memo
+
+_MADE_BY_STEPS = frozenset(
+    {
+        *(dict, list, tuple, set, frozenset, deque, functools.partial),
+        *(types.CellType, types.MethodType, types.BuiltinMethodType),
+    }
+)
+"""What a step makes and keeps in copies: a dictionary of its layers, a method as a callback."""
+
+
+@dataclass
+class Held:
+    """Copies that may be held from outside of their replica.
+
+    Attributes:
+        pairs: Those to which there were references when it ended, each after its original.
+        reached: All that can be reached from them among the copies, with the dictionaries of their attributes.
+        tensors: All tensors, each after its original. What holds them in C++ does not show in Python's count.
+
+    """
+
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+    reached: list[Any] = field(default_factory=list)
+    tensors: "list[Survivor]" = field(default_factory=list)
+
+
+class Survivor:
+    """A copy that has outlived its replica.
+
+    Args:
+        original: What it is a copy of.
+        copied: The copy. Is not kept alive by this, unless it is of a kind without weak references, such as a list.
+
+    """
+
+    __slots__ = ("_itself", "_weakly", "original")
+
+    def __init__(self, original: Any, copied: Any) -> None:
+        self.original = original
+        self._weakly: weakref.ref[Any] | None = None
+        self._itself: Any = None
+        try:
+            self._weakly = _Reference(copied)
+        except TypeError:
+            self._itself = copied
+
+    @property
+    def copied(self) -> Any:
+        """The copy; None once nobody else holds it."""
+        if self._weakly is not None:
+            return self._weakly()
+        return self._itself if sys.getrefcount(self._itself) > _OWN_REFERENCES else None
+
+
+class _Reference(weakref.ref[Any]):
+    """One by itself: of plain ones Python has a single one for each object, and the step may have handed that on."""
+
+
+_OWN_REFERENCES = 2
+"""To what is in an attribute: the attribute's, and that of the function that counts."""
+
+
+def discard(memo: Memo) -> Held:
+    """Empty the copies, so that their memory is free at once, but for those that somebody else holds.
+
+    A module refers to itself, through its trainer for example. Such a cycle lives until Python's garbage collector
+    comes by, which counts objects and not bytes: until then the copies of many evaluations would be in memory.
+
+    """
+    originals = {
+        id(copied): original
+        for original in memo.originals
+        if (copied := memo.copies.get(id(original))) is not None and copied is not original
+    }
+    copied = None
+    # References that do not keep a copy alive, and would be empty: `lib.current = weakref.ref(self)`.
+    weakly: list[Any] = []
+    for one in memo.owned:
+        for reference in weakref.getweakrefs(one) if id(one) in originals else ():
+            if type(reference) is weakref.ref:
+                weakly.append(reference)
+                originals[id(reference)] = weakref.ref(originals[id(one)])
+    one = reference = None
+    attributes = [one.__dict__ for one in memo.owned]
+    memo.originals.clear()
+    copies = list(memo.copies.values())
+    memo.copies.clear()
+    for kept in (memo.blocks, memo.modules, memo.functions, memo.classes):
+        kept.clear()
+    outside = held_from_outside([*copies, *weakly, *attributes], [memo.owned, copies, weakly, attributes])
+    pairs = [(originals[id(one)], one) for one in outside if id(one) in originals]
+    reached = _reached_from([one for _, one in pairs], [*copies, *attributes]) if pairs else []
+    tensors = [Survivor(originals[id(one)], one) for one in copies if isinstance(one, Tensor) and id(one) in originals]
+    held = Held(pairs, reached, tensors)
+    kept_alive = set(map(id, held.reached))
+    for one in memo.owned:
+        if id(one) not in kept_alive:
+            one.__dict__.clear()
+    memo.owned.clear()
+    for file in memo.files:
+        # Now, and not when the garbage collector comes by: a hundred evaluations would hold a hundred handles.
+        file.close()
+    memo.files.clear()
+    return held
+
+
+def surviving(held: list[Held]) -> list[Survivor]:
+    """Those copies that are held still, now that all of their replicas are gone; the others are emptied.
+
+    Args:
+        held: What `discard` has returned. Is empty afterwards, so that nothing here holds the copies.
+
+    """
+    survivors: list[Survivor] = []
+    while held:
+        one = held.pop()
+        outside = set(map(id, held_from_outside(one.reached, [one.pairs, *one.pairs])))
+        if not outside:
+            for part in one.reached:
+                if isinstance(part, dict):
+                    dict.clear(part)
+        survivors += [Survivor(original, copied) for original, copied in one.pairs if id(copied) in outside]
+        survivors += [survivor for survivor in one.tensors if survivor.copied is not None]
+    return survivors
+
+
+def held_from_outside(objects: list[Any], known: Sequence[Any] = ()) -> list[Any]:
+    """Those of some objects that are referred to from elsewhere than from these objects.
+
+    Args:
+        objects: The objects, in a list that nothing else is in need of.
+        known: Other containers whose references do not count.
+
+    """
+    if not _unexplained(objects, [objects, *known, *objects]):
+        return []
+    # By what the step has made, perhaps: `self.layers = {"first": self.first}`. Looked for only now, as it is seldom.
+    made = _made_by_step(objects)
+    return _unexplained(objects, [objects, *known, *objects, made, *made])
+
+
+def _unexplained(objects: list[Any], containers: list[Any]) -> list[Any]:
+    counts = list(map(sys.getrefcount, objects))
+    explained = Counter(map(id, gc.get_referents(*containers)))
+    explained.update(map(id, containers))  # the list of them refers to them as well
+    probe = [object()]
+    own = next(map(sys.getrefcount, probe)) - 1  # the reference that the counting itself takes
+    return [one for one, count in zip(objects, counts, strict=True) if count - own > explained[id(one)]]
+
+
+def _made_by_step(objects: list[Any]) -> list[Any]:
+    """The containers of Python's own kinds that can be reached from objects and are none of them."""
+    seen = set(map(id, objects))
+    functions = [one for one in objects if isinstance(one, types.FunctionType)]
+    # Of a function its cells alone. It leads to all global variables of its module as well, in which a cache may be.
+    made: list[Any] = [one.__closure__ for one in functions if one.__closure__]
+    pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))]
+    while pending:
+        found = []
+        for one in gc.get_referents(*pending):
+            if type(one) in _MADE_BY_STEPS and id(one) not in seen:
+                seen.add(id(one))
+                found.append(one)
+        made += found
+        pending = found
+    return made
+
+
+def _reached_from(starts: list[Any], objects: list[Any]) -> list[Any]:
+    """Those of some objects that can be reached from some of them, the starts included."""
+    inside = {id(one): one for one in objects}
+    reached = {id(one): one for one in starts}
+    pending = list(starts)
+    while pending:
+        found = [one for one in gc.get_referents(*pending) if id(one) in inside and id(one) not in reached]
+        reached.update((id(one), one) for one in found)
+        pending = found
+    return list(reached.values())
