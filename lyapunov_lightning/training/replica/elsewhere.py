@@ -286,6 +286,9 @@ def _replaced_in(holder: Any, instead: dict[int, Any], before: dict[int, list[An
             places = [Place(holder)]
     else:
         places = [Place(holder, name) for name, value in _variables(holder).items() if id(value) in instead]
+        if isinstance(holder, types.CellType):
+            # Where a function is registered that the step has made, the step will register it anew: else it ran twice.
+            places += [Place(registry) for registry in _registries_of(holder) if id(registry) in before]
     for place in places:
         known = before.get(id(place.holder))
         if known is None:
@@ -295,6 +298,17 @@ def _replaced_in(holder: Any, instead: dict[int, Any], before: dict[int, list[An
         else:
             place.fill([value for name, value in zip(known[::2], known[1::2], strict=True) if name == place.name])
     return places
+
+
+def _registries_of(cell: types.CellType) -> list[Any]:
+    """The containers that hold functions with this cell."""
+    closures = [one for one in gc.get_referrers(cell) if type(one) is tuple]
+    functions = [
+        one
+        for one in (gc.get_referrers(*closures) if closures else ())
+        if isinstance(one, types.FunctionType) and any(part is cell for part in one.__closure__ or ())
+    ]
+    return [one for one in (gc.get_referrers(*functions) if functions else ()) if isinstance(one, (dict, list, deque))]
 
 
 def _among_globals(memo: Memo) -> tuple[list[Place], dict[int, list[Any]]]:

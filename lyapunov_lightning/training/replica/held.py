@@ -173,9 +173,11 @@ def _made_by_step(objects: list[Any]) -> list[Any]:
     """The containers of Python's own kinds that can be reached from objects and are none of them."""
     seen = set(map(id, objects))
     functions = [one for one in objects if isinstance(one, types.FunctionType)]
-    # Of a function its cells alone. It leads to all global variables of its module as well, in which a cache may be.
-    made: list[Any] = [one.__closure__ for one in functions if one.__closure__]
-    pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))]
+    # Of a function its cells and attributes alone, such as what it wraps. It leads to all global variables of its
+    # module as well, in which a cache may be.
+    made: list[Any] = [part for one in functions for part in (one.__closure__, vars(one)) if part]
+    seen.update(map(id, made))
+    pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))] + made
     while pending:
         found = []
         for one in gc.get_referents(*pending):

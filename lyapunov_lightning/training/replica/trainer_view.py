@@ -51,7 +51,8 @@ def view_of(trainer: Trainer, copier: Copier) -> Any:
     strategy._lightning_optimizers = copier.memo.note(wrappers, [_inert_wrapper(w, strategy, copier) for w in wrappers])
     strategy.lr_scheduler_configs = copier(trainer.strategy.lr_scheduler_configs)
     data_connector = copier.memo.own(trainer._data_connector, _shallow(trainer._data_connector))
-    selector = data_connector._datahook_selector = _shallow(trainer._data_connector._datahook_selector)
+    hooks = trainer._data_connector._datahook_selector
+    selector = data_connector._datahook_selector = copier.memo.own(hooks, _shallow(hooks))
     selector.datamodule = datamodule = _datamodule(trainer, copier)
     logger_connector = copier.memo.own(trainer._logger_connector, _shallow(trainer._logger_connector))
     for name in _METRICS:

@@ -5,13 +5,17 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature import HessianOperator
+from lyapunov_lightning.training.replica import elsewhere
 from lyapunov_lightning.training.replica.replica import replica
+from tests.callbacks.identity import train
+from tests.modules import BusyModule
 from tests.training.live import InsideTheStep, RememberingLogger, Task
 
 
@@ -128,3 +132,15 @@ def test_a_strided_nested_tensor_in_a_batch_is_measured():
     with torch.no_grad():
         parts.unbind()[0].mul_(2)
     assert not torch.equal(hessian.matvec(vector), first)
+
+
+@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "critical"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_module_that_hands_nothing_on_is_not_searched_for(
+    estimator: Any, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With metrics, whose methods are wrapped, a logger and a schedule: looking through the heap takes seconds."""
+    searches: list[int] = []
+    monkeypatch.setattr(elsewhere.gc, "collect", lambda *_: searches.append(1))
+    train(CurvatureProbe(2, estimator), module=BusyModule, steps=6, precision=precision)
+    assert not searches
