@@ -15,8 +15,8 @@ _MOST_WAITING = 2**28
 
 
 _ROOM_TO_WRITE = 2**22
-"""Bytes that have to be free before safetensors writes. Where it finds no memory for its buffer of 1 MB, it does not raise:
-its Rust ends the process."""
+"""Bytes that have to be free before safetensors writes. Where it finds no memory for its buffer of 1 MB, it raises
+nothing: its Rust ends the process."""
 
 
 class EigenvectorFiles:
