@@ -14,6 +14,11 @@ _MOST_WAITING = 2**28
 """Bytes of vectors that wait at most while they cannot be written; the newest stay."""
 
 
+_ROOM_TO_WRITE = 2**22
+"""Bytes that have to be free before safetensors writes. Where it finds no memory for its buffer of 1 MB, it raises
+nothing: its Rust ends the process."""
+
+
 class EigenvectorFiles:
     """Safetensors files ``eigenvectors-step00000012.safetensors`` and so on in one folder.
 
@@ -83,6 +88,7 @@ class EigenvectorFiles:
         self._folder.mkdir(parents=True, exist_ok=True)
         for path, (tensors, metadata) in [*self._waiting.items()]:
             with replaced(path) as partial:
+                bytearray(_ROOM_TO_WRITE)
                 save_file(tensors, partial, metadata)
             del self._waiting[path]
 

@@ -59,6 +59,17 @@ def test_a_resumed_run_has_no_files_of_the_steps_that_it_repeats(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_without_memory_a_file_waits_where_its_writer_would_end_the_process(tmp_path, monkeypatch):
+    files = begun(tmp_path)
+    monkeypatch.setattr(eigenvectors, "_ROOM_TO_WRITE", 2**62)
+    with pytest.raises(MemoryError):
+        add(files, 0)
+    assert (steps_in(tmp_path), files.num_waiting) == ([], 1)
+    monkeypatch.undo()
+    files.flush()
+    assert steps_in(tmp_path) == [0]
+
+
 def test_files_wait_while_the_folder_is_away_and_the_newest_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(eigenvectors, "_MOST_WAITING", 2 * VECTORS.nbytes)
     folder = tmp_path / "out"
