@@ -92,6 +92,7 @@ def discard(memo: Memo) -> Held:
         id(copied): original
         for original in memo.originals
         if (copied := memo.copies.get(id(original))) is not None and copied is not original
+        if id(copied) not in memo.kept_by_classes
     }
     copied = None
     # References that do not keep a copy alive, and would be empty: `lib.current = weakref.ref(self)`.

@@ -89,6 +89,7 @@ class Memo:
         stateless: Objects without attributes, which stand for themselves.
         files: Files that were opened for the copies.
         owned: The copies that were made attribute by attribute, see `own`.
+        kept_by_classes: The ids of copies that their own classes hold, such as the instance for equal arguments.
         packages: Installed packages that the user's code names, or whose classes were met.
 
     """
@@ -106,6 +107,7 @@ class Memo:
         self.stateless: list[Any] = []
         self.files: list[Any] = []
         self.owned: list[Any] = []
+        self.kept_by_classes: set[int] = set()
         self.packages: set[str] = set()
 
     def note(self, original: Any, copied: Any) -> Any:

@@ -188,6 +188,7 @@ def by_protocol(value: Any, copy: Copy, memo: Memo) -> Any:
         # Its class keeps one instance for equal arguments, as those of fsspec's file systems do. To set the state of
         # that one would be to write to the original.
         return value
+    _note_if_kept(copied, memo, 0)
     memo.note(value, copied)
     if state is not None:
         state = copy(state)
@@ -209,7 +210,23 @@ def by_protocol(value: Any, copy: Copy, memo: Memo) -> Any:
 
 def by_own_method(value: Any, copy: Copy, memo: Memo) -> Any:
     """A copy by the class's own ``__deepcopy__``, which is given the copies made so far."""
-    return value.__deepcopy__(memo.copies)
+    copied = value.__deepcopy__(memo.copies)
+    _note_if_kept(copied, memo, id(value) in memo.copies)
+    return copied
+
+
+def _note_if_kept(copied: Any, memo: Memo, others: int) -> None:
+    """Note a copy that its class holds as soon as it has made it: a singleton, or the one for equal arguments.
+
+    Args:
+        copied: The copy.
+        memo: Gets the note.
+        others: The number of references to it from the memo.
+
+    """
+    # The caller's, this function's, and that of the function that counts.
+    if sys.getrefcount(copied) > 3 + others:
+        memo.kept_by_classes.add(id(copied))
 
 
 def _by_entries(value: dict[Any, Any], copy: Copy, memo: Memo) -> Any:

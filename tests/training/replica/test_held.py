@@ -71,6 +71,30 @@ def test_a_list_that_is_held_is_found_without_a_weak_reference():
     assert survivor.copied is None
 
 
+class Equal:
+    """Of which there is one for all that are equal, whoever else has made another."""
+
+    only: Any = None
+
+    def __init__(self) -> None:
+        self.name = "equal"
+
+    def __reduce__(self) -> Any:
+        return Equal.the_only, ()
+
+    @staticmethod
+    def the_only() -> "Equal":
+        return Equal.only
+
+
+def test_what_a_class_keeps_of_its_own_accord_is_left_to_it():
+    Equal.only = Equal()
+    copier = Copier()
+    assert copier([Equal()])[0] is Equal.only
+    assert discard(copier.memo).pairs == []
+    assert Equal.only.name == "equal"
+
+
 def test_tensors_that_a_graph_holds_are_found():
     copier, original = Copier(), nn.Linear(2, 1)
     value = copier(original)(torch.ones(2)).sum()  # whose graph holds the parameters
