@@ -164,7 +164,7 @@ class RunFacts:
     @property
     def is_from_start(self) -> bool:
         """Whether the loss was lost at the beginning, or the ratio was near the limit from there on."""
-        if self.rose_at_first or self.is_lost_at_once:
+        if self.is_lost_at_once or (self.rose_at_first and not self.has_improved):
             return True
         is_met = self.met_at is not None and self.met_at <= self.start + NEAR
         return is_met and not self.is_raised and median(reading.value for reading in self.counted) >= SUSPECT

@@ -168,6 +168,13 @@ def test_a_rate_that_was_raised_is_to_blame_and_not_the_limit_that_was_borne_bel
     assert found.consequence.startswith("The learning rate had been raised to 0.1, which is too large")
 
 
+def test_a_loss_that_rose_at_first_and_came_down_was_not_lost_from_the_start():
+    losses = [1.0, *[3.0] * 5, *falling(197), *(0.5 * 3**step for step in range(10)), *[math.inf] * 20]
+    readings = readings_of([0.3] * 21, learning_rate=0.01)
+    found = diagnose(readings, (range(len(losses)), losses), [0.01] * 202 + [0.1] * 31)
+    assert found.kind == "too_fast_later"
+
+
 def test_a_divergence_near_the_limit_is_the_learning_rates_as_far_as_can_be_told():
     losses = [*falling(200), *(0.5 * 1.1**step for step in range(60)), math.inf]
     found = told([0.6] * 26, losses, learning_rate=0.03)
