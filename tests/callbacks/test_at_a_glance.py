@@ -193,7 +193,7 @@ def test_figures_are_drawn_in_between_as_far_as_they_are_cheap(monkeypatch, tmp_
     class Noted(TensorBoardLogger):
         pass
 
-    def show(trainer: Any, tag: str, figure: Figure, step: int, folder: Any) -> None:
+    def show(trainer: Any, tag: str, figure: Figure, step: int, folder: Any, guard: Any) -> None:
         drawn.append(step)
 
     monkeypatch.setattr(recording, "show_figure", show)
