@@ -15,7 +15,7 @@ from lyapunov_lightning.curvature.arguments import check_int
 from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
-from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fault_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.stochastic.density import spectral_density
@@ -200,7 +200,7 @@ class _Once(Callback):
         gradient = hessian.gradient()
         with watched(hessian, trainer, "Hessian-vector products", alone=True) as operator:
             pairs = self._pairs(operator)
-            fault = None if bool(pairs.converged.all()) else hessian.check(seed=config.seed).fault
+            fault = None if bool(pairs.converged.all()) else fault_of(hessian, seed=config.seed)
             if fault is not None and trainer.is_global_zero:
                 warnings.warn(
                     f"`measure`: the search for eigenvalues has not converged. {fault}", CurvatureWarning, stacklevel=2

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
-from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fault_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
 from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
@@ -353,7 +353,7 @@ class CurvatureCallback(Callback):
         if result is None or result.has_converged or self._is_examined:
             return
         self._is_examined = True
-        fault = hessian.check(seed=self.config.seed).fault
+        fault = fault_of(hessian, seed=self.config.seed)
         if fault is not None:
             self._recorder.warn_once("products", f"the measurement at step {result.step} has not converged. {fault}")
 

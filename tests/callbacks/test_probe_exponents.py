@@ -48,8 +48,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> "Counter[int]":
 
 
 GAUGE = 1
-"""Replays for the batch sharpness of a batch: of its gradient, with the graph that its product is taken from. As many for
-another batch that it is compared with, as it is here at the second and the third measurement."""
+"""Replays for the batch sharpness of a batch: of its gradient, with the graph that its product is taken from. As many
+for another batch that it is compared with, as it is here at the second and the third measurement."""
 
 SYMMETRY = 8
 """Those that show once, when an exponent has come to rest, whether that is at an eigenvalue."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator
@@ -59,3 +60,17 @@ class LossHessian(LinearOperator, Protocol):
 
     def reset(self) -> None:
         """Forget what was found out by evaluations."""
+
+
+def fault_of(hessian: LossHessian, *, seed: int = 0) -> str | None:
+    """What keeps a search for eigenvalues from ending; None where nothing does, or where the parameters are too coarse.
+
+    Args:
+        hessian: The Hessian.
+        seed: Seed of the random vectors.
+
+    """
+    # By the rounding of half-precision parameters alone products are not symmetric, to a percent.
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in hessian.parameters):
+        return None
+    return hessian.check(seed=seed).fault

@@ -7,7 +7,6 @@ and not in another's.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -96,10 +95,11 @@ class ShardedHessian(SymmetricOperator):
 
         Args:
             displacement: Where to take it, relative to the present parameters; at these if None.
-            keep_graph: Whether products at the present parameters follow, see `HessianOperator.gradient`.
+            keep_graph: As for `HessianOperator.gradient`; here the first product builds its graph by itself, since what
+                fails on one rank while a graph is built is that product's to settle with the others.
 
         """
-        return self._mean(displacement, partial(_gradient, keep_graph=keep_graph))
+        return self._mean(displacement, _gradient)
 
     def value(self, displacement: Tensor | None = None) -> float:
         """The mean loss, at a displacement from the present parameters."""
@@ -152,5 +152,5 @@ def _product(own: HessianOperator, vector: Tensor | None) -> Tensor:
     return own.matvec(vector)
 
 
-def _gradient(own: HessianOperator, displacement: Tensor | None, *, keep_graph: bool) -> Tensor:
-    return own.gradient(displacement, keep_graph=keep_graph)
+def _gradient(own: HessianOperator, displacement: Tensor | None) -> Tensor:
+    return own.gradient(displacement)

@@ -81,6 +81,7 @@ def test_a_state_from_before_the_estimators_is_taken_up(name: EstimatorName) -> 
     fresh = texts(probe.state_dict())
     probe.load_state_dict(tensors(kept["state"]))
     state = texts(probe.state_dict())
+    assert state.pop("version") == 1
     # What was not measured then begins as in a new probe, and is not known of its results.
     assert {part: state.pop(part) for part in ("cadence", "sharpness", "decrease")}.items() <= fresh.items()
     unknown = asdict(ProbeResult(step=0, epoch=0.0))
