@@ -79,6 +79,15 @@ def of_vectors(change: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
     return walk
 
 
+def numbers_as(state: Any, other: Any) -> Any:
+    """A state with something else in place of each number, those in lists too."""
+    if isinstance(state, dict):
+        return {key: numbers_as(value, other) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [numbers_as(value, other) for value in state]
+    return other if isinstance(state, (int, float)) and not isinstance(state, bool) else state
+
+
 def without_one_key(state: dict[str, Any]) -> dict[str, Any]:
     parts = {name: dict(part) for name, part in state.items() if isinstance(part, dict)}
     for part in parts.values():
@@ -102,6 +111,8 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
     "vectors are NaN": of_vectors(lambda vector: torch.full_like(vector, math.nan)),
     "vectors are cut": of_vectors(lambda vector: vector[..., : vector.shape[-1] // 2]),
     "vectors are scalars": of_vectors(lambda vector: vector.sum()),
+    "numbers are words": lambda state: numbers_as(state, "a word"),
+    "numbers are dictionaries": lambda state: numbers_as(state, {"a": 1}),
     "vectors are words": of_vectors(lambda vector: "a word"),
     "all is None": lambda state: changed(state, lambda leaf: None),
     "all is a word": lambda state: changed(state, lambda leaf: "a word"),

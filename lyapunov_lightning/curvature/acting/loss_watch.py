@@ -120,9 +120,9 @@ class LossWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self._first, self._losses, self._calm = (list(state[name]) for name in ("first", "losses", "calm"))
-        self._suspects, self._rises, self._since_rise = state["counts"]
-        self._best, self._best_error = state["best"]
+        self._first, self._losses, self._calm = ([*map(float, state[name])] for name in ("first", "losses", "calm"))
+        self._suspects, self._rises, self._since_rise = map(int, state["counts"])
+        self._best, self._best_error = map(float, state["best"])
 
     def _stands_out(self, loss: float) -> Verdict | None:
         """Whether a loss is far above the latest ones."""

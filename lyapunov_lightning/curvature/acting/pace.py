@@ -174,8 +174,10 @@ class Pace:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self.lr, self.ceiling, self.is_stopped = state["lr"], state["ceiling"], state["is_stopped"]
-        self._highest = state["highest"]
+        # As numbers, or an error: a broken checkpoint is to be noticed here, and not in the midst of a step.
+        self.lr = None if state["lr"] is None else float(state["lr"])
+        self.ceiling, self._highest = float(state["ceiling"]), float(state["highest"])
+        self.is_stopped = bool(state["is_stopped"])
 
     def _set(self, lr: float) -> None:
         self.lr = min(max(min(lr, self.ceiling), self.bounds.min_lr), self.bounds.max_lr)

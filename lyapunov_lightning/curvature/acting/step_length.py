@@ -156,7 +156,9 @@ class StepLength:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self._rayleigh, self._slope, self._variance, self._curvature = state["averages"]
+        rayleigh, *averages = state["averages"]
+        self._rayleigh = None if rayleigh is None else float(rayleigh)
+        self._slope, self._variance, self._curvature = map(float, averages)
         self._count, self._is_known = state["count"], state["is_known"]
 
 
@@ -312,4 +314,4 @@ class CheckedSharpness:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self._iteration.load_state_dict(state["iteration"])
-        self._average = state["average"]
+        self._average = None if state["average"] is None else float(state["average"])

@@ -49,7 +49,7 @@ class LearningRates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self._ratios = list(state["ratios"])
+        self._ratios = [*map(float, state["ratios"])]
         self._is_restored = True
 
     def _groups(self) -> list[dict[str, Any]]:

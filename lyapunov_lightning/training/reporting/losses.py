@@ -110,10 +110,13 @@ class LossSeries:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.steps, self.values = list(state["steps"]), list(state["values"])
+        steps, values = [*map(int, state["steps"])], [*map(float, state["values"])]
         # An earlier version did not keep them.
-        self.learning_rates = list(state.get("learning_rates", [math.nan] * len(self.steps)))
-        self._stride, self._count = state["counts"]
+        rates = [*map(float, state.get("learning_rates", [math.nan] * len(steps)))]
+        if not len(steps) == len(values) == len(rates):
+            raise ValueError("there are unequal numbers of steps and losses")
+        self.steps, self.values, self.learning_rates = steps, values, rates
+        self._stride, self._count = map(int, state["counts"])
 
     def _stacked(self, device: torch.device) -> Tensor:
         nothing = torch.tensor(math.nan, device=device)  # all ranks have to reduce equally many numbers
