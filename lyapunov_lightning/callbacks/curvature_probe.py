@@ -1,5 +1,6 @@
 """The sharpness of the training loss, step by step."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,13 +17,14 @@ from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.stability import is_known
+from lyapunov_lightning.curvature.stability import Stability, is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
+from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.reporting.losses import LossSeries
 from lyapunov_lightning.training.reporting.recording import Charts, Record
@@ -33,11 +35,22 @@ if TYPE_CHECKING:
     from lyapunov_lightning.figures import Picture
 
 
-_READINGS_PER_LOG = 0.4
-"""Steps from one measurement to the next in those between which the trainer logs, by default: 20 of its 50."""
+_READINGS_PER_LOG, _RAREST_PER_LOG = 0.4, 2.0
+"""Steps from one measurement to the next in those between which the trainer logs, by default: 20 of its 50, and rarer
+as the run goes on, up to 100."""
 
-_EIGENVALUE_EVERY = 5
-"""Which of these measurements are for the eigenvalue too, which costs several times as much; the first two are both."""
+_FIRST_EIGENVALUE = 2
+"""The measurement, counted from 0, from which on the eigenvalue is measured too, by default: the one at step 20. It
+costs what ten to thirty steps do, and that of fresh weights says little."""
+
+_HELD = 4
+"""For how many measurements more an eigenvalue counts, by default: sharpness changes, and an old one would bind."""
+
+_EIGENVALUE_SHARE = 0.03
+"""The share of the steps that it may cost: after one of eight products, it is due again some 600 steps later."""
+
+_GRADIENTS_OF_PRODUCT = 2.3
+"""What a product costs, in gradients and so in steps."""
 
 _EARLY_STEP = 5
 """A step that is measured besides, by default: how far a rate may go is decided early, where the sharpness has not met
@@ -53,9 +66,11 @@ class CurvatureProbe(CurvatureCallback):
     its own gradient asks for, and with momentum the limit falls with how little the batches agree. The probe measures
     all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
-    Every measurement takes the gradient and one Hessian-vector product for the batch sharpness, on all batches that the
-    step accumulates; the first three and every fourth after them as much again, to compare with another batch. The
-    eigenvalue is measured on the same data, or on fixed data, by one of four estimators
+    The batch sharpness takes three evaluations of the loss along the gradient that the step has computed, or the
+    gradient and one Hessian-vector product: where the eigenvalue is measured too, where the losses do not tell
+    (`lyapunov_lightning.curvature.directions.second_difference`), and at the first measurements and every eighth, which
+    take as much again to compare with another batch. All batches that the step accumulates count. The eigenvalue is
+    measured on the same data, or on fixed data, by one of four estimators
     (`lyapunov_lightning.callbacks.estimators` says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
@@ -75,9 +90,10 @@ class CurvatureProbe(CurvatureCallback):
       limit is one on it: with the Adams, RMSprop, Adagrad, parameter groups of different settings and an optimizer that
       maximizes. With ``"lyapunov"``, which cannot, it is left out.
     - ``curvature/batch_sharpness``: the mean over the last eight measurements, in the metric of the optimizer.
-    - ``curvature/stability_ratio``: what binds, over its limit: of the batch sharpness and the eigenvalue that counts
-      for this optimizer the one that is nearer to it. The edge of stability is 1, whatever optimizer and batch. For an
-      optimizer whose limit is not known it is the share of a step's promised decrease that the curvature along it eats.
+    - ``curvature/stability_ratio``: what binds, over its limit: under mini-batches the batch sharpness, and where the
+      batches agree wholly, as on all of the data, the eigenvalue that counts for this optimizer. The edge of stability
+      is 1, whatever optimizer and batch. For an optimizer whose limit is not known it is the share of a step's promised
+      decrease that the curvature along it eats.
     - ``curvature/learning_rate`` and ``curvature/learning_rate_limit``: the rate of the step, and the one at which the
       ratio would be 1.
     - ``curvature/critical_sharpness`` (``"critical"`` only). Its limit is ``2/η``, its ratio ``η/η_c``: above 1 the
@@ -119,14 +135,16 @@ class CurvatureProbe(CurvatureCallback):
 
     Args:
         every_n_steps: Probe at the first opportunity after every n optimizer steps. Without it and `schedule` the probe
-            measures at step 5 and at 0.4 times the interval at which the trainer logs, which is every 20 steps.
+            measures at step 5 and at 0.4 times the interval at which the trainer logs, which is every 20 steps, and
+            from step 800 on more rarely, down to every 100.
         estimator: How the eigenvalue is estimated, see above.
         end: Which end of the spectrum: ``"largest"``, ``"smallest"`` or ``"both"``; ``"critical"`` has none but the
             largest.
         tol: Relative accuracy of the eigenvalues, by their own estimate, and of the critical sharpness; of ``"power"``
             and ``"lyapunov"`` the relative residual.
         eigenvalue_every: At which of these measurements the eigenvalue is measured too: at the first two, and at every
-            so many. None is every fifth where the probe follows the trainer's logging, else all.
+            so many. None is all, and where the probe follows the trainer's logging the third one, and further ones
+            whenever 3 % of the steps since are worth one.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch.
         iterations: Iterations of ``"lyapunov"`` for each probe.
@@ -207,6 +225,7 @@ class CurvatureProbe(CurvatureCallback):
         self._eigenvalue_every = eigenvalue_every
         self._cadence = _Cadence(eigenvalue_every or 1)
         self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
+        self._own_gradient = OwnGradient()
         self._step_hook = StepHook()
         self._pending: _Pending | None = None
         self._is_clipped = False
@@ -232,6 +251,7 @@ class CurvatureProbe(CurvatureCallback):
         if not self._is_restored:  # a probe may serve one run after another, of other parameters
             self._cadence.start()
             self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
+            self._own_gradient = OwnGradient()
         self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
         self._release()
@@ -304,7 +324,7 @@ class CurvatureProbe(CurvatureCallback):
         is_due = super().advance(trainer, batch_idx)
         if is_due:
             # Here, before any callback asks for its operator: the search that all share is for what all of them want.
-            self.request = self._estimator.request if self._cadence.begin() else None
+            self.request = self._estimator.request if self._cadence.begin(trainer.global_step) else None
         return is_due
 
     @override
@@ -316,19 +336,32 @@ class CurvatureProbe(CurvatureCallback):
             warn_once=self._recorder.warn_once,
             owner=type(self).__name__,
         )
-        moment: Moment = self._estimator.begin(at) if self._cadence.is_full else "start"
         pending = _Pending(at)
-        if moment == "start":
-            pending.result = self._estimator.measure(at) if self._cadence.is_full else self._bare(at)
+        if self._cadence.is_full:
+            moment: Moment = self._estimator.begin(at)
+            if moment == "start":
+                pending.result = self._estimator.measure(at)
+                self._cadence.spend(pending.result)
+            else:
+                pending.later = replace(at, moment=moment)
+                pending.awaited.append(moment)
+            if self._estimator.is_gauged:
+                self._gauge_step(at, pending, self._own_hessian(at))
+        elif self._may_glance(at):
+            own = self._own_hessian(at)
+            if self._own_gradient.may_fit(step.trainer):  # the step is about to compute it
+                pending.later, pending.glanced = replace(at, moment="gradient"), own
+                pending.awaited.append("gradient")
+            else:
+                self._glance(at, pending, own, own.gradient())
+            self._await_clipping(pending)
         else:
-            pending.later = replace(at, moment=moment)
-            pending.awaited.append(moment)
-        if self._estimator.is_gauged:
-            self._gauge_step(at, pending)
+            pending.result = self._bare(at, at.stability())
+            self._gauge_step(at, pending, self._own_hessian(at))
         if pending.awaited:
             self._pending = pending
             return None
-        return pending.complete(self.results)
+        return pending.complete(self.results, self._cadence.held)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -367,13 +400,14 @@ class CurvatureProbe(CurvatureCallback):
             if pending.result is None and pending.later is not None:
                 missed(pending.later.moment)
             # What was measured before the step stands, though the step was not made.
-            record.result = pending.complete(self.results)
+            record.result = pending.complete(self.results, self._cadence.held)
         self._keep(trainer, record)
 
     @override
     def _stateful(self) -> dict[str, Stateful]:
         own: dict[str, Stateful] = {"losses": self._losses, "edge": self._edge, "cadence": self._cadence}
         gauges: dict[str, Stateful] = {"sharpness": self._sharpness, "decrease": self._decrease}
+        gauges["step_gradient"] = self._own_gradient
         return {**super()._stateful(), **own, **gauges, **self._estimator.parts()}
 
     @override
@@ -383,8 +417,9 @@ class CurvatureProbe(CurvatureCallback):
         if every and self._estimator.is_gauged:
             # More often than Lightning logs, and the eigenvalue less often: the ratio comes from what is cheap.
             interval = max(1, round(_READINGS_PER_LOG * every))
-            self.schedule_state.follow(Schedule(every_n_steps=interval, at_steps=(_EARLY_STEP,)))
-            self._cadence.follow(self._eigenvalue_every or _EIGENVALUE_EVERY)
+            rarest = max(interval, round(_RAREST_PER_LOG * every))
+            self.schedule_state.follow(Schedule(every_n_steps=interval, thin_to=rarest, at_steps=(_EARLY_STEP,)))
+            self._cadence.follow(self._eigenvalue_every)
 
     @override
     def _keep(self, trainer: Trainer, record: Record) -> None:
@@ -428,6 +463,7 @@ class CurvatureProbe(CurvatureCallback):
             batch_sharpness=[result.batch_sharpness for result in results],
             learning_rate=[result.learning_rate for result in results],
             learning_rate_limit=[result.learning_rate_limit for result in results],
+            stability_ratio=[result.stability_ratio for result in results],
             losses=self._losses.series,
             met_at=diagnosis.met_at,
             crossings=diagnosis.crossings[1:],
@@ -435,29 +471,50 @@ class CurvatureProbe(CurvatureCallback):
             title="" if diagnosis.kind == "unknown" else diagnosis.title,
         )
 
-    def _bare(self, at: MeasuredStep) -> ProbeResult:
+    def _bare(self, at: MeasuredStep, stability: Stability | None) -> ProbeResult:
         """The result of a step of which the estimator measures nothing."""
-        limits = at.limits(at.stability())
-        return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **limits)
+        return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **at.limits(stability))
 
-    def _gauge_step(self, at: MeasuredStep, pending: "_Pending") -> None:
+    def _own_hessian(self, at: MeasuredStep) -> LossHessian:
+        """The Hessian on the step's own data, whatever data the eigenvalue is measured on."""
+        # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
+        # product by them has its step to find, and costs five times as much as an exact one.
+        config = replace(self.config, method=self._gauge_method)
+        is_it = config == self.config and self.config.data == "batch"
+        return at.hessian if is_it else self.shared.on_batches(at.step, config)
+
+    def _gauge_step(self, at: MeasuredStep, pending: "_Pending", own: LossHessian) -> None:
         """Measure how near the step is to its edge, as far as that can be seen before it."""
         stability = at.stability()
         if stability is not None:
-            # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
-            # product by them has its step to find, and costs five times as much as an exact one.
             config = replace(self.config, method=self._gauge_method)
-            is_shared, is_own = config == self.config, self.config.data == "batch"
-            own = at.hessian if is_shared and is_own else self.shared.on_batches(at.step, config)
-            fixed = at.hessian if is_shared and not is_own else None
+            fixed = at.hessian if config == self.config and self.config.data != "batch" else None
             hessian_on = partial(self.shared.on_batches, at.step, config)
             gradient = at.gradient if own is at.hessian else own.gradient(keep_graph=True)
             pending.gauged = self._sharpness.measure(own, gradient, at.step.own_batches, stability, hessian_on, fixed)
-            if self._is_clipped:
-                pending.awaited.append("update")
+            self._await_clipping(pending)
         elif self._observes_decrease(at):
-            own = at.hessian if self.config.data == "batch" else self.shared.on_batches(at.step, self.config)
             self._decrease.begin(own)
+            pending.awaited.append("update")
+
+    def _may_glance(self, at: MeasuredStep) -> bool:
+        """Whether three values of the loss are enough for this step."""
+        return self._sharpness.may_glance and at.stability(counts_gradient=False) is not None
+
+    def _glance(self, at: MeasuredStep, pending: "_Pending", own: LossHessian, gradient: Tensor) -> None:
+        """Measure how near the step is to its edge by values of its loss, and by a product where they do not tell."""
+        stability = at.stability(gradient)
+        assert stability is not None  # or `_may_glance` would not have said so
+        batches = at.step.own_batches
+        gauged = self._sharpness.glance(own, gradient, batches, stability)
+        if gauged is None:
+            gradient = own.gradient(keep_graph=True)
+            gauged = self._sharpness.measure(own, gradient, batches, stability)
+        pending.result, pending.gauged = self._bare(at, stability), gauged
+
+    def _await_clipping(self, pending: "_Pending") -> None:
+        """Wait for the update where what clipping leaves of the gradient is to be seen."""
+        if self._is_clipped:
             pending.awaited.append("update")
 
     def _observes_decrease(self, at: MeasuredStep) -> bool:
@@ -475,13 +532,19 @@ class CurvatureProbe(CurvatureCallback):
             self._pending = None  # before `_keep`, which counts the time once nothing is to come
         with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
             if pending.later is not None and pending.later.moment == moment:
-                pending.result, pending.later = self._estimator.measure(pending.later), None
+                later, pending.later = pending.later, None
+                if pending.glanced is None:
+                    pending.result = self._estimator.measure(later)
+                    self._cadence.spend(pending.result)
+                else:
+                    own, pending.glanced = pending.glanced, None
+                    self._glance(later, pending, own, self._own_gradient.take(own))
             if moment == "update":
                 if self._decrease.is_observing:
                     pending.gauged = self._decrease.measure()
                 pending.see_clipping()
             if not pending.awaited:
-                record.result = pending.complete(self.results)
+                record.result = pending.complete(self.results, self._cadence.held)
         self._keep(trainer, record)
 
     def _forget(self) -> None:
@@ -502,36 +565,52 @@ class _Cadence:
     """Which of the measurements are for the eigenvalue as well.
 
     Args:
-        every: Every how many of them.
+        every: Every how many of them, besides the first two; None for as many as its share of the training allows.
 
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int | None) -> None:
         self.follow(every)
         self.start()
 
     def start(self) -> None:
         """Begin a run."""
         self._count = 0
+        self._due_at = 0
+        self._step = 0
         self.is_full = True
 
-    def follow(self, every: int) -> None:
+    def follow(self, every: int | None) -> None:
         """Take over the number."""
         self._every = every
 
-    def begin(self) -> bool:
+    @property
+    def held(self) -> int:
+        """For how many measurements an eigenvalue stands that is not measured anew."""
+        return _HELD if self._every is None else max(1, self._every - 1)
+
+    def begin(self, step: int) -> bool:
         """Begin a measurement; returns whether it is for the eigenvalue as well."""
-        self.is_full = self._count < 2 or self._count % self._every == 0
+        if self._every is not None:
+            self.is_full = self._count < 2 or self._count % self._every == 0
+        else:
+            self.is_full = self._count >= _FIRST_EIGENVALUE and step >= self._due_at
         self._count += 1
+        self._step = step
         return self.is_full
 
+    def spend(self, found: ProbeResult | None) -> None:
+        """Count what an eigenvalue has cost."""
+        if found is not None:
+            self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / _EIGENVALUE_SHARE)
+
     def state_dict(self) -> dict[str, Any]:
-        """How many measurements there were."""
-        return {"count": self._count}
+        """How many measurements there were, and when the next eigenvalue is due."""
+        return {"count": self._count, "due_at": self._due_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
-        self._count = state["count"]
+        self._count, self._due_at = state["count"], state["due_at"]
 
 
 class _Pending:
@@ -543,8 +622,9 @@ class _Pending:
     Attributes:
         step: Its index.
         awaited: The moments that are still to come.
-        later: The step as the estimator is to see it at one of these moments, until it has. It holds the operator after
-            the shared one is dropped, since one that is made later has other random numbers.
+        later: The step as it is to be measured at one of these moments, until it is. It holds the operator after the
+            shared one is dropped, since one that is made later has other random numbers.
+        glanced: The Hessian on the step's own data, where that is all that is measured then.
         result: What the estimator found, once it has.
         gauged: What the gauges found.
         gradient_norm: The length of the gradient before clipping.
@@ -555,6 +635,7 @@ class _Pending:
         self.step = at.step.index
         self.awaited: list[Moment] = []
         self.later: MeasuredStep | None = None
+        self.glanced: LossHessian | None = None
         self.result: ProbeResult | None = None
         self.gauged: Gauged = {}
         self.gradient_norm: float | None = None
@@ -571,18 +652,21 @@ class _Pending:
         if self.gradient_norm:
             self._clipping = self.norm_of_gradient() / self.gradient_norm
 
-    def complete(self, earlier: Sequence[ProbeResult]) -> ProbeResult | None:
+    def complete(self, earlier: Sequence[ProbeResult], held: int) -> ProbeResult | None:
         """The result, with what the gauges found.
 
         Args:
             earlier: The results so far, of which the last has the eigenvalue that stands until the next one.
+            held: For how many measurements it stands.
 
         """
         if self.result is None:
             return None
         found = replace(self.result, **self.gauged, clipping=self._clipping)
         # Not across the step at which an Adam's moments settle: before it they are those of another metric.
-        if found.decisive_eigenvalue is None and earlier and earlier[-1].is_settled == found.is_settled:
+        is_alike = bool(earlier) and earlier[-1].is_settled == found.is_settled
+        stands = is_alike and any(result.has_eigenvalue for result in earlier[-held:])
+        if found.decisive_eigenvalue is None and stands:
             found = replace(found, decisive_eigenvalue=earlier[-1].decisive_eigenvalue)
         if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
             found = replace(found, noise_ratio=found.noise_ratio * self._clipping)

@@ -19,15 +19,23 @@ from lyapunov_lightning.curvature.stability import Stability
 from lyapunov_lightning.curvature.tracking.batch_sharpness import (
     BatchSharpness,
     BatchSharpnessEstimate,
+    StepCurvature,
     compared,
+    glanced_step,
     step_curvature,
     step_direction,
 )
 from lyapunov_lightning.training.replica.objective import ProbeBatch
 
-_COMPARED_FIRST, _COMPARED_EVERY = 3, 4
+_COMPARED_FIRST, _COMPARED_EVERY = 3, 8
 """The first measurements are all compared with another batch, since without the agreement there is no limit; later
-every fourth, since it changes slowly and a comparison costs as much again."""
+every eighth, since it changes slowly and a comparison costs as much again."""
+
+_LEAST_SHARPNESS = 0.1
+"""The batch sharpness, as a share of the limit, that sets the distance of a glance where less was measured."""
+
+_GIVEN_UP = 3
+"""After how many glances in a row that did not tell none is tried again."""
 
 _OBSERVED = 8
 """Steps over which the share of the decrease that is lost is averaged."""
@@ -53,7 +61,7 @@ class SharpnessGauge:
     """The batch sharpness of the training's own steps, and the limit at the measured agreement of its batches.
 
     A measurement takes the gradient and one product. A comparison with another batch, the one that was measured last
-    or the fixed data, takes the same again.
+    or the fixed data, takes the same again. A glance takes the gradient and three values of the loss.
 
     """
 
@@ -62,10 +70,21 @@ class SharpnessGauge:
         self._count = 0
         self._is_settled = True
         self._others: Sequence[ProbeBatch] | None = None
+        self._failures = 0
 
     def start(self) -> None:
         """Begin a run: the batches of another one are not to be compared with."""
         self._others = None
+        self._failures = 0
+
+    @property
+    def may_glance(self) -> bool:
+        """Whether a glance is enough for the next measurement: if it is not to be compared with another batch."""
+        return not self._is_compared_next and self._failures < _GIVEN_UP
+
+    @property
+    def _is_compared_next(self) -> bool:
+        return self._sharpness.num_comparisons < _COMPARED_FIRST or self._count % _COMPARED_EVERY == 0
 
     def measure(
         self,
@@ -73,7 +92,7 @@ class SharpnessGauge:
         gradient: Tensor,
         batches: Sequence[ProbeBatch],
         stability: Stability,
-        hessian_on: Callable[[Sequence[ProbeBatch]], LossHessian],
+        hessian_on: Callable[[Sequence[ProbeBatch]], LossHessian] | None = None,
         fixed: LossHessian | None = None,
     ) -> Gauged:
         """Measure the batch of the step.
@@ -83,31 +102,72 @@ class SharpnessGauge:
             gradient: The gradient there.
             batches: This batch, to compare the next one with.
             stability: What the optimizer is about to do.
-            hessian_on: Makes the Hessian on other batches, at the same parameters.
+            hessian_on: Makes the Hessian on other batches, at the same parameters; None to compare with none.
             fixed: The Hessian on data to compare with in place of the batch that was measured last.
 
         Raises:
             NonFiniteCurvatureError: If slope or curvature of the batch are not finite.
 
         """
+        self._settle(stability)
+        direction = step_direction(gradient, stability.scale)
+        curvature, product = step_curvature(stability.matrix(own), direction)
+        self._sharpness.see(curvature)
+        other = None
+        if self._is_compared_next:
+            other = fixed
+            if fixed is None and self._others is not None and hessian_on is not None:
+                other = hessian_on(self._others)
+        if other is not None:
+            there = step_direction(other.gradient(keep_graph=True), stability.scale)
+            self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
+        self._others = batches if fixed is None else None
+        return self._gauged(curvature, stability)
+
+    def glance(
+        self, own: LossHessian, gradient: Tensor, batches: Sequence[ProbeBatch], stability: Stability
+    ) -> Gauged | None:
+        """Measure the batch of the step by three values of its loss, where `may_glance` says that it is enough.
+
+        Args:
+            own: The Hessian on the step's own batch.
+            gradient: The gradient there.
+            batches: This batch, to compare a later one with.
+            stability: What the optimizer is about to do.
+
+        Returns:
+            What was found; None if the losses do not tell.
+
+        Raises:
+            NonFiniteCurvatureError: If the loss or the slope of the batch is not finite.
+
+        """
+        self._settle(stability)
+        limit = stability.limit_at(1.0)
+        seen = self._sharpness.estimate()
+        expected = max(_LEAST_SHARPNESS * limit, 0.0 if seen is None else seen.value)
+        if not 0 < expected < math.inf:
+            return None
+        curvature = glanced_step(own, gradient, stability, expected)
+        if curvature is None:
+            self._failures += 1
+            return None
+        self._failures = 0
+        self._sharpness.see(curvature)
+        self._others = batches
+        return self._gauged(curvature, stability)
+
+    def _settle(self, stability: Stability) -> None:
+        """Forget what was measured while the moments of an adaptive optimizer had not settled, once they have."""
         if stability.is_settled and not self._is_settled:
             # In the metric of moments that have not settled a ratio can be a thousand times too high, which an average
             # over measurements, weighted with their slopes, would keep for as many as it is one over.
             self._sharpness = BatchSharpness()
         self._is_settled = stability.is_settled
-        direction = step_direction(gradient, stability.scale)
-        curvature, product = step_curvature(stability.matrix(own), direction)
-        self._sharpness.see(curvature)
-        other = fixed
-        if self._sharpness.num_comparisons >= _COMPARED_FIRST and self._count % _COMPARED_EVERY:
-            other = None
-        elif fixed is None and self._others is not None:
-            other = hessian_on(self._others)
-        if other is not None:
-            there = step_direction(other.gradient(keep_graph=True), stability.scale)
-            self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
+
+    def _gauged(self, curvature: StepCurvature, stability: Stability) -> Gauged:
+        """What the last measurements say together."""
         self._count += 1
-        self._others = batches if fixed is None else None
         estimate = self._sharpness.estimate()
         if estimate is None:  # none of the batches had a gradient
             return {"stability_limit": _limit(stability, None), "is_settled": stability.is_settled}

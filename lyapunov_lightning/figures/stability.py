@@ -40,6 +40,7 @@ def sharpness_figure(
     batch_sharpness: Sequence[float | None] = (),
     learning_rate: Sequence[float | None] = (),
     learning_rate_limit: Sequence[float | None] = (),
+    stability_ratio: Sequence[float | None] = (),
     losses: Curve | None = None,
     met_at: float | None = None,
     crossings: Sequence[float] = (),
@@ -48,8 +49,8 @@ def sharpness_figure(
 ) -> Picture:
     """The sharpness of a run against its stability limit, the learning rate against its own, and the training loss.
 
-    What lies above a limit is shaded. An axis is logarithmic where its values span more than 30 times; values that are
-    None or not finite are left out, and a line goes on from one known value to the next.
+    What binds and lies above a limit is shaded. An axis is logarithmic where its values span more than 30 times; values
+    that are None or not finite are left out, and a line goes on from one known value to the next.
 
     Args:
         steps: Optimizer steps of the measurements.
@@ -58,6 +59,8 @@ def sharpness_figure(
         batch_sharpness: ``curvature/batch_sharpness`` at these, if it was measured.
         learning_rate: ``curvature/learning_rate`` at these, for a panel of its own; none where it is empty.
         learning_rate_limit: ``curvature/learning_rate_limit`` at these.
+        stability_ratio: ``curvature/stability_ratio`` at these, which says which of the curves binds; the upper one if
+            it is empty.
         losses: Optimizer steps and the training loss at these, if it is to be drawn.
         met_at: The step at which the sharpness met the limit, marked by a dot.
         crossings: Further steps at which it went above the limit, marked on the lower edge.
@@ -78,11 +81,13 @@ def sharpness_figure(
     heights = [3.0, *([2.0] if _is_known(learning_rate_limit) else []), *([] if losses is None else [2.0])]
     picture = new_picture(WIDTH, 1.6 * len(heights) + 1.4, title, is_measured=False)
     upper, *lower = panels = stacked(picture, heights)
-    with_fixed_margins(picture, panels)
     times, values, limits = floats(steps), floats(sharpness), floats(stability_limit)
     _known_curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
     along = floats(batch_sharpness) if len(batch_sharpness) else np.full(len(times), np.nan)
     _known_curve(upper, times, along, color=OCHRE, linewidth=1.7, label="batch sharpness", zorder=3)
+    binding = np.fmax(_joined(times, values), _joined(times, along))
+    if len(stability_ratio):
+        binding = floats(stability_ratio) * limits
     if np.isfinite(limits).any():
         dashed: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--", "label": "stability limit"}
         # Across the whole panel and not only between the first and the last measurement: a constant limit holds before
@@ -92,18 +97,19 @@ def sharpness_figure(
         else:
             _known_curve(upper, times, limits, **dashed)
         # Without either of the two there is nothing to compare, and nothing shaded.
-        _shade_above(upper, times, np.fmax(_joined(times, values), _joined(times, along)), limits)
+        _shade_above(upper, times, binding, limits)
     _fit_from_zero(upper, np.concatenate([values, along, limits]))
     upper.set_ylabel("curvature")
     if len(crossings):
         mark_lower_edge(upper, crossings, "went above the limit again")
     if met_at is not None:
-        _mark_meeting(upper, met_at, times, np.fmax(values, along))
+        _mark_meeting(upper, met_at, times, binding)
     key(upper)
     if _is_known(learning_rate_limit):
         _draw_rates(lower[0], times, floats(learning_rate), floats(learning_rate_limit))
     if losses is not None:
         draw_loss(lower[-1], losses)
+    with_fixed_margins(picture, panels)
     return picture
 
 

@@ -16,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
 from lyapunov_lightning.figures.ticks import Floats, linear_axis
 
@@ -204,10 +205,11 @@ def stacked(picture: Picture, heights: Sequence[float], steps_label: str = "step
 def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
     """Lay out stacked panels, with a legend above each, by margins that are known beforehand.
 
-    For figures that are drawn while a training waits: it takes half the time of a layout that measures every text.
+    For figures that are drawn while a training waits: it takes half the time of a layout that measures every text, and
+    without the small ticks of logarithmic axes, a hundred objects, half of what is left.
 
     Args:
-        picture: Made by `new_picture` without a measured layout.
+        picture: Made by `new_picture` without a measured layout, with everything drawn.
         panels: Its panels.
 
     """
@@ -217,6 +219,8 @@ def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
         left=_LEFT / width, right=1 - _RIGHT / width, bottom=_BELOW / height, top=1 - above / height, hspace=0.35
     )
     for panel in panels:
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_minor_locator(NullLocator())
         panel.yaxis.set_label_coords((0.2 - _LEFT) / (width - _LEFT - _RIGHT), 0.5)
 
 

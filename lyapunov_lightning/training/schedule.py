@@ -10,6 +10,9 @@ from lyapunov_lightning.training.spacing import Spacing
 if TYPE_CHECKING:
     from lyapunov_lightning.training.lightning_names import Trainer
 
+_THINNED = 20
+"""Where the distance grows it is the steps so far over this: measurements then differ by 5 % in their step."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -23,6 +26,8 @@ class Schedule:
             distances; one line says how often that comes out. The first measurement, which is slower than all others,
             is made at once and is not part of the share.
         at_steps: Measure before these optimizer steps, counted from 0.
+        thin_to: Let the distance of `every_n_steps` grow with the run, to about a twentieth of the steps so far and at
+            most this: long runs change slowly, and would be measured for nothing.
 
     Raises:
         ValueError: If an argument is out of its range, or no rule is given.
@@ -31,7 +36,7 @@ class Schedule:
 
         >>> from lyapunov_lightning import Schedule
         >>> Schedule(first_n_steps=100, every_n_epochs=1)  # as in the papers: every step early on, then every epoch
-        Schedule(every_n_steps=None, every_n_epochs=1, first_n_steps=100, max_overhead=None, at_steps=())
+        Schedule(every_n_steps=None, every_n_epochs=1, first_n_steps=100, max_overhead=None, at_steps=(), thin_to=None)
 
     """
 
@@ -40,15 +45,21 @@ class Schedule:
     first_n_steps: int = 0
     max_overhead: float | None = None
     at_steps: Sequence[int] = ()
+    thin_to: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("every_n_steps", 1), ("every_n_epochs", 1), ("first_n_steps", 0)):
+        for name, least in (("every_n_steps", 1), ("every_n_epochs", 1), ("first_n_steps", 0), ("thin_to", 1)):
             value = getattr(self, name)
             if value is not None:
                 check_int(name, value, least)
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
             raise ValueError(f"`max_overhead` should be in (0, 1), got {self.max_overhead}.")
         object.__setattr__(self, "at_steps", checked_steps("at_steps", self.at_steps))
+        if self.thin_to is not None and not (self.every_n_steps and self.thin_to >= self.every_n_steps):
+            raise ValueError(
+                f"`thin_to` should be at least `every_n_steps`, the distance that it lets grow, got"
+                f" thin_to={self.thin_to} and every_n_steps={self.every_n_steps}."
+            )
         if not (self.every_n_steps or self.every_n_epochs or self.first_n_steps or self.max_overhead or self.at_steps):
             raise ValueError(
                 "A schedule should have at least one of `every_n_steps`, `every_n_epochs`, `first_n_steps`,"
@@ -71,6 +82,11 @@ def checked_steps(name: str, steps: Sequence[int]) -> tuple[int, ...]:
     if len(set(steps)) < len(steps):
         raise ValueError(f"`{name}` should hold each step once, got {steps}.")
     return tuple(sorted(steps))
+
+
+def _distance(every: int, thin_to: int | None, step: int) -> int:
+    """Steps from one measurement to the next: a multiple of `every`, so that it depends on the step alone."""
+    return every if thin_to is None else every * max(1, min(thin_to, step // _THINNED) // every)
 
 
 class ScheduleState:
@@ -152,8 +168,10 @@ class ScheduleState:
             return True
         # Whether a multiple lies in between, and not whether the step is one: with several optimizers in manual
         # optimization the step may jump over all multiples of 10.
-        if rules.every_n_steps is not None and step // rules.every_n_steps != earlier // rules.every_n_steps:
-            return True
+        if rules.every_n_steps is not None:
+            distance = _distance(rules.every_n_steps, rules.thin_to, step)
+            if step // distance != earlier // distance:
+                return True
         if rules.every_n_epochs is not None and batch_idx == 0 and trainer.current_epoch % rules.every_n_epochs == 0:
             return True
         return self._spacing is not None and self._spacing.is_due(trainer, step)

@@ -126,6 +126,7 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "lyapunov", "every_n_steps": 5}, VALIDATED | BF16),
         ({"data": "fixed", "every_n_steps": 5}, {"validate": True} | ACCUMULATED | ADAM),
         (BY_DEFAULT, {}),
+        (BY_DEFAULT, BF16),
         (BY_DEFAULT | {"end": "both"}, ADAM | UNCLIPPED),
         (BY_DEFAULT | {"data": "fixed"}, ACCUMULATED),
         (BY_DEFAULT | {"estimator": "lyapunov"}, BF16),
@@ -152,10 +153,13 @@ def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
     is_critical = probe.get("estimator") == "critical"
-    # By default at every step here, since the trainer logs at every third, and the eigenvalue at every fifth of them.
+    # By default at every step here, since the trainer logs at every third, and from step 40 on at every second; the
+    # eigenvalue at one of them, and a glance at the losses has to do at most others.
     every = probe["every_n_steps"] or (3 if is_critical else 1)
-    eigenvalue_every = 1 if is_critical else probe.get("eigenvalue_every", 1 if probe["every_n_steps"] else 5)
     at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // every
+    if not (probe["every_n_steps"] or is_critical):
+        at_least = min(at_least, 40)
+    eigenvalue_every = 1 if is_critical else probe.get("eigenvalue_every", 1 if probe["every_n_steps"] else at_least)
     estimated = with_probe.curve(f"{prefix}curvature_details/{'forward_passes' if is_critical else 'residual'}")
     measured = with_probe.curve(f"{prefix}curvature_details/converged")
     assert len(with_probe.data_seen) >= 50

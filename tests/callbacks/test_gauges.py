@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
+from lyapunov_lightning.callbacks import curvature_probe
 from lyapunov_lightning.callbacks.estimators import LyapunovExponents
 from lyapunov_lightning.callbacks.gauges import DecreaseGauge, SharpnessGauge
-from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.callbacks.results.probe import WHOLE_AGREEMENT, ProbeResult
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph
@@ -92,8 +94,8 @@ class Expected:
             along = scale * gradient
             slope, curvature = float(gradient @ along), float(along @ hessian @ along)
             steps.append((slope, curvature))
-            # The first comparisons are made at once, later ones at every fourth measurement.
-            if step in dense.other and (len(compared) < 3 or len(self.results) % 4 == 0):
+            # The first comparisons are made at once, later ones at every eighth measurement.
+            if step in dense.other and (len(compared) < 3 or len(self.results) % 8 == 0):
                 other, its_hessian = dense.other[step]
                 crossed, shared = float(scale * other @ hessian @ along), float(along @ its_hessian @ along)
                 compared.append((slope, curvature, float(other @ along), shared, crossed))
@@ -189,7 +191,9 @@ def test_the_limit_is_that_of_the_optimizer_at_the_measured_agreement(fit: Fit, 
     assert len(known) >= 10
     for result in known:
         assert result.stability_limit == pytest.approx(limits[result.step](result.batch_agreement), rel=1e-12)
-        binding = max(result.batch_sharpness, result.decisive_eigenvalue)
+        binding = result.batch_sharpness
+        if result.batch_agreement >= WHOLE_AGREEMENT:
+            binding = max(binding, result.decisive_eigenvalue)
         assert result.stability_ratio == pytest.approx(binding / result.stability_limit, rel=1e-12)
         assert result.learning_rate_limit == pytest.approx(result.learning_rate / result.stability_ratio, rel=1e-12)
         assert result.step_ratio == pytest.approx(result.step_sharpness / result.stability_limit, rel=1e-12)
@@ -283,6 +287,100 @@ def test_an_adaptive_optimizer_is_judged_once_it_has_settled(fit: Fit) -> None:
     fit(SmallRegressor(), plain, max_steps=4)
     assert [result.is_settled for result in probe.results if result.step] == [step >= 20 for step in range(1, 24)]
     assert all(result.is_settled for result in plain.results)
+
+
+# By values of the loss.
+
+
+class Glances:
+    """Which steps were measured by values of the loss, and which of them by a product in the end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[int] = []
+        self.products: list[int] = []
+        trainers: list[pl.Trainer] = []
+        start, values, matvec = CurvatureProbe.on_train_start, HessianOperator.values_along, HessianOperator.matvec
+
+        def started(probe: CurvatureProbe, trainer: pl.Trainer, pl_module: Any) -> None:
+            trainers.append(trainer)
+            start(probe, trainer, pl_module)
+
+        def looked(*args: Any) -> Any:
+            self.steps.append(trainers[-1].global_step)
+            return values(*args)
+
+        def multiplied(*args: Any) -> Any:
+            self.products.append(trainers[-1].global_step)
+            return matvec(*args)
+
+        monkeypatch.setattr(CurvatureProbe, "on_train_start", started)
+        monkeypatch.setattr(HessianOperator, "values_along", looked)
+        monkeypatch.setattr(HessianOperator, "matvec", multiplied)
+
+    @property
+    def by_losses(self) -> set[int]:
+        """The steps at which losses were enough."""
+        return set(self.steps) - set(self.products)
+
+
+class ScaledLater(SmallRegressor):
+    """Another gradient than that of its loss, from the 14th batch on."""
+
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad.mul_(1.0 if self.global_step < 14 else 0.5)
+
+
+class Scaled(SmallRegressor):
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "options"),
+    [
+        *((name, SmallRegressor, {}) for name in KNOWN),
+        *((name, SmallRegressor, {"accumulate_grad_batches": 4}) for name in ("momentum", "adam")),
+        *((name, module, {}) for name in ("momentum", "groups") for module in (Scaled, ScaledLater)),
+    ],
+    ids=name_of,
+)
+def test_between_eigenvalues_losses_give_the_sharpness_of_the_step(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, name: str, module: Any, options: dict[str, Any]
+) -> None:
+    optimizer, *_ = KNOWN[name]
+    dense, probe, glances = Dense(), CurvatureProbe(1, eigenvalue_every=100), Glances(monkeypatch)
+    fit(module(optimizer), dense, probe, max_steps=24, **options)
+    compared = {0, 1, 2, 3, 8, 16}  # by products, as is what losses do not tell of a gradient that was changed
+    assert glances.by_losses.isdisjoint(compared)
+    assert len(glances.by_losses) >= (7 if module is ScaledLater else 14)
+    for result in probe.results:
+        if result.step_sharpness is None:
+            continue
+        gradient, hessian = dense.seen[result.step]
+        along = dense.scales[result.step] * gradient
+        sharpness = float(along @ hessian @ along / (gradient @ along))
+        # The distance is a fifth of that over which the slope changes by its own size: fourth derivatives are left.
+        rel = 0.1 if result.step in glances.by_losses else 1e-8
+        assert result.step_sharpness == pytest.approx(sharpness, rel=rel, abs=rel * result.batch_sharpness)
+
+
+def test_after_three_that_do_not_tell_losses_are_not_asked_any_more(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(SmallRegressor):
+        """Its loss is another one at each evaluation, by more than its slope says, and its gradient is not."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                offset = sum(parameter.sum() for parameter in self.parameters())
+            return loss + (1e3 * offset).sin()
+
+    glances, probe = Glances(monkeypatch), CurvatureProbe(1, eigenvalue_every=100)
+    fit(Noisy(), probe, max_steps=24)
+    assert len(set(glances.steps)) == 3
+    assert glances.by_losses == set()
+    assert all(result.step_sharpness is not None for result in probe.results)
 
 
 # Optimizers whose limit nobody knows.
@@ -435,7 +533,8 @@ def test_clipping_is_what_was_left_of_the_gradient(
     assert len(left) == 12
     assert min(left.values()) < 0.9
     for result in probe.results[1:]:
-        binding = max(result.batch_sharpness, result.decisive_eigenvalue) / result.stability_limit
+        counts = result.batch_agreement is not None and result.batch_agreement >= WHOLE_AGREEMENT
+        binding = max(result.batch_sharpness, result.decisive_eigenvalue if counts else 0) / result.stability_limit
         assert result.stability_ratio == pytest.approx(result.clipping * binding, rel=1e-12)
         assert result.learning_rate_limit == pytest.approx(0.2 / result.stability_ratio, rel=1e-12)
 
@@ -638,10 +737,10 @@ BY_DEFAULT = [0, 5, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200]
 @pytest.mark.parametrize(
     ("probe", "options", "steps", "with_eigenvalue"),
     [
-        ({}, {}, BY_DEFAULT, [0, 5, 80, 180]),
+        ({"eigenvalue_every": 5}, {}, BY_DEFAULT, [0, 5, 80, 180]),
         ({"eigenvalue_every": 1}, {}, BY_DEFAULT, BY_DEFAULT),
         ({"eigenvalue_every": 3}, {}, BY_DEFAULT, [0, 5, 40, 100, 160]),
-        ({}, {"log_every_n_steps": 100}, [0, 5, 40, 80, 120, 160, 200], [0, 5, 160]),
+        ({"eigenvalue_every": 5}, {"log_every_n_steps": 100}, [0, 5, 40, 80, 120, 160, 200], [0, 5, 160]),
         ({"every_n_steps": 50}, {}, [0, 50, 100, 150, 200], [0, 50, 100, 150, 200]),
         ({"every_n_steps": 50, "eigenvalue_every": 4}, {}, [0, 50, 100, 150, 200], [0, 50, 200]),
         (
@@ -666,8 +765,39 @@ def test_the_eigenvalue_is_measured_at_some_of_the_measurements(
     assert [last[step] for step in steps] == [
         max((at, value) for at, value in last.items() if at in with_eigenvalue and at <= step)[1] for step in steps
     ]
-    ratios = [max(result.batch_sharpness, result.decisive_eigenvalue) * 0.1 / 2 for result in probing.results]
+    ratios = [
+        max(result.batch_sharpness, result.decisive_eigenvalue if (result.batch_agreement or 0) >= 0.9 else 0) * 0.1 / 2
+        for result in probing.results
+    ]
     assert [result.stability_ratio for result in probing.results] == pytest.approx(ratios)
+
+
+@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov"])
+def test_by_default_eigenvalues_come_as_their_share_of_the_steps_allows(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, estimator: Any
+) -> None:
+    share = 0.3  # and not 0.03: a tenth of the steps shows the same
+    monkeypatch.setattr(curvature_probe, "_EIGENVALUE_SHARE", share)
+    probe = CurvatureProbe(estimator=estimator)
+    fit(SmallRegressor(), probe, max_steps=170, log_every_n_steps=10)
+    measured, with_eigenvalue = measured_at(probe)
+    assert with_eigenvalue[0] == measured[2]
+    cost = {result.step: 2.3 * result.matvecs / share for result in probe.results if result.lambda_max is not None}
+    assert len(cost) >= 2
+    for step, later in itertools.pairwise(with_eigenvalue):
+        assert later == min(at for at in measured if at >= step + cost[step])
+    # It stands for four measurements more.
+    held = {result.step for result in probe.results if result.decisive_eigenvalue is not None}
+    assert held == {at for place, at in enumerate(measured) if set(measured[max(0, place - 4) : place + 1]) & set(cost)}
+
+
+def test_by_default_measurements_thin_out_as_the_run_goes_on(fit: Fit) -> None:
+    probe = CurvatureProbe(estimator="power", log_prefix="thin")
+    fit(SmallRegressor(), probe, max_steps=301, log_every_n_steps=5)
+    steps = [result.step for result in probe.results]
+    assert steps == sorted(
+        {5, *range(0, 80, 2), *range(80, 120, 4), *range(120, 160, 6), *range(160, 200, 8)} | {*range(200, 301, 10)}
+    )
 
 
 def test_the_critical_sharpness_follows_the_logging(fit: Fit) -> None:
@@ -678,7 +808,7 @@ def test_the_critical_sharpness_follows_the_logging(fit: Fit) -> None:
 
 
 def test_no_eigenvalue_counts_from_before_an_adaptive_optimizer_had_settled(fit: Fit) -> None:
-    probe = CurvatureProbe()
+    probe = CurvatureProbe(eigenvalue_every=5)
     fit(SmallRegressor(adam), probe, max_steps=121, log_every_n_steps=50)
     assert measured_at(probe)[1] == [0, 5, 80]
     found = {result.step: result.decisive_eigenvalue for result in probe.results}
@@ -773,12 +903,12 @@ def test_a_run_that_goes_on_where_batches_were_to_be_compared_compares_the_next_
     # The batch before the checkpoint is not kept in it.
     optimizer, limit, pace = KNOWN["momentum"]
     dense, whole = Dense(), CurvatureProbe(1)
-    keeper = ModelCheckpoint(tmp_path, every_n_train_steps=12, save_top_k=-1, filename="{step}")
-    fit(SmallRegressor(optimizer), dense, whole, keeper, max_steps=18)
+    keeper = ModelCheckpoint(tmp_path, every_n_train_steps=24, save_top_k=-1, filename="{step}")
+    fit(SmallRegressor(optimizer), dense, whole, keeper, max_steps=30)
     resumed = CurvatureProbe(1)
-    fit(SmallRegressor(optimizer), resumed, ckpt_path=tmp_path / "step=12.ckpt", max_steps=18, **SAFELY)
+    fit(SmallRegressor(optimizer), resumed, ckpt_path=tmp_path / "step=24.ckpt", max_steps=30, **SAFELY)
     mine, theirs = ({result.step: result for result in probe.results} for probe in (resumed, whole))
     agree(whole.results, Expected(dense, limit, pace).results)
-    assert [mine[step].batch_sharpness for step in range(18)] == [theirs[step].batch_sharpness for step in range(18)]
-    assert mine[12].batch_agreement == mine[11].batch_agreement
-    assert mine[12].batch_agreement != theirs[12].batch_agreement
+    assert [mine[step].batch_sharpness for step in range(30)] == [theirs[step].batch_sharpness for step in range(30)]
+    assert mine[24].batch_agreement == mine[23].batch_agreement
+    assert mine[24].batch_agreement != theirs[24].batch_agreement

@@ -74,6 +74,7 @@ def test_epochs_are_measured_before_their_first_step(fit, every_n_epochs, accumu
         (Schedule(first_n_steps=3, every_n_epochs=1), [0, 1, 2, 4, 8]),
         (Schedule(first_n_steps=2, every_n_steps=5), [0, 1, 5, 10]),
         (Schedule(every_n_steps=3, every_n_epochs=1), [0, 3, 4, 6, 8, 9]),
+        (Schedule(every_n_steps=3, thin_to=6), [0, 3, 6, 9]),
     ],
     ids=str,
 )
@@ -90,7 +91,7 @@ def test_every_training_is_measured_from_its_first_step(fit, num_steps):
         assert [is_due for is_due, *_ in answers] == [True, False, False][:num_steps]
 
 
-@pytest.mark.parametrize("name", ["every_n_steps", "every_n_epochs"])
+@pytest.mark.parametrize("name", ["every_n_steps", "every_n_epochs", "thin_to"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
 def test_interval_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"`{name}` should be a positive int, got {value}"):
@@ -107,6 +108,24 @@ def test_number_of_first_steps_out_of_range_is_named(value):
 def test_share_out_of_range_is_named(max_overhead):
     with pytest.raises(ValueError, match=r"`max_overhead` should be in \(0, 1\), got"):
         Schedule(1, max_overhead=max_overhead)
+
+
+def test_measurements_thin_out_with_the_run_and_not_beyond_what_was_asked():
+    state, trainer = ScheduleState(Schedule(every_n_steps=2, thin_to=7)), SimpleNamespace(current_epoch=0)
+    steps = []
+    for trainer.global_step in range(400):
+        if state.advance(trainer, 1 if trainer.global_step else 0):
+            steps.append(trainer.global_step)
+    # A twentieth of the steps so far, in multiples of 2 and at most 7: so 6.
+    assert steps == [*range(0, 80, 2), *range(80, 120, 4), *range(120, 400, 6)]
+
+
+@pytest.mark.parametrize(
+    "rules", [{"thin_to": 5}, {"every_n_steps": 10, "thin_to": 5}, {"first_n_steps": 3, "thin_to": 5}]
+)
+def test_a_distance_that_could_not_grow_is_refused(rules):
+    with pytest.raises(ValueError, match=r"`thin_to` should be at least `every_n_steps`.*thin_to=5"):
+        Schedule(**rules, thin_to=5)
 
 
 def test_a_schedule_without_a_rule_is_refused():

@@ -99,12 +99,13 @@ class MeasuredStep:
         """The Hessian, with its products shown in a progress bar."""
         return watched(self.hessian, self.step.trainer, self.owner)
 
-    def stability(self, *, counts_gradient: bool = True) -> Stability | None:
+    def stability(self, gradient: Tensor | None = None, *, counts_gradient: bool = True) -> Stability | None:
         """The stability limit of the first optimizer as it is set now; None if it is not known.
 
         Args:
+            gradient: The gradient of the coming step, where it is known.
             counts_gradient: Whether an adaptive optimizer's divisor is that of the coming step, for which the gradient
-                is computed, or that of the last one.
+                is computed where it is not known, or that of the last one.
 
         """
         if not self.step.trainer.optimizers:
@@ -121,7 +122,10 @@ class MeasuredStep:
             )
         # In the order of the measured parameters, and as the optimizer is set now: Adam's preconditioner and the
         # learning rate change with every step.
-        gradient = self.gradient if counts_gradient and is_adaptive(optimizer) else None
+        if not (counts_gradient and is_adaptive(optimizer)):
+            gradient = None
+        elif gradient is None:
+            gradient = self.gradient
         return stability_of(optimizer, self.hessian.parameters, self.hessian.layout, gradient)
 
     def limits(self, stability: Stability | None) -> Limits:

@@ -36,8 +36,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.directions.second_difference import curvature_along
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
+from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
+from lyapunov_lightning.curvature.stability import Stability
 
 _MEASUREMENTS = 8
 """Over how many measurements the batch sharpness is averaged: the standard error of one is about its own size at small
@@ -116,6 +119,41 @@ def step_curvature(matrix: LinearOperator, direction: Tensor) -> tuple[StepCurva
     product = matrix.matvec(direction)
     slope, curvature = _numbers(space.inner(direction, direction), space.inner(direction, product))
     return StepCurvature(slope, curvature), product
+
+
+def glanced_step(
+    hessian: LossHessian, gradient: Tensor, stability: Stability, sharpness: float
+) -> StepCurvature | None:
+    """Slope and curvature of a batch along its own step, by three values of its loss.
+
+    Args:
+        hessian: The Hessian of the batch, with its loss.
+        gradient: The gradient of the batch, of shape ``(n,)``.
+        stability: What the optimizer is about to do.
+        sharpness: About what the batch sharpness is expected to be; positive.
+
+    Returns:
+        Both; None where the losses do not tell, see `lyapunov_lightning.curvature.directions.second_difference`.
+
+    Raises:
+        NonFiniteCurvatureError: If the loss or the slope is not finite.
+
+    """
+    space = hessian.space
+    direction = step_direction(gradient, stability.scale)
+    step = step_direction(direction, stability.scale)  # of the parameters: S w
+    decay = None if stability.shift is None else stability.shift.to(direction)
+    shift = space.inner(direction, direction) * 0 if decay is None else space.inner(direction, decay * direction)
+    slope, shifted = _numbers(space.inner(direction, direction), shift)
+    if not slope:
+        return StepCurvature(0.0, 0.0)
+    found = curvature_along(
+        lambda distances: hessian.values_along(step, distances),
+        slope,
+        sharpness,
+        precision=torch.finfo(hessian.dtype).eps,
+    )
+    return None if found is None else StepCurvature(slope, stability.sign * found.value + shifted)
 
 
 def compared(

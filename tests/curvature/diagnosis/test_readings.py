@@ -21,15 +21,15 @@ def test_without_a_positive_ratio_and_rate_none_is_named(ratio, rate):
     assert named([ratio] * 40, rate) is None
 
 
-def test_the_limit_lies_between_where_the_run_mostly_is_and_its_flattest_place():
-    ratios = [0.25] * 10 + [1.0] * 30  # a run that sharpens until its rate, 0.1, is at the limit, and began at 0.4
+def test_the_limit_lies_between_where_the_run_mostly_is_and_where_it_was_at_first():
+    ratios = [0.25] * 15 + [1.0] * 25  # a run that sharpens until its rate, 0.1, is at the limit, and began at 0.4
     ratios[35] = 7.0  # a single measurement
     ratios[38:] = [0.01, 0.01]  # and a network that has learned its data
     assert named(ratios) == pytest.approx((0.4 * 0.1) ** 0.5)
 
 
-def test_of_a_run_that_suffers_the_flattest_place_does_not_count():
-    readings = readings_of([0.25] * 10 + [1.0] * 30, learning_rate=0.1)
+def test_of_a_run_that_suffers_its_first_half_does_not_count():
+    readings = readings_of([0.25] * 15 + [1.0] * 25, learning_rate=0.1)
     assert learning_rate_limit(readings, is_suffering=True) == pytest.approx(0.1)
 
 

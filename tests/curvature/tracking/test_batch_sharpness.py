@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.linear import ScaledOperator
 from lyapunov_lightning.curvature.stability import stability_of
@@ -19,6 +20,7 @@ from lyapunov_lightning.curvature.tracking.batch_sharpness import (
     Comparison,
     StepCurvature,
     compared,
+    glanced_step,
     step_curvature,
     step_direction,
 )
@@ -51,6 +53,48 @@ def test_numbers_are_those_of_the_dense_matrices(preconditioned):
     assert found.slope == pytest.approx(float(other_gradient @ along))
     assert found.curvature == pytest.approx(float(along @ other @ along))
     assert found.crossed == pytest.approx(float(along_other @ own @ along))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, maximize=True),
+        lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:], "lr": 0.02, "weight_decay": 0.5}], lr=0.1),
+        lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.2),
+    ],
+    ids=["momentum", "decay, maximize", "groups", "adam"],
+)
+def test_three_losses_give_what_a_product_does(optimizer):
+    # A quadratic, so that the second difference is exact; decay is no part of the loss.
+    dense = symmetric_matrix([5.0, 2.0, 1.0, 0.5, -1.0], 0)
+    first, second = (part.clone().requires_grad_() for part in vector(1).split([2, 3]))
+    parameters = [first, second]
+    made = optimizer(parameters)
+
+    def loss(batch: Tensor) -> Tensor:
+        x = torch.cat(parameters)
+        return x @ batch @ x / 2
+
+    loss(dense).backward()
+    made.step()
+    hessian = HessianOperator(loss, parameters, [dense])
+    gradient = hessian.gradient()
+    stability = stability_of(made, parameters, hessian.layout, gradient)
+    assert stability is not None
+    exact, _ = step_curvature(stability.matrix(hessian), step_direction(gradient, stability.scale))
+    found = glanced_step(hessian, gradient, stability, stability.limit)
+    assert found is not None
+    assert found.slope == pytest.approx(exact.slope, rel=1e-12)
+    assert found.curvature == pytest.approx(exact.curvature, rel=1e-7)
+
+
+def test_a_batch_without_a_gradient_is_not_looked_at():
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    hessian = HessianOperator(lambda batch: (batch * x**2).sum(), [x], [torch.ones(2)])
+    stability = stability_of(torch.optim.SGD([x], lr=0.1), [x])
+    assert stability is not None
+    assert glanced_step(hessian, hessian.gradient(), stability, 1.0) == StepCurvature(0.0, 0.0)
 
 
 def test_equal_batches_agree_wholly():
