@@ -32,7 +32,7 @@ def _scvi(name: str) -> tuple[Any, Any]:
     if name == "AmortizedLDA":
         scvi.model.AmortizedLDA.setup_anndata(table)
         model = scvi.model.AmortizedLDA(table, n_topics=4, n_hidden=16)
-        plan = scvi.train.LowLevelPyroTrainingPlan(model.module, optim_kwargs={"lr": 1e-3}, n_epochs_kl_warmup=3)
+        plan = scvi.train.LowLevelPyroTrainingPlan(model.module, optim_kwargs={"lr": 1e-2}, n_epochs_kl_warmup=3)
         loader = scvi.dataloaders.AnnDataLoader(model.adata_manager, shuffle=True, batch_size=16)
     elif name == "SCANVI":
         scvi.model.SCANVI.setup_anndata(table, labels_key="kind", unlabeled_category="unknown", batch_key="batch")
