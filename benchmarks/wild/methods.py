@@ -1,4 +1,4 @@
-"""LightningModules of general methods: uncertainty, forecasting, tables, pictures. The data is made here."""
+"""LightningModules of general methods: uncertainty, forecasting, pictures. The data is made here."""
 
 import functools
 from collections.abc import Callable
@@ -64,24 +64,6 @@ def _darts(name: str) -> tuple[Any, Any]:
     return prepared["model"], prepared["datamodule"]
 
 
-def _clusters(size: int = 96, features: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    labels = np.arange(size) % 3
-    return generator.standard_normal((3, features))[labels] + 0.6 * generator.standard_normal((size, features)), labels
-
-
-def _deeptab() -> tuple[Any, Any]:
-    import pandas as pd
-    from deeptab import models
-    from deeptab.configs import MambularConfig
-
-    inputs, labels = _clusters()
-    table = pd.DataFrame(inputs, columns=[f"x{index}" for index in range(inputs.shape[1])])
-    whole = models.MambularClassifier(MambularConfig(d_model=8, n_layers=1, d_state=4))
-    whole.build_model(table, labels, batch_size=16, random_state=7)
-    return whole._task_model, whole._data_module
-
-
 def _lightly() -> tuple[Any, Any]:
     from lightly.utils.benchmarking import FinetuneClassifier
 
@@ -105,6 +87,5 @@ METHODS = (
     WildModule("lightning-uq-box", "MDNRegression", _of(_lightning_uq_box, "MDNRegression")),
     WildModule("darts", "N-BEATS", _of(_darts, "N-BEATS"), library="pytorch_lightning"),
     WildModule("darts", "TCN, Gaussian likelihood", _of(_darts, "TCN"), library="pytorch_lightning"),
-    WildModule("deeptab", "TaskModel (Mambular)", _deeptab),
     WildModule("lightly", "FinetuneClassifier", _lightly, library="pytorch_lightning"),
 )
