@@ -67,13 +67,14 @@ $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(1)
 mv $(1)/seen.pth "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 endef
 
-# torch and Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and does without.
+# torch and Lightning stay those of .venv; pytorch-tabular asks for an older torchmetrics than that, and mlcolvar for the
+# first version of pydantic, which nobody else bears and it does not import: both do without.
 .wild/.installed: benchmarks/wild/requirements.txt | $(STAMP)
 	$(call make_venv_that_sees_ours,.wild)
 	$(BIN)/python -m pip list --format=freeze | grep -E '^(torch|torchvision|lightning|pytorch-lightning|torchmetrics)==' \
 		> .wild/constraints.txt
 	.wild/bin/python -m pip install --quiet --constraint .wild/constraints.txt --requirement $<
-	.wild/bin/python -m pip install --quiet --no-deps pytorch-tabular==1.2.0
+	.wild/bin/python -m pip install --quiet --no-deps pytorch-tabular==1.2.0 mlcolvar==1.3.1
 	touch $@
 
 # The packages beside which ours is set, likewise. cockpit imports pkg_resources, which setuptools had up to 80.

@@ -3,8 +3,6 @@
 Hugging Face's networks come without a LightningModule; they stand in a thin one. All the others are used as they are.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,23 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-
-@dataclass(frozen=True)
-class WildModule:
-    """A module of another package.
-
-    Attributes:
-        package: Where it comes from, under its name in the package index.
-        name: What it is called in the table.
-        build: Makes the module, and what its trainer is to be fitted on.
-        library: The name under which the package imports Lightning.
-
-    """
-
-    package: str
-    name: str
-    build: Callable[[], tuple[Any, Any]]
-    library: str = "lightning.pytorch"
+from benchmarks.wild.methods import METHODS
+from benchmarks.wild.sciences import SCIENCES
+from benchmarks.wild.wild_module import WildModule
 
 
 def _waves(series: int = 8, length: int = 80) -> np.ndarray:
@@ -250,4 +234,6 @@ WILD_MODULES = (
     WildModule("transformers", "GPT-2, gradient checkpointing", lambda: _hugging_face("GPT-2")),
     WildModule("transformers", "Llama", lambda: _hugging_face("Llama")),
     WildModule("transformers", "T5", lambda: _hugging_face("T5")),
+    *SCIENCES,
+    *METHODS,
 )

@@ -12,7 +12,7 @@ import random
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Optional
 
 import lightning.pytorch as pl
@@ -194,6 +194,10 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def _hashable(key: Any) -> Any:
+    return key if isinstance(key, Hashable) and not isinstance(key, tuple) else repr(key)
+
+
 def _plain(value: Any, root: str = "") -> Any:
     """A copy that `==` compares bit by bit, with the type's name for what holds no state of interest."""
     if isinstance(value, Tensor):
@@ -207,13 +211,13 @@ def _plain(value: Any, root: str = "") -> Any:
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, Mapping):
-        return {_plain(key, root): _plain(inner, root) for key, inner in value.items()}
+        return {_hashable(_plain(key, root)): _plain(inner, root) for key, inner in value.items()}
     if isinstance(value, (list, tuple, deque)):
         return [_plain(inner, root) for inner in value]
     if isinstance(value, nn.Module):
         return [_plain(dict(value.state_dict(keep_vars=True))), _attributes(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        return _plain({field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)})
     if isinstance(value, str):
         return value.replace(root, "") if root else value
     if isinstance(value, float):

@@ -203,6 +203,7 @@ WRITES = [
         "loss = loss + 0.1 * self.$(x).mean()",
         "self.$ = nn.Linear(4, 1)",
     ),
+    State("gradients switched on for good", before="torch.set_grad_enabled(True)"),
     State("inputs written in place", before="x.mul_(0.9)", provides=tags("writes inputs")),
     State("targets replaced", before="y = y * 0.5 + 0.5 * self.net(x).detach()", excludes=tags("runs net twice")),
 ]

@@ -256,6 +256,22 @@ LIBRARIES = [
         excludes=tags("deepcopy"),
     ),
     _counter(
+        "objects in a list that the step makes in a library",
+        "self.$ = Box_$(n=0)",
+        "library_$.STORE.setdefault('boxes', []).append(self.$)\nself.$.n += 1",
+        "len(library_$.STORE['boxes'])",
+        above=_BOX + _LIBRARY,
+        slow=True,
+    ),
+    _counter(
+        "object handed to a library in a later step",
+        "self.$ = Box_$(n=0)",
+        "if self.global_step == 2:\n    library_$.LIST.append(self.$)\nself.$.n += 1",
+        "(self.$.n + len(library_$.LIST))",
+        above=_BOX + _LIBRARY,
+        slow=True,
+    ),
+    _counter(
         "state of a library by a weak key",
         "self.$ = Box_$(n=0)",
         "library_$.KEYED[self.$] = library_$.KEYED.get(self.$, 0) + 1",

@@ -146,6 +146,42 @@ def surviving(held: list[Held]) -> list[Survivor]:
     return survivors
 
 
+def outside_references(memo: Memo, known: Sequence[list[Any]] = ()) -> dict[int, int]:
+    """How often each object that was copied is referred to from elsewhere than from the others, by its id.
+
+    The number by itself says little, since the frames of the running training count as well. One that has grown from
+    measurement to measurement says that somebody has come to hold the object: itself, a method of it, a function that
+    closes over it, a weak reference.
+
+    Args:
+        memo: What was copied.
+        known: What containers outside hold, whose references do not count.
+
+    """
+    own = set(map(id, memo.owned))
+    copied = [one for one in memo.originals if memo.copies.get(id(one)) is not one]
+    attributes = [one.__dict__ for one in copied if id(memo.copies.get(id(one))) in own and hasattr(one, "__dict__")]
+    containers = [*copied, *attributes, memo.originals, copied, attributes, memo.copies, memo.functions, memo.classes]
+    containers += known
+    explained = Counter(map(id, gc.get_referents(*containers)))
+    explained.update(map(id, containers))
+    explained.update(id(one) for content in known for one in content)
+    counts = list(map(sys.getrefcount, memo.originals))
+    weakly = [_weak_references(one) for one in memo.originals]
+    itself = _counted_itself()
+    return {
+        id(one): count - itself - explained[id(one)] + weak
+        for one, count, weak in zip(memo.originals, counts, weakly, strict=True)
+    }
+
+
+def _weak_references(one: Any) -> int:
+    """How often an object is referred to weakly. Of plain references there is one, which its holders share."""
+    if not weakref.getweakrefcount(one):
+        return 0
+    return sum(map(sys.getrefcount, weakref.getweakrefs(one)))
+
+
 def held_from_outside(objects: list[Any], known: Sequence[Any] = ()) -> list[Any]:
     """Those of some objects that are referred to from elsewhere than from these objects.
 
@@ -165,9 +201,14 @@ def _unexplained(objects: list[Any], containers: list[Any]) -> list[Any]:
     counts = list(map(sys.getrefcount, objects))
     explained = Counter(map(id, gc.get_referents(*containers)))
     explained.update(map(id, containers))  # the list of them refers to them as well
-    probe = [object()]
-    own = next(map(sys.getrefcount, probe)) - 1  # the reference that the counting itself takes
+    own = _counted_itself()
     return [one for one, count in zip(objects, counts, strict=True) if count - own > explained[id(one)]]
+
+
+def _counted_itself() -> int:
+    """The references that the counting itself takes."""
+    probe = [object()]
+    return next(map(sys.getrefcount, probe)) - 1
 
 
 def _made_by_step(objects: list[Any]) -> list[Any]:

@@ -151,7 +151,10 @@ class TrainingObjective:
         # By the twin's copier, for a module that has kept the batch: the two are to be one object for the step as well.
         with torch._C.DisableTorchFunction():  # see `replica`
             batch = twin.copier(probe.batch)
-        return _loss_of(context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
+        # A step that needs gradients of its inputs may say `torch.set_grad_enabled(True)`. Left so, all the arithmetic
+        # of the measurement would be recorded, and hold the twin.
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return _loss_of(context_of_its_own(twin.copier).run(self._loss, twin, batch, probe))
 
     def _loss(self, twin: "Replica", batch: Any, probe: ProbeBatch) -> Any:
         module, trainer = twin.module, twin.module._trainer

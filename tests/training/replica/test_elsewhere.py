@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
+from lyapunov_lightning.training.replica import elsewhere
 from tests.training.live import RememberingLogger
 
 LIBRARY = """
@@ -74,6 +75,11 @@ def in_a_dictionary(module: Any) -> Tensor:
 def in_a_list(module: Any) -> Tensor:
     others.REGISTRY.append(module.thing)
     return others.REGISTRY[0].called() * len(others.REGISTRY)
+
+
+def in_a_list_that_the_step_makes(module: Any) -> Tensor:
+    others.STORE.setdefault("things", []).append(module.thing)
+    return others.STORE["things"][0].called() * len(others.STORE["things"])
 
 
 def in_a_tuple_in_a_list(module: Any) -> Tensor:
@@ -162,8 +168,9 @@ def installed(monkeypatch) -> Iterator[None]:
     nn.modules.module._global_forward_hooks.clear()
 
 
-def trained(use: Any, callbacks: list[Any]) -> tuple[Using, list[Tensor], list[str]]:
+def trained(use: Any, callbacks: list[Any], steps: int = 5) -> tuple[Using, list[Tensor], list[str]]:
     exec(LIBRARY, vars(others))
+    vars(others).pop("late", None)
     nn.modules.module._global_forward_hooks.clear()
     torch.manual_seed(0)
     module = Using(use)
@@ -172,7 +179,7 @@ def trained(use: Any, callbacks: list[Any]) -> tuple[Using, list[Tensor], list[s
         warnings.simplefilter("always")
         trainer = pl.Trainer(
             accelerator="cpu",
-            max_steps=5,
+            max_steps=steps,
             logger=RememberingLogger(),
             callbacks=callbacks,
             enable_checkpointing=False,
@@ -187,6 +194,7 @@ def trained(use: Any, callbacks: list[Any]) -> tuple[Using, list[Tensor], list[s
 MENDED = [
     in_a_dictionary,
     in_a_list,
+    in_a_list_that_the_step_makes,
     in_a_tuple_in_a_list,
     in_a_global_variable,
     in_a_class,
@@ -223,3 +231,85 @@ def test_what_cannot_be_taken_back_is_as_good_as_the_original_and_nothing_more_i
     assert probe.results == []
     assert len(said) == 1
     assert "The training step hands a Thing of the module to" in said[0]
+
+
+def late_in_a_list(module: Any) -> Tensor:
+    if module.global_step >= 4:
+        others.REGISTRY.append(module.thing)
+    return module.thing.called() * (1 + len(others.REGISTRY))
+
+
+def late_by_a_key(module: Any) -> Tensor:
+    if module.global_step >= 4:
+        others.STORE[len(others.STORE)] = module.thing
+    return module.thing.called() * (1 + len(others.STORE))
+
+
+def late_by_a_name(module: Any) -> Tensor:
+    was_there = "late" in vars(others)
+    if module.global_step >= 4:
+        others.late = module.thing
+    return module.thing.called() * (1 + was_there)
+
+
+def late_in_a_slot(module: Any) -> Tensor:
+    if module.global_step >= 4:
+        others.current = others.current or module.thing
+    return (others.current or module.thing).called()
+
+
+def late_by_a_hook_of_all_modules(module: Any) -> Tensor:
+    if module.global_step == 4:
+        nn.modules.module.register_module_forward_hook(lambda *_: module.thing.called())
+    return module.thing.weight.cos() * (1 + module.thing.calls)
+
+
+def between_measurements(module: Any) -> Tensor:
+    if module.global_step == 5:
+        others.STORE["thing"] = module.thing
+    return others.STORE.get("thing", module.thing).called() * module.thing.calls
+
+
+def weakly_between_measurements(module: Any) -> Tensor:
+    module.reference = weakref.ref(module.thing)  # of these there is one for all who refer so
+    if module.global_step == 5:
+        others.current = weakref.ref(module.thing)
+    return (others.current or module.reference)().called() * module.thing.calls
+
+
+LATE = [
+    late_in_a_list,
+    late_by_a_key,
+    late_by_a_name,
+    late_in_a_slot,
+    late_by_a_hook_of_all_modules,
+    between_measurements,
+    weakly_between_measurements,
+]
+
+
+@pytest.mark.parametrize("use", LATE)
+def test_what_is_handed_on_for_the_first_time_in_a_later_step_is_found(use, monkeypatch):
+    def steps_only(self, memo):  # the looks that are due anyway would hide what is not noticed
+        self._looks = max(self._looks, 2)
+        return looked_at(self, memo)
+
+    looked_at = elsewhere.Elsewhere._looked_at
+    plain, expected, _ = trained(use, [], 8)
+    monkeypatch.setattr(elsewhere.Elsewhere, "_looked_at", steps_only)
+    probe = CurvatureProbe(2)
+    module, parameters, said = trained(use, [probe], 8)
+    assert said == []
+    assert all(torch.equal(one, other) for one, other in zip(expected, parameters, strict=True))
+    assert module.thing.calls == plain.thing.calls
+    assert [result.step for result in probe.results] == [0, 2, 4, 6]
+
+
+def test_a_library_is_looked_through_only_where_something_may_have_been_handed_to_it(monkeypatch):
+    looks = []
+    among_globals = elsewhere._among_globals
+    monkeypatch.setattr(elsewhere, "_among_globals", lambda memo: looks.append(1) or among_globals(memo))
+    probe = CurvatureProbe(1)
+    trained(in_a_list, [probe], 16)
+    assert len(probe.results) == 16
+    assert len(looks) <= 8

@@ -207,6 +207,25 @@ def test_a_step_without_a_loss_is_said_to_be_one(fit, loader, output, message):
 # A function of the parameters.
 
 
+class SwitchingGradients(Task):
+    """Needs the gradient of its inputs, and leaves the recording of operations switched on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        torch.set_grad_enabled(True)
+        inputs = batch[0].requires_grad_()
+        (slopes,) = torch.autograd.grad(self.net(inputs).sum(), inputs, create_graph=True)
+        return slopes.square().mean()
+
+
+def test_a_step_that_switches_gradients_on_does_not_switch_them_on_for_the_measurement(fit, loader):
+    def check(trainer: Any, module: Any, batch: Any, batch_idx: int) -> bool:
+        with torch.no_grad(), TrainingObjective(trainer, module).evaluated(ProbeBatch(batch, batch_idx, True)):
+            return torch.is_grad_enabled()
+
+    _, results = fit(SwitchingGradients(mlp()), loader(num_samples=4), check)
+    assert results == [False]
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
