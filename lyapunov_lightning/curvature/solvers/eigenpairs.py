@@ -23,7 +23,8 @@ class Eigenpairs:
         missed_probability: Shape ``(k,)``: the chance, at most, that an eigenvalue lies further out than this one, by
             more than residual and tolerance, and is none of the others: a copy of a repeated one, say, or one that the
             start of the search hides. It is that for the worst place of such an eigenvalue, over the random numbers of
-            the search. 0 where the whole space was searched, 1 where nothing was done that could tell. A search that
+            the search; after a warm start of a single value of an end as far as what is missed grew beside the known
+            ones before. 0 where the whole space was searched, 1 where nothing was done that could tell. A search that
             runs out of products returns with the chance that it has got to; `converged` tells of the residuals alone.
         converged: Shape ``(k,)``, bool: whether the tolerance was reached.
         num_matvecs: Products that were spent.

@@ -337,11 +337,17 @@ class KrylovBasis:
             found.append(possible if possible <= unit else max(likely, float(unit)))
         return torch.tensor(found, dtype=torch.float64, device="cpu")
 
-    def missed_probability(self, target: Target, ritz: RitzPairs) -> Tensor:
+    def missed_probability(self, target: Target, ritz: RitzPairs, *, exactly: bool = False) -> Tensor:
         """The chance, at most, that an eigenvalue beyond each of the wanted ones was missed.
 
         Beyond is what lies further out than the tolerance lets a value be. Where several pairs are wanted, they have to
         have been known before the present direction was begun.
+
+        Args:
+            target: What is wanted.
+            ritz: The wanted pairs.
+            exactly: Whether to leave out what the rounding of the products may hide, which no further ones lower.
+
         """
         if self.is_complete:
             return torch.zeros(target.count, dtype=torch.float64, device="cpu")
@@ -352,7 +358,7 @@ class KrylovBasis:
             excess = excess + ritz.residuals
         beyond = ritz.values + target.signs * excess.clamp_min(_ROUNDINGS * self.rounding)
         known = None if target.ends_alone else both_ends(self.length, target.largest, target.smallest)
-        return self._chance(beyond, known, self.rounding)
+        return self._chance(beyond, known, 0.0 if exactly else self.rounding)
 
     def _chance(self, beyond: Tensor, known: Tensor | None = None, rounding: float = 0.0) -> Tensor:
         """The chance, at most, that the present start hides eigenvectors of these eigenvalues."""

@@ -29,7 +29,7 @@ from lyapunov_lightning.curvature.arguments import check_positive
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.krylov import KrylovBasis, RitzPairs, Target, both_ends
-from lyapunov_lightning.curvature.solvers.warm_start import NOISE, with_noise
+from lyapunov_lightning.curvature.solvers.warm_start import with_noise
 from lyapunov_lightning.curvature.vectors.memory import free_bytes
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
@@ -126,8 +126,9 @@ def lanczos(
 
     The seed determines every random number: the result is a function of the arguments alone, but for the size of the
     basis where that is left to the memory. The global generators are neither read nor advanced. The memory is that of
-    the Krylov basis, which grows as it is needed to at most ``max_basis_vectors + 1`` vectors, of the result, and of
-    two vectors more. What fails on one rank of a distributed operator ends the search on all of them.
+    the Krylov basis, which grows as it is needed to at most ``max_basis_vectors + 1`` vectors, of the result, of two
+    vectors more, and of one for each time that copies of eigenvalues are looked for. What fails on one rank of a
+    distributed operator ends the search on all of them.
 
     Args:
         operator: The symmetric operator, known by ``matvec``, ``size``, ``dtype`` and ``device``.
@@ -189,13 +190,9 @@ def lanczos(
         # Not for the lower end, which in the Hessian of a network is a small part of the norm.
         roughly = value_tol is not None and value_tol >= _ROUGH_TOL and (largest, smallest) == (1, 0)
         basis = KrylovBasis(operator, capacity, generator, roughly=roughly)
-        if start is None:
-            basis.begin()
-        else:
-            # The noise has a share of every eigenvector as a random start has it, but for its length.
-            familiarity = _FAMILIARITY if target.values_alone else NOISE
-            basis.begin(_blended(space, start, generator), familiarity)
-        least = _LEAST_PRODUCTS_COLD if start is None else _LEAST_PRODUCTS_WARM
+        direction, familiarity = (None, 1.0) if start is None else _blended(space, start, generator)
+        basis.begin(direction, familiarity)
+        least = _LEAST_PRODUCTS_COLD if familiarity == 1 else _LEAST_PRODUCTS_WARM
         ritz, missed, num_matvecs = _search(basis, target, max_matvecs, least)
         vectors, start_rows = basis.combine(ritz.coefficients, _next_start(basis, target))
         pairs = Eigenpairs(
@@ -266,15 +263,21 @@ def _grown(capacity: int, space: VectorSpace, target: Target, max_basis_bytes: i
     return larger if space.all_say(needed <= _SHARE_OF_FREE_MEMORY * free_bytes(space.device)) else capacity
 
 
-def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> Tensor:
-    """A combination of the rows of `start` in which each has the same share, with a little of everything else."""
+def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """A combination of the rows of `start` in which each has the same share, with a little of everything else.
+
+    Returns:
+        The combination, and how much more than a random vector it has of an eigenvector that may be missed.
+
+    """
     rows = space.adopt(start, "start")
     noise = space.random(generator)
     direction = rows[0].clone()
     # With random signs, rows that cancel in one combination do not in that of the next seed.
     for row in rows[1:]:
         direction += row * float(torch.randn((), generator=generator, dtype=torch.float64, device="cpu").sign())
-    return with_noise(space, direction, noise)
+    blended = with_noise(space, direction, noise)
+    return blended, 1.0 if blended is noise else _FAMILIARITY
 
 
 def _search(basis: KrylovBasis, target: Target, max_matvecs: int, least: int) -> tuple[RitzPairs, Tensor, int]:
@@ -456,10 +459,10 @@ class _Challenge:
             return ritz
         return replace(ritz, value_errors=errors, converged=converged | ritz.converged)
 
-    def missed(self, ritz: RitzPairs) -> Tensor:
+    def missed(self, ritz: RitzPairs, *, exactly: bool = False) -> Tensor:
         """The chance, at most, that an eigenvalue beyond each of the pairs was missed."""
         if self._accepted is not None or self._target.ends_alone or self._basis.is_complete:
-            return self._basis.missed_probability(self._target, ritz)
+            return self._basis.missed_probability(self._target, ritz, exactly=exactly)
         # Of copies their start says nothing.
         return torch.ones(self._target.count, dtype=torch.float64, device="cpu")
 
@@ -468,9 +471,13 @@ class _Challenge:
         if not bool(ritz.converged.all()) or (self._accepted is None and self._is_needed(ritz)):
             return False
         spent = 0 if self._accepted is None else num_matvecs - self._started_at
-        if spent >= _PRODUCTS_BELOW_ROUNDING and self._are_negligible(ritz):
+        are_negligible = self._are_negligible(ritz)
+        if are_negligible and spent >= _PRODUCTS_BELOW_ROUNDING:
             return True
-        return bool((self.missed(ritz) <= self._target.allowed_chance).all())
+        if are_negligible and self._target.ends_alone:
+            return False
+        missed = self.missed(ritz, exactly=not are_negligible)
+        return bool((missed <= self._target.allowed_chance).all())
 
     def _is_needed(self, ritz: RitzPairs) -> bool:
         if self._target.max_missed is None:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
-NOISE = 0.1
+_NOISE = 0.1
 """Norm of the random part of a warm start, relative to the given direction."""
 
 
@@ -24,4 +24,4 @@ def with_noise(space: VectorSpace, direction: Tensor, noise: Tensor) -> Tensor:
 
     """
     norm = float(space.norm(direction))
-    return direction.div_(norm).add_(noise, alpha=NOISE / float(space.norm(noise))) if norm > 0 else noise
+    return direction.div_(norm).add_(noise, alpha=_NOISE / float(space.norm(noise))) if norm > 0 else noise
