@@ -193,7 +193,8 @@ def lanczos(
         direction, familiarity = (None, 1.0) if start is None else _blended(space, start, generator)
         basis.begin(direction, familiarity)
         least = _LEAST_PRODUCTS_COLD if familiarity == 1 else _LEAST_PRODUCTS_WARM
-        ritz, missed, num_matvecs = _search(basis, target, max_matvecs, least)
+        challenge = _Challenge(basis, target, is_warm=familiarity != 1)
+        ritz, missed, num_matvecs = _search(basis, challenge, target, max_matvecs, least)
         vectors, start_rows = basis.combine(ritz.coefficients, _next_start(basis, target))
         pairs = Eigenpairs(
             values=ritz.values,
@@ -280,14 +281,15 @@ def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> t
     return blended, 1.0 if blended is noise else _FAMILIARITY
 
 
-def _search(basis: KrylovBasis, target: Target, max_matvecs: int, least: int) -> tuple[RitzPairs, Tensor, int]:
+def _search(
+    basis: KrylovBasis, challenge: "_Challenge", target: Target, max_matvecs: int, least: int
+) -> tuple[RitzPairs, Tensor, int]:
     """Grow the basis until the wanted pairs have converged, or no more products are to be spent.
 
     Returns:
         The pairs, the chances that eigenvalues beyond them were missed, and the products that were spent.
 
     """
-    challenge = _Challenge(basis, target)
     num_matvecs, next_check = 0, least if target.ends_alone else 0
     while True:
         basis.expand()
@@ -418,12 +420,14 @@ class _Challenge:
     met when a copy beyond them is not likely to have been missed there. A copy that comes up ends it: the search then
     continues, and the new set is challenged in its turn. The outermost values are not challenged where no more is
     wanted, since their own search tells how likely something further out was missed; unless one is negligible: it may
-    be that of a large null space, in which a Krylov space hardly grows.
+    be that of a large null space, in which a Krylov space hardly grows; or unless a vector is wanted and the start was
+    given, of which nothing is known: at another eigenvector the search might end.
     """
 
-    def __init__(self, basis: KrylovBasis, target: Target) -> None:
+    def __init__(self, basis: KrylovBasis, target: Target, *, is_warm: bool) -> None:
         self._basis = basis
         self._target = target
+        self._trusts_start = target.ends_alone and (target.values_alone or not is_warm)
         self._spans_the_space = basis.capacity == basis.space.size
         self._accepted: RitzPairs | None = None
         self._started_at = 0
@@ -435,7 +439,11 @@ class _Challenge:
 
     def is_due(self, ritz: RitzPairs) -> bool:
         """Whether the pairs are good enough to be challenged."""
-        return self._is_needed(ritz) and self._accepted is None and bool(ritz.converged.all())
+        if self._accepted is not None or not self._is_needed(ritz):
+            return False
+        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is.
+        good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(ritz.negligible / 2)
+        return bool((ritz.converged & good).all())
 
     def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
         """Begin, with the pairs that are to stand."""
@@ -461,9 +469,9 @@ class _Challenge:
 
     def missed(self, ritz: RitzPairs, *, exactly: bool = False) -> Tensor:
         """The chance, at most, that an eigenvalue beyond each of the pairs was missed."""
-        if self._accepted is not None or self._target.ends_alone or self._basis.is_complete:
+        if self._accepted is not None or self._trusts_start or self._basis.is_complete:
             return self._basis.missed_probability(self._target, ritz, exactly=exactly)
-        # Of copies their start says nothing.
+        # Of copies their start says nothing, and a start that was given says nothing at all.
         return torch.ones(self._target.count, dtype=torch.float64, device="cpu")
 
     def is_met(self, ritz: RitzPairs, num_matvecs: int) -> bool:
@@ -482,7 +490,9 @@ class _Challenge:
     def _is_needed(self, ritz: RitzPairs) -> bool:
         if self._target.max_missed is None:
             return False
-        return self._are_negligible(ritz) if self._target.ends_alone else not self._spans_the_space
+        if self._trusts_start:
+            return self._are_negligible(ritz)
+        return not self._spans_the_space
 
     def _are_negligible(self, ritz: RitzPairs) -> bool:
         """Whether a value has converged for no other reason than that it is next to nothing."""
