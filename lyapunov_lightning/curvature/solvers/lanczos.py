@@ -442,7 +442,7 @@ class _Challenge:
         if self._accepted is not None or not self._is_needed(ritz):
             return False
         # What is set aside is not improved for now: of a value that is next to nothing it may be all there is.
-        good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(ritz.negligible / 2)
+        good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(0.75 * ritz.negligible)
         return bool((ritz.converged & good).all())
 
     def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
