@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from benchmarks import problems
+from benchmarks.least import least_products
 from benchmarks.peers import OUR_PRODUCT, OURS, SOLVERS, TOL, Eigenthings, Task, excused, time_limit
 from benchmarks.problems import Problem
 from benchmarks.report import Figure, Outcome, Settings, Table, dot, names_axis, spread
@@ -34,9 +35,10 @@ Wall-clock seconds on one thread until all eigenpairs (largest + smallest) have 
 the call to the vectors, graphs and operators included. The LeNets and the small ResNet (BatchNorm, evaluation mode)
 are measured on images, the transformer on sequences of a random Markov chain. Residuals are computed afterwards with
 one and the same operator; a row whose residual is worse than asked for, or that misses an eigenvalue, is marked and
-is not the best peer. Peers are those with products of their own; SciPy's `eigsh` on our product is shown for the
-solver alone. Who takes more than {SLOW:g} times the best peer's time in the first round is not repeated; 20 + 3 has
-one repeat less."""
+is not the best peer. *Least* is the dimension of one Krylov space that holds all pairs, *δ* the chance that an
+eigenvalue was missed, which no other solver tells. Peers are those with products of their own; SciPy's `eigsh` on our
+product is shown for the solver alone. Who takes more than {SLOW:g} times the best peer's time in the first round is
+not repeated; 20 + 3 has one repeat less."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Row:
         who: The solver.
         seconds: One number for each repeat.
         products: Hessian-vector products of one run.
+        least: The least that one Krylov space can do with, see `benchmarks.least`; 0 if that was not measured.
+        missed: The chance that an eigenvalue was missed, as the solver tells.
         residual: The worst relative residual.
         is_complete: Whether these are the eigenvalues that were asked for.
         missing: Why there is nothing else.
@@ -59,6 +63,8 @@ class Row:
     residual: float = math.nan
     is_complete: bool = True
     missing: str = ""
+    least: int = 0
+    missed: float = math.nan
 
     @property
     def is_accurate(self) -> bool:
@@ -116,7 +122,8 @@ def compared(problem: Problem, task: Task, repeats: int) -> list[Row]:
     exact = lanczos(
         problem.operator(), largest=task.largest, smallest=task.smallest, tol=TOL / 4, max_matvecs=5000, seed=1
     )
-    rows = [Row(who) for who in SOLVERS]
+    least = least_products(problem.operator(), task)
+    rows = [Row(who, least=least) for who in SOLVERS]
 
     def best_peer() -> float:
         """The least time of a peer in the first round."""
@@ -139,7 +146,7 @@ def compared(problem: Problem, task: Task, repeats: int) -> list[Row]:
                     problem.restore()
                     values, row.residual = residuals_of(problem, found.vectors)
                     row.is_complete = same_values(values, exact.values, task)
-                    row.products = found.products
+                    row.products, row.missed = found.products, found.missed
             problem.restore()
             row.missing = reasons[0] if reasons else ""
     return rows
@@ -204,16 +211,18 @@ def outcome_of(found: dict[str, dict[str, list[Row]]], seconds: float) -> Outcom
     return Outcome("eigenpairs", "Eigenpairs at equal accuracy", ABOUT, figures, tables, {"dots": dots}, seconds)
 
 
-_HEADER = ["solver", "products", "seconds", "our time / its", "residual", ""]
+_HEADER = ["solver", "products", "least", "δ", "seconds", "our time / its", "residual", ""]
 
 
 def _cells(row: Row, rows: list[Row], best: str) -> list[str]:
     if not row.seconds:
-        return [row.who, "", "", "", "", row.missing]
+        return [row.who, "", "", "", "", "", "", row.missing]
     mine, its = next(r for r in rows if r.who == OURS), Sample(tuple(row.seconds))
     ratio = f"{Sample(tuple(mine.seconds)).median / its.median:.2f}" if mine.seconds else ""
     note = row.mark or ("best peer" if row.who == best else "")
-    return [row.who, str(row.products), spread(its), ratio, f"{row.residual:.1e}", note]
+    missed = "" if math.isnan(row.missed) else f"{row.missed:.0e}"
+    least = str(row.least) if row.least else ""
+    return [row.who, str(row.products), least, missed, spread(its), ratio, f"{row.residual:.1e}", note]
 
 
 def draw(panel: Axes, plot: dict[str, Any]) -> None:

@@ -49,10 +49,14 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Eigenvectors as rows, those of the upper end first, and the products that they took."""
+    """Eigenvectors as rows, those of the upper end first, and the products that they took.
+
+    `missed` is the chance that an eigenvalue was missed, for a solver that tells it.
+    """
 
     vectors: Tensor
     products: int
+    missed: float = math.nan
 
 
 Solver = Callable[[Problem, Task], Found]
@@ -166,7 +170,7 @@ def _only_batch(problem: Problem) -> Any:
 def ours(problem: Problem, task: Task) -> Found:
     """Both ends from one Krylov space."""
     pairs = lanczos(problem.operator(), largest=task.largest, smallest=task.smallest, tol=TOL, max_matvecs=5000)
-    return Found(pairs.vectors, pairs.num_matvecs)
+    return Found(pairs.vectors, pairs.num_matvecs, float(pairs.missed_probability.max()))
 
 
 def eigsh_on(product: Product, problem: Problem, task: Task) -> Found:

@@ -238,6 +238,7 @@ class _Once(Callback):
             vectors=torch.empty(0, operator.size),
             residuals=nothing,
             value_errors=nothing,
+            missed_probability=nothing,
             converged=nothing.bool(),
             num_matvecs=0,
             num_largest=0,

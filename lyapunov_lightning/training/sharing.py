@@ -413,6 +413,7 @@ def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:
         vectors=vectors,
         residuals=residuals,
         value_errors=errors,
+        missed_probability=pairs.missed_probability[chosen],
         converged=pairs.converged[chosen] | (accuracy <= request.tol * values.abs()),
         num_matvecs=pairs.num_matvecs,
         num_largest=request.largest,

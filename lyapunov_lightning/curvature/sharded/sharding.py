@@ -262,7 +262,8 @@ class ShardedSpace(VectorSpace):
         return self._summed(square.reshape(1))[0].sqrt().to(square)
 
     @override
-    def orthogonalise(self, vector: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def orthogonalise(self, vector: Tensor, blocks: Sequence[Tensor], *, once: bool = False) -> tuple[Tensor, Tensor]:
+        # Twice in any case: the norm takes a second message, which brings the second pass along.
         first = self.take_out(vector, blocks, roughly=True)
         # The norm afterwards would need a second message. It follows from the norm before and from the components by
         # Pythagoras, without loss of digits: the first pass has left next to nothing for the second one to take out.

@@ -20,6 +20,12 @@ class Eigenpairs:
             never less than the noise of the products. A bound if nothing lies in between that the search has not seen.
             Of the outermost values, where those alone were wanted to a tolerance of their own, it is how far the
             outermost eigenvalue may lie beyond ``θ`` without having shown, which may be more than the residual.
+        missed_probability: Shape ``(k,)``: the chance, at most, that an eigenvalue lies further out than this one, by
+            more than residual and tolerance, and is none of the others: a copy of a repeated one, say, or one that the
+            start of the search hides. It is that for the worst place of such an eigenvalue, over the random numbers of
+            the search; after a warm start of a single value of an end as far as what is missed grew beside the known
+            ones before. 0 where the whole space was searched, 1 where nothing was done that could tell. A search that
+            runs out of products returns with the chance that it has got to; `converged` tells of the residuals alone.
         converged: Shape ``(k,)``, bool: whether the tolerance was reached.
         num_matvecs: Products that were spent.
         num_largest: How many of the values are of the upper end.
@@ -32,6 +38,7 @@ class Eigenpairs:
     vectors: Tensor
     residuals: Tensor
     value_errors: Tensor
+    missed_probability: Tensor
     converged: Tensor
     num_matvecs: int
     num_largest: int

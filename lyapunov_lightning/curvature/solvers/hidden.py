@@ -9,6 +9,11 @@ terms of the Lanczos polynomials, ``1/h = Σ p_i(μ)²``. In a random start of `
 comes with a chance of ``√(2n h / π)`` at most (J. Kuczyński and H. Woźniakowski, "Estimating the largest eigenvalue by
 the power and Lanczos algorithms with a random start", SIAM J. Matrix Anal. Appl. 13, 1992, bound it for the worst
 spectrum; here it is that of the spectrum seen).
+
+A copy of an eigenvalue that is known already is orthogonal to its eigenvector and to the whole Krylov space in which
+that one was found, whatever the start. So a second start is drawn at random orthogonal to all that is known, and in its
+Krylov space the same holds of the copy: from the direction in which that grows all of its components follow, but for
+those along the known eigenvectors, which are zero.
 """
 
 import math
@@ -43,16 +48,28 @@ class Projected:
         return self.coupling / (beyond[:, None] - self.values)
 
 
-def largest_component(beyond: Tensor, now: Projected, restarts: Sequence[tuple[Projected, Tensor]]) -> Tensor:
+def largest_component(
+    beyond: Tensor,
+    now: Projected,
+    restarts: Sequence[tuple[Projected, Tensor]],
+    origin: int = 0,
+    known: Tensor | None = None,
+    rounding: float = 0.0,
+) -> Tensor:
     """The most that an eigenvector may have along the start of the search, if its eigenvalue is this.
 
     Args:
-        beyond: Possible eigenvalues, beyond all Ritz values.
+        beyond: Possible eigenvalues, beyond all Ritz values but the known ones.
         now: The basis at present.
         restarts: The basis before each restart, and the positions of the Ritz vectors that it kept.
+        origin: The position of the start in the basis, as it was before the first restart.
+        known: Positions of the Ritz vectors that are eigenvectors already, to which a further one is orthogonal. Beyond
+            the others the eigenvalue has to lie.
+        rounding: What the rounding of a product amounts to.
 
     """
-    start = torch.ones(len(beyond), 1, dtype=torch.float64, device="cpu")  # the first vector of the basis
+    start = torch.zeros(len(beyond), origin + 1, dtype=torch.float64, device="cpu")
+    start[:, origin] = 1
     for before, kept in restarts:
         shares = before.shares(start)
         is_dropped = torch.ones(len(before.values), dtype=torch.bool, device="cpu")
@@ -61,9 +78,15 @@ def largest_component(beyond: Tensor, now: Projected, restarts: Sequence[tuple[P
         dropped = (shares * before.amplified(beyond))[:, is_dropped].sum(dim=1, keepdim=True)
         start = torch.cat([shares[:, kept], dropped], dim=1)
     length = len(now.values)
-    coefficients = now.amplified(beyond)
-    along = (now.shares(start[:, :length]) * coefficients).sum(dim=1) + start[:, length:].sum(dim=1)
-    return along.abs() / (1 + coefficients.square().sum(dim=1)).sqrt()
+    shares = now.shares(start[:, :length])
+    inverse = 1 / (beyond[:, None] - now.values)
+    if known is not None:
+        inverse[:, known] = 0
+    coefficients = now.coupling * inverse
+    along = (shares * coefficients).sum(dim=1) + start[:, length:].sum(dim=1)
+    # What the rounding of the products swallows, they do not show.
+    lost = rounding * torch.linalg.vector_norm(shares * inverse, dim=1)
+    return along.abs() / (1 + coefficients.square().sum(dim=1)).sqrt() + lost
 
 
 def chance_of_less(component: Tensor, size: int) -> Tensor:

@@ -21,18 +21,30 @@ from lyapunov_lightning.curvature.solvers.hidden import Projected, chance_of_les
 _ROWS_AT_ONCE = 8
 """Vectors that are allocated at a time: the basis takes the memory that it needs, and is never copied to grow."""
 
+_ONCE_AMONG = 8
+"""Vectors among which a product is orthogonalised once, where a few digits are wanted. In float32 and a large null
+space they are orthogonal to 5e-6 then; among 12 it is 3e-4, among 20 nothing is left of it."""
+
+_ROUGH_ERROR = 1e-5
+"""Error of the values that comes of it, relative to the operator's norm."""
+
+_MUCH_LEFT = 0.1
+"""Share of a product that has to be left where the basis is taken out of it once, or that is done again: what rounding
+leaves of the basis is 1e-5 of the product in float32, and ten times that of what is left."""
+
 _NEGLIGIBLE_RESIDUAL = 1e-8
 """Residual, relative to the operator's norm, below which a pair has converged whatever its value: the error of the
 eigenvalue goes with the square of the residual, so it is then known to the rounding error of double precision."""
 
-_CHANCE = 0.1
-"""The chance, at most, that the start of a search hides an eigenvalue beyond the tolerance of an outermost one: for the
-worst place of that eigenvalue. Of 560 searches from random starts for ends of clustered, repeated, huge-ranged and
-indefinite spectra and of ones like a network's none was wrong with 0.1, in 11.1 products each; 3 with 0.2, in 10.4; 5
-with 0.3, in 10.1; and 15 where the distance to the next Ritz value was believed, in 9.1."""
+_SHARE_OF_ENDS = 10.0
+"""How many times the chance that was asked for is allowed where no more is wanted than the outermost values. It is that
+for the worst place of an eigenvalue, and most of what was missed shows by where it is. Of 560 searches from random
+starts for values of ends of clustered, repeated, huge-ranged and indefinite spectra and of ones like a network's none
+was wrong with a chance of 0.1, in 11.1 products each; 3 with 0.2, in 10.4; 5 with 0.3, in 10.1; and 15 where the
+distance to the next Ritz value was believed, in 9.1."""
 
-_CHANCE_OF_MORE = 0.01
-"""The chance that it hides one beyond the error that is stated, where that is less than the tolerance."""
+_ROUNDINGS = 10.0
+"""Nearer to a value than so many roundings of a product nothing is looked for."""
 
 _EXCESSES = torch.logspace(-4, 4, 97, dtype=torch.float64, device="cpu")
 """How far beyond a value an eigenvalue is looked for, in units of its tolerance."""
@@ -47,6 +59,7 @@ class Target:
         smallest: How many of the lower end.
         tol: Relative tolerance of the residuals.
         value_tol: Relative tolerance of the errors of the eigenvalues, in addition to `tol`; none if None.
+        max_missed: The chance, at most, that an eigenvalue beyond a wanted one was missed; any if None.
 
     """
 
@@ -54,6 +67,7 @@ class Target:
     smallest: int
     tol: float
     value_tol: float | None = None
+    max_missed: float | None = None
 
     @property
     def count(self) -> int:
@@ -69,6 +83,18 @@ class Target:
     def values_alone(self) -> bool:
         """Whether no more is wanted than the values of the ends, which are right whatever their multiplicity."""
         return self.ends_alone and self.value_tol is not None
+
+    @property
+    def allowed_chance(self) -> float:
+        """The chance of a missed eigenvalue with which a search may end."""
+        if self.max_missed is None:
+            return math.inf
+        return self.max_missed * (_SHARE_OF_ENDS if self.ends_alone else 1.0)
+
+    @property
+    def signs(self) -> Tensor:
+        """For each wanted pair, in which direction lies what is beyond it: 1 for the upper end, -1 for the lower."""
+        return torch.tensor([1.0] * self.largest + [-1.0] * self.smallest, dtype=torch.float64, device="cpu")
 
     def is_met(self, values: Tensor, residuals: Tensor, value_errors: Tensor, negligible: float) -> Tensor:
         """Which pairs meet the tolerances. A residual below `negligible` meets them whatever the eigenvalue."""
@@ -88,7 +114,6 @@ class RitzPairs:
         residuals: Bounds on the residuals.
         value_errors: Estimates of how far the values are from eigenvalues, at most the residuals; where the values of
             the ends alone are wanted, from the outermost ones.
-        growing: The part of the residuals that further products can reduce: all but what was cut off.
         converged: Which of them meet the tolerance, not counting the noise of the products, which further products do
             not reduce.
         negligible: Residual below which a pair counts as converged whatever its value.
@@ -102,7 +127,6 @@ class RitzPairs:
     coefficients: Tensor
     residuals: Tensor
     value_errors: Tensor
-    growing: Tensor
     converged: Tensor
     negligible: float
     next_largest: float
@@ -130,12 +154,15 @@ class KrylovBasis:
 
     The first `length` rows of the storage are the basis; the next row is the direction in which it grows. The residual
     of the basis has one column in that direction (`_coupling` times it, for the newest vector alone, or for all kept
-    Ritz vectors just after a restart), and what was cut off when a new direction was begun (`_leaks`).
+    Ritz vectors just after a restart), and one in each direction that was set aside when a new one was begun (`_aside`,
+    with what the products have of them in the rows of `_leaks`). All of these are orthogonal to the basis and to each
+    other, so that the residual is known exactly, and one that was set aside may be taken up again.
 
     Args:
         operator: The operator ``A``.
         capacity: The most vectors that the basis may hold.
         generator: Source of random directions, on the CPU.
+        roughly: Whether a few digits of the Ritz values and vectors will do, for a third of the arithmetic.
 
     Attributes:
         asymmetry: By how much the two sides of the projection differ at most, in the unit of the eigenvalues.
@@ -146,17 +173,23 @@ class KrylovBasis:
 
     """
 
-    def __init__(self, operator: LinearOperator, capacity: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, operator: LinearOperator, capacity: int, generator: torch.Generator, *, roughly: bool = False
+    ) -> None:
         self.space = space_of(operator)
         self._operator = operator
         self._generator = generator
+        self._roughly = roughly
         self._blocks: list[Tensor] = []
         self._projection = torch.zeros(capacity, capacity, dtype=torch.float64, device="cpu")
         self._coupling = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self._aside: list[Tensor] = []
         self._leaks = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._norm = 0.0
         self._familiarity = 1.0
+        self._origin = 0
         self._restarts: list[tuple[Projected, Tensor]] = []
+        self._eigh: tuple[Tensor, Tensor] | None = None
         self.asymmetry = 0.0
         self.capacity = capacity
         self._resize(0)
@@ -169,45 +202,64 @@ class KrylovBasis:
         return max(10 * torch.finfo(self.space.dtype).eps * self._norm, math.sqrt(torch.finfo(torch.float64).tiny))
 
     def begin(self, direction: Tensor | None = None, familiarity: float = 1.0) -> None:
-        """Grow in a new direction, a random one if none is given, and give up the present one.
+        """Grow in a new direction, a random one if none is given, and set the present one aside.
 
         Args:
             direction: The direction.
             familiarity: How much more than a random vector it has of an eigenvector that may have been missed.
 
         """
-        # Without the old direction A V is no longer known exactly: what pointed along it is missing from the
-        # projection, and counts for the residuals from now on.
         if bool(self._coupling.any()):
-            self._leaks = torch.cat([self._leaks.reshape(-1, self.length), self._coupling[None]])
+            self._aside.append(self._room(self.length).clone()[None])
+            self._leaks = torch.cat([self._leaks, self._coupling[None]])
+        self._familiarity = familiarity
+        self._origin = self.length
+        self._restarts = []
+        self._turn(direction)
+
+    def _turn(self, direction: Tensor | None = None) -> None:
+        """Grow in a new direction."""
         self._coupling = torch.zeros(self.length, dtype=torch.float64, device="cpu")
-        if self.length == 0:
-            self._familiarity = familiarity
         row = self._room(self.length)
         row.copy_(self.space.random(self._generator) if direction is None else direction)
         row.div_(self.space.norm(row))
-        self.space.orthonormalise(row, self._rows(self.length))
+        if self.length:
+            self.space.orthonormalise(row, self._rows(self.length) + self._aside)
+
+    def turn_to(self, ritz: RitzPairs) -> None:
+        """Grow in the direction that has most of the residuals of the pairs that have not converged."""
+        open_pairs = ritz.coefficients[:, ~ritz.converged]
+        if not self._aside or not open_pairs.shape[1]:
+            return
+        size = ritz.values[~ritz.converged].abs().clamp_min(ritz.negligible)
+        heaviest = int(((self._away() @ open_pairs).abs() / size).amax(dim=1).argmax())
+        if heaviest:
+            row, aside = self._room(self.length), self._aside[heaviest - 1][0]
+            present = row.clone()
+            row.copy_(aside)
+            aside.copy_(present)
+            away = self._away()
+            self._coupling, self._leaks[heaviest - 1] = away[heaviest], away[0]
 
     def expand(self) -> None:
         """Take the growing direction into the basis: one product, and one read of the numbers that come of it."""
-        length, space = self.length, self.space
+        length = self.length
         row = self._room(length + 1)
         row.copy_(self._operator.matvec(self._room(length)))
-        # Against the whole basis, although exact arithmetic would ask for the last two vectors alone: rounding brings
-        # the converged ones back, as copies of eigenvalues that are not there (C. Paige, 1972).
-        found, norm = space.orthogonalise(row, self._rows(length + 1))
-        numbers = space.agreed(torch.cat([found, norm.reshape(1)]))
+        once = self._roughly and length < _ONCE_AMONG
+        numbers = self._taken_out(row, once=once)
+        if once and float(numbers[-1]) < _MUCH_LEFT * float(torch.linalg.vector_norm(numbers)):
+            again = self._taken_out(row, once=False)
+            numbers = torch.cat([numbers[:-1] + again[:-1], again[-1:]])
         if not bool(torch.isfinite(numbers).all()):
             raise NonFiniteCurvatureError
-        column, remainder = numbers[:-1], float(numbers[-1])
-        # `_coupling` is what the products of the basis say of this vector. Of a part that was cut off they say nothing,
-        # so there the vector's own product has to do for both sides.
-        known = column[:-1] if len(self._leaks) else self._coupling
-        self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - known)))
+        column, beside, remainder = numbers[: length + 1], numbers[length + 1 : -1], float(numbers[-1])
+        # `_coupling` is what the products of the basis say of this vector.
+        self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - self._coupling)))
         self._projection[: length + 1, length] = column
-        self._projection[length, :length] = known
+        self._projection[length, :length] = self._coupling
         self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
-        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1)) if len(self._leaks) else self._leaks
+        self._leaks = torch.cat([self._leaks, beside[:, None]], dim=1)
         self._coupling = torch.zeros(length + 1, dtype=torch.float64, device="cpu")
         self._resize(length + 1)
         if self.is_complete:
@@ -218,15 +270,22 @@ class KrylovBasis:
         else:
             # The basis spans an invariant subspace. What is left of the product is rounding, whose direction means
             # nothing, and the rest of the space is not reached from here.
-            self.begin()
+            self._turn()
+
+    def _taken_out(self, row: Tensor, *, once: bool) -> Tensor:
+        """Take the basis out of a product; returns the components, and the norm of what is left."""
+        # Against the whole basis, although exact arithmetic would ask for the last two vectors alone: rounding brings
+        # the converged ones back, as copies of eigenvalues that are not there (C. Paige, 1972).
+        found, norm = self.space.orthogonalise(row, self._rows(self.length + 1) + self._aside, once=once)
+        return self.space.agreed(torch.cat([found, norm.reshape(1)]))
 
     def ritz(self, target: Target) -> RitzPairs:
         """The wanted Ritz pairs."""
         values, vectors = self.eigh()
         projection = self._projection[: self.length, : self.length]
-        # ‖A V y − θ V y‖ = |coupling · y| for a Ritz vector y: the residual needs no product of its own.
-        growing = (vectors.T @ self._coupling).abs().clamp_min(self.rounding)
-        bounds = growing + (self._leaks @ vectors).abs().sum(dim=0) if len(self._leaks) else growing
+        # This is what A V y − θ V y is made of for a Ritz vector y, so that the residual needs no product of its own.
+        parts = self._away() @ vectors
+        bounds = torch.linalg.vector_norm(parts, dim=0).clamp_min(self.rounding)
         wanted = both_ends(self.length, target.largest, target.smallest)
         below, above = target.smallest, self.length - target.largest
         errors = _value_errors(values, bounds)[wanted]
@@ -234,23 +293,28 @@ class KrylovBasis:
         negligible = max(
             2 * self.rounding * (1 + len(self._leaks)), min(_NEGLIGIBLE_RESIDUAL, target.tol / 100) * self._norm
         )
-        # After a part was cut off, the components along the start are not known any more.
+        # What a direction that was set aside has of an eigenvector is not known, nor is then its component along the
+        # start.
         is_hiding = target.values_alone and not self.is_complete and not len(self._leaks)
+        is_hiding &= target.max_missed is not None
         if is_hiding:
-            errors = torch.maximum(errors, self._hidden(target, values[wanted], negligible))
+            # Before the residuals are small enough, it would be computed for nothing.
+            is_near = bool((bounds[wanted] <= (target.tol * values[wanted].abs()).clamp_min(negligible)).all())
+            hidden = self._hidden(target, values[wanted], negligible) if is_near else bounds[wanted]
+            errors = torch.maximum(errors, hidden)
         # What no further product can reduce is not waited for, but counts for the bounds.
-        converged = target.is_met(values[wanted], bounds[wanted], errors, max(negligible, self.asymmetry))
+        noise = max(self.asymmetry, _ROUGH_ERROR * self._norm if self._roughly else 0.0)
+        converged = target.is_met(values[wanted], bounds[wanted], errors, max(negligible, noise))
         # The Ritz pairs are of the symmetric part; the antisymmetric part of the projection is orthogonal to the rest
         # of the residual.
         bounds = torch.hypot(bounds, torch.linalg.vector_norm((projection - projection.T) / 2 @ vectors, dim=0))
-        errors = errors.clamp_min(max(self.rounding, self.asymmetry))
+        errors = errors.clamp_min(max(self.rounding, noise))
         errors = errors if is_hiding else torch.minimum(errors, bounds[wanted])
         return RitzPairs(
             values=values[wanted],
             coefficients=vectors[:, wanted],
             residuals=bounds[wanted],
             value_errors=errors,
-            growing=growing[wanted],
             converged=converged,
             negligible=negligible,
             next_largest=float((values + bounds)[above - 1]) if below < above else -math.inf,
@@ -261,19 +325,45 @@ class KrylovBasis:
     def _hidden(self, target: Target, values: Tensor, negligible: float) -> Tensor:
         """How far beyond each of the outermost values an eigenvalue may lie that the start hides."""
         assert target.value_tol is not None
+        assert target.max_missed is not None
         allowed = (target.value_tol * values.abs()).clamp_min(negligible)
-        signs = torch.tensor([1.0] * target.largest + [-1.0] * target.smallest, dtype=torch.float64, device="cpu")
         found = []
-        for value, unit, sign in zip(values, allowed, signs, strict=True):
-            beyond = value + sign * unit * _EXCESSES
-            component = largest_component(beyond, self.projected(), self._restarts)
-            chance = chance_of_less(component / self._familiarity, self.space.size)
+        for value, unit, sign in zip(values, allowed, target.signs, strict=True):
+            chance = self._chance(value + sign * unit * _EXCESSES)
             likely, possible = (
                 float(unit * _EXCESSES[min(int((chance > limit).sum()), len(_EXCESSES) - 1)])
-                for limit in (_CHANCE, _CHANCE_OF_MORE)
+                for limit in (target.allowed_chance, target.max_missed)
             )
             found.append(possible if possible <= unit else max(likely, float(unit)))
         return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def missed_probability(self, target: Target, ritz: RitzPairs, *, exactly: bool = False) -> Tensor:
+        """The chance, at most, that an eigenvalue beyond each of the wanted ones was missed.
+
+        Beyond is what lies further out than the tolerance lets a value be. Where several pairs are wanted, they have to
+        have been known before the present direction was begun.
+
+        Args:
+            target: What is wanted.
+            ritz: The wanted pairs.
+            exactly: Whether to leave out what the rounding of the products may hide, which no further ones lower.
+
+        """
+        if self.is_complete:
+            return torch.zeros(target.count, dtype=torch.float64, device="cpu")
+        tol = target.tol if target.value_tol is None else target.value_tol
+        excess = (tol * ritz.values.abs()).clamp_min(ritz.negligible)
+        if not target.values_alone:
+            # What is no further out than the residual may be the value itself.
+            excess = excess + ritz.residuals
+        beyond = ritz.values + target.signs * excess.clamp_min(_ROUNDINGS * self.rounding)
+        known = None if target.ends_alone else both_ends(self.length, target.largest, target.smallest)
+        return self._chance(beyond, known, 0.0 if exactly else self.rounding)
+
+    def _chance(self, beyond: Tensor, known: Tensor | None = None, rounding: float = 0.0) -> Tensor:
+        """The chance, at most, that the present start hides eigenvectors of these eigenvalues."""
+        component = largest_component(beyond, self.projected(), self._restarts, self._origin, known, rounding)
+        return chance_of_less(component / self._familiarity, self.space.size).clamp_max(1)
 
     def projected(self) -> Projected:
         """The basis in its Ritz vectors."""
@@ -282,9 +372,11 @@ class KrylovBasis:
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """All Ritz values, ascending, and the Ritz vectors' coefficients in the basis, one column each."""
-        projection = self._projection[: self.length, : self.length]
-        values, vectors = torch.linalg.eigh((projection + projection.T) / 2)
-        return values, vectors
+        if self._eigh is None:
+            projection = self._projection[: self.length, : self.length]
+            values, vectors = torch.linalg.eigh((projection + projection.T) / 2)
+            self._eigh = values, vectors
+        return self._eigh
 
     def compress(self, largest: int, smallest: int) -> None:
         """Keep the Ritz vectors of both ends as the basis, and the direction in which it grows."""
@@ -301,7 +393,7 @@ class KrylovBasis:
         self._projection.zero_()
         self._projection[:length, :length] = projection
         self._coupling = rotation.T @ self._coupling
-        self._leaks = self._leaks @ rotation if len(self._leaks) else self._leaks
+        self._leaks = self._leaks @ rotation
         self._resize(length)
 
     def combine(self, *coefficients: Tensor) -> list[Tensor]:
@@ -310,10 +402,19 @@ class KrylovBasis:
         All in one pass through the basis, which for a few vectors is what takes the time.
         """
         vectors = [self.space.empty(columns.shape[1]) for columns in coefficients]
+        if self._roughly:
+            for columns, rows in zip(coefficients, vectors, strict=True):
+                self.space.combine_roughly(columns.T, self._rows(self.length), rows)
+            return vectors
         self.space.combine(torch.cat(coefficients, dim=1).T, self._rows(self.length), vectors)
         return vectors
 
+    def _away(self) -> Tensor:
+        """What the products of the basis have along each direction beside it, one row each: first the growing one."""
+        return torch.cat([self._coupling[None], self._leaks])
+
     def _resize(self, length: int) -> None:
+        self._eigh = None
         self.length = length
         self.is_full = length == self.capacity
         self.is_complete = length == self.space.size

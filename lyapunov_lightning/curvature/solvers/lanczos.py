@@ -9,13 +9,17 @@ A pair of small residual need not be the one that was asked for. Two measures ar
 - The Krylov space of one vector holds one direction of each eigenspace, so a repeated eigenvalue looks like a simple
   one in it; and with a start near an eigenvector it holds little else. The accepted pairs are therefore *challenged*:
   the direction in which the basis grows is given up for a fresh random one, and what was missed comes out of its Krylov
-  space. A small operator's basis may span the whole space, and then does.
-- Where the values of the ends alone are wanted, copies do not matter. There the search goes on until the start is not
-  likely to hide an eigenvalue beyond the tolerance (`lyapunov_lightning.curvature.solvers.hidden`). From one similar
-  operator to the next a start is blended with noise, and with the vectors that came next to the wanted ones the last
-  time, and a few products are always spent, in which whatever has risen since would outgrow the others.
+  space. That goes on until a copy is not likely to have stayed hidden in it. A small operator's basis may span the
+  whole space, and then does.
+- Where the values of the ends alone are wanted, copies do not matter. There the search itself goes on until its start
+  is not likely to hide an eigenvalue further out. From one similar operator to the next a start is blended with noise,
+  and with the vectors that came next to the wanted ones the last time, and a few products are always spent, in which
+  whatever has risen since would outgrow the others.
+
+How likely, `lyapunov_lightning.curvature.solvers.hidden` tells of either start, from the spectrum that it has shown.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -26,6 +30,7 @@ from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.krylov import KrylovBasis, RitzPairs, Target, both_ends
 from lyapunov_lightning.curvature.solvers.warm_start import with_noise
+from lyapunov_lightning.curvature.vectors.memory import free_bytes
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
 _RUNNERS_UP_SHARE = 0.3
@@ -57,6 +62,9 @@ _RESIDUAL_SHARE = 2.5
 """The residual at which an eigenvalue may count as exact to its tolerance, in relation to that: the distance to the
 next eigenvalue, from which its error follows, is not known well while the residual is large."""
 
+_ROUGH_TOL = 1e-3
+"""Tolerance of the largest value from which on a few digits of the vectors will do."""
+
 _WHOLE_SPACE_SIZE = 160
 """Operators up to this size get a basis that may span the whole space: the result is exact."""
 
@@ -64,15 +72,27 @@ _LOWER_END_ALONE = 64
 """The least basis for the lower end alone: in the Hessian of a network the upper end lies in its way, and a basis that
 holds that too takes a half to two thirds of the products of one that finds it anew after every restart."""
 
+_LARGE_BASIS = 128
+"""The size of the basis where memory allows for it: each restart costs products, and 20 + 3 pairs of four networks took
+none with this one."""
+
+_SHARE_OF_FREE_MEMORY = 0.125
+"""Share of the free memory that such a basis may take: on a machine without accelerators several processes see the same
+memory as free."""
+
 _SHARE_OF_THE_OTHER = 0.85
 """Share of the room left by the wanted Ritz vectors that the other end gets where it dominates: from 0.33 to 0.85 the
 products that the lower end of a network's Hessian takes fell by up to 10 %."""
 
-_MIN_CHALLENGE = 8
-"""Products that a challenge spends at least before it lets the eigenvalues stand."""
+_ROOM_TO_CHALLENGE = 32
+"""Room in the basis with which a challenge begins, so that few have to be restarted."""
 
-_MAX_CHALLENGE = 32
-"""Products that it spends at most while something may still come up, such as where the bulk of the spectrum begins."""
+_PRODUCTS_BELOW_ROUNDING = 32
+"""Products that a challenge of negligible values spends at most: what the rounding of the products hides, no further
+ones bring to light."""
+
+_FALL = 10.0
+"""By how much a residual is taken to fall with one product at most."""
 
 _ASYMMETRY_SHARE = 0.01
 """Asymmetry of the products, relative to the tolerance, from which on the residuals are measured and not derived: what
@@ -86,6 +106,7 @@ def lanczos(
     smallest: int = 0,
     tol: float = 1e-3,
     value_tol: float | None = None,
+    max_missed: float | None = 1e-2,
     max_matvecs: int | None = None,
     start: Tensor | None = None,
     seed: int = 0,
@@ -103,10 +124,11 @@ def lanczos(
     differences, half precision, a loss that draws its own random numbers), the residual of each returned pair is
     measured by one more product.
 
-    The result is a function of the arguments alone: the seed determines every random number, and the global generators
-    are neither read nor advanced. The memory is that of the Krylov basis, which grows as it is needed to at most
-    ``max_basis_vectors + 1`` vectors, of the result, and of two vectors more. What fails on one rank of a distributed
-    operator ends the search on all of them.
+    The seed determines every random number: the result is a function of the arguments alone, but for the size of the
+    basis where that is left to the memory. The global generators are neither read nor advanced. The memory is that of
+    the Krylov basis, which grows as it is needed to at most ``max_basis_vectors + 1`` vectors, of the result, of two
+    vectors more, and of one for each time that copies of eigenvalues are looked for. What fails on one rank of a
+    distributed operator ends the search on all of them.
 
     Args:
         operator: The symmetric operator, known by ``matvec``, ``size``, ``dtype`` and ``device``.
@@ -115,9 +137,11 @@ def lanczos(
         tol: Relative tolerance of the residuals.
         value_tol: Relative tolerance of the errors of the eigenvalues, in place of `tol`: a pair has converged when its
             estimated error (see `Eigenpairs.value_errors`) is at most ``value_tol·|θ|`` and its residual at most 2.5
-            times that. One value of each end is then taken without the check by a random vector: its error is that to
-            the outermost eigenvalue, which lies further beyond with a chance of a tenth at most where the start was
-            random, whatever the spectrum.
+            times that. The error of one value of each end is that to the outermost eigenvalue.
+        max_missed: The chance, at most, that an eigenvalue beyond a wanted one is missed, such as a copy of a repeated
+            one (see `Eigenpairs.missed_probability`): the search goes on until it is that small. Of one value of each
+            end, the chance for the worst place of the eigenvalue may be ten times that. None for no such check: what
+            has a small residual is taken for what was asked for, which is right where no eigenvalue is repeated.
         max_matvecs: The most products to spend; ``100 + 50 * (largest + smallest)`` if None. What has not converged by
             then is returned as such.
         start: A vector ``(size,)``, or rows ``(j, size)``, in whose direction the wanted eigenvectors are expected;
@@ -127,7 +151,9 @@ def lanczos(
             the last one, it should be another one each time.
         max_basis_vectors: The size of the Krylov basis. By default ``max(32, 2 * (largest + smallest) + 16)``, at
             least 64 for the lower end alone, within `max_basis_bytes`, and the whole space for operators of up to 160
-            numbers.
+            numbers. Where those bytes and an eighth of the memory that is free hold as many, and more is wanted than
+            single values, up to 128: a search that has room needs no restart. The size decides on rounding and on the
+            number of products, so give it where a result has to be the same on another machine.
         max_basis_bytes: Bound on the memory of a basis of the default size, down to four vectors more than are wanted.
 
     Returns:
@@ -151,7 +177,7 @@ def lanczos(
 
     """
     space = space_of(operator)
-    target = _target(space.size, largest, smallest, tol, value_tol)
+    target = _target(space.size, largest, smallest, tol, value_tol, max_missed)
     if max_matvecs is None:
         max_matvecs = 100 + 50 * target.count
     elif max_matvecs < target.count:
@@ -159,20 +185,23 @@ def lanczos(
     capacity = _capacity(space, target, max_basis_vectors, max_basis_bytes)
     generator = torch.Generator().manual_seed(seed)
     with space.together():
-        basis = KrylovBasis(operator, capacity, generator)
-        if start is None:
-            basis.begin()
-        else:
-            basis.begin(_blended(space, start, generator), familiarity=_FAMILIARITY)
-        ritz, num_matvecs = _search(
-            basis, target, max_matvecs, _LEAST_PRODUCTS_COLD if start is None else _LEAST_PRODUCTS_WARM
-        )
+        if max_basis_vectors is None:
+            capacity = _grown(capacity, space, target, max_basis_bytes)
+        # Not for the lower end, which in the Hessian of a network is a small part of the norm.
+        roughly = value_tol is not None and value_tol >= _ROUGH_TOL and (largest, smallest) == (1, 0)
+        basis = KrylovBasis(operator, capacity, generator, roughly=roughly)
+        direction, familiarity = (None, 1.0) if start is None else _blended(space, start, generator)
+        basis.begin(direction, familiarity)
+        least = _LEAST_PRODUCTS_COLD if familiarity == 1 else _LEAST_PRODUCTS_WARM
+        challenge = _Challenge(basis, target, is_warm=familiarity != 1)
+        ritz, missed, num_matvecs = _search(basis, challenge, target, max_matvecs, least)
         vectors, start_rows = basis.combine(ritz.coefficients, _next_start(basis, target))
         pairs = Eigenpairs(
             values=ritz.values,
             vectors=vectors,
             residuals=ritz.residuals,
             value_errors=ritz.value_errors,
+            missed_probability=missed,
             converged=ritz.converged,
             num_matvecs=num_matvecs,
             num_largest=largest,
@@ -186,7 +215,9 @@ def lanczos(
     return pairs
 
 
-def _target(size: int, largest: int, smallest: int, tol: float, value_tol: float | None) -> Target:
+def _target(
+    size: int, largest: int, smallest: int, tol: float, value_tol: float | None, max_missed: float | None
+) -> Target:
     """The target, from checked arguments."""
     if largest < 0 or smallest < 0 or largest + smallest == 0:
         raise ValueError(
@@ -202,7 +233,9 @@ def _target(size: int, largest: int, smallest: int, tol: float, value_tol: float
     if value_tol is not None:
         check_positive("value_tol", value_tol)
         tol = _RESIDUAL_SHARE * value_tol
-    return Target(largest, smallest, tol, value_tol)
+    if max_missed is not None:
+        check_positive("max_missed", max_missed)
+    return Target(largest, smallest, tol, value_tol, max_missed)
 
 
 def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None, max_basis_bytes: int) -> int:
@@ -221,52 +254,76 @@ def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None,
     return min(max(least, 2 * target.count + 16), max(affordable, target.count + 4), space.size)
 
 
-def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> Tensor:
-    """A combination of the rows of `start` in which each has the same share, with a little of everything else."""
+def _grown(capacity: int, space: VectorSpace, target: Target, max_basis_bytes: int) -> int:
+    """How many it may hold where there is memory for more, on every rank."""
+    larger = min(_LARGE_BASIS, max_basis_bytes // space.vector_bytes, space.size)
+    # A single value is found in fewer products than the basis holds, beside a training that needs the memory.
+    if target.values_alone or larger <= capacity:
+        return capacity
+    needed = larger * space.vector_bytes
+    return larger if space.all_say(needed <= _SHARE_OF_FREE_MEMORY * free_bytes(space.device)) else capacity
+
+
+def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """A combination of the rows of `start` in which each has the same share, with a little of everything else.
+
+    Returns:
+        The combination, and how much more than a random vector it has of an eigenvector that may be missed.
+
+    """
     rows = space.adopt(start, "start")
     noise = space.random(generator)
     direction = rows[0].clone()
     # With random signs, rows that cancel in one combination do not in that of the next seed.
     for row in rows[1:]:
         direction += row * float(torch.randn((), generator=generator, dtype=torch.float64, device="cpu").sign())
-    return with_noise(space, direction, noise)
+    blended = with_noise(space, direction, noise)
+    return blended, 1.0 if blended is noise else _FAMILIARITY
 
 
-def _search(basis: KrylovBasis, target: Target, max_matvecs: int, least: int) -> tuple[RitzPairs, int]:
+def _search(
+    basis: KrylovBasis, challenge: "_Challenge", target: Target, max_matvecs: int, least: int
+) -> tuple[RitzPairs, Tensor, int]:
     """Grow the basis until the wanted pairs have converged, or no more products are to be spent.
 
     Returns:
-        The pairs, and the products that were spent.
+        The pairs, the chances that eigenvalues beyond them were missed, and the products that were spent.
 
     """
-    challenge = _Challenge(target, spans_the_space=basis.capacity == basis.space.size)
-    num_matvecs = next_check = 0
+    num_matvecs, next_check = 0, least if target.ends_alone else 0
     while True:
         basis.expand()
         num_matvecs += 1
         last = basis.is_complete or num_matvecs == max_matvecs
         if basis.length < target.count or not (last or basis.is_full or basis.length >= next_check):
             continue
-        ritz = basis.ritz(target)
-        # Not after every product: the eigenproblem of the projection grows with the cube of the basis, from 2 ms at 16
-        # vectors to 33 ms at 199 on one core. What this costs is a sixteenth more products at most.
-        next_check = basis.length + max(1, basis.length // 16)
+        ritz = challenge.compared(basis.ritz(target))
+        next_check = basis.length + _products_to_go(ritz, target)
         if last or (num_matvecs >= _least(ritz, target, least) and challenge.is_met(ritz, num_matvecs)):
-            return ritz, num_matvecs
+            return ritz, challenge.missed(ritz), num_matvecs
         # Without the challenge, searches for 4 + 2 pairs missed copies of a triple eigenvalue on all of 12 operators,
         # with every residual within the tolerance, in 34 products; with it they found all in 75.
         if challenge.is_due(ritz):
-            # With less room a restart would fall into the challenge: on 12 operators with a triple eigenvalue that took
-            # 95 products in place of 39, and two searches did not converge.
-            if basis.capacity - basis.length < _MAX_CHALLENGE:
-                basis.compress(target.largest, target.smallest)
+            if basis.capacity - basis.length < _ROOM_TO_CHALLENGE:
+                basis.compress(*_kept_at_challenge(basis, target))
             basis.begin()
             challenge.start(ritz, num_matvecs)
-        elif basis.is_full:
-            basis.compress(*_kept_at_restart(basis.capacity, ritz, target))
-        else:
+            next_check = basis.length + 1
             continue
-        next_check = basis.length + 1
+        if not challenge.is_on:
+            basis.turn_to(ritz)
+        if basis.is_full:
+            basis.compress(*_kept_at_restart(basis.capacity, ritz, target))
+            next_check = basis.length + 1
+
+
+def _products_to_go(ritz: RitzPairs, target: Target) -> int:
+    """After how many products the pairs are looked at again: the eigenproblem of the projection takes time, too.
+
+    It grows with the cube of the basis, from 2 ms at 16 vectors to 33 ms at 199 on one core.
+    """
+    allowed = (target.tol * ritz.values.abs()).clamp_min(ritz.negligible)
+    return max(1, int(math.log(float((ritz.residuals / allowed).max()), _FALL)))
 
 
 def _least(ritz: RitzPairs, target: Target, least: int) -> int:
@@ -298,6 +355,15 @@ def _kept_at_restart(capacity: int, ritz: RitzPairs, target: Target) -> tuple[in
         bottom = smallest > 0
     top_share = spare * top // (top + bottom)
     return largest + top_share, smallest + spare - top_share
+
+
+def _kept_at_challenge(basis: KrylovBasis, target: Target) -> tuple[int, int]:
+    """How many Ritz vectors of each end stay when a challenge begins without room: the wanted ones and a few more."""
+    # With less room a restart would fall into the challenge: on 12 operators with a triple eigenvalue that took 95
+    # products in place of 39, and two searches did not converge.
+    spare = max(0, min(basis.capacity - _ROOM_TO_CHALLENGE, basis.length) - target.count)
+    top = spare * target.largest // target.count
+    return target.largest + top, target.smallest + (spare - top if target.smallest else 0)
 
 
 def _next_start(basis: KrylovBasis, target: Target) -> Tensor:
@@ -351,50 +417,83 @@ class _Challenge:
     """The search for copies of repeated eigenvalues that one Krylov space cannot hold.
 
     It starts when every wanted pair has converged, in the Krylov space of a random vector orthogonal to them, and is
-    met when nothing in that space reaches beyond the least of the accepted values. A copy that comes up ends it: the
-    search then continues, and the new set is challenged in its turn. The values of the ends alone are not challenged,
-    unless one is negligible: it may be that of a large null space, in which a Krylov space hardly grows.
+    met when a copy beyond them is not likely to have been missed there. A copy that comes up ends it: the search then
+    continues, and the new set is challenged in its turn. The outermost values are not challenged where no more is
+    wanted, since their own search tells how likely something further out was missed; unless one is negligible: it may
+    be that of a large null space, in which a Krylov space hardly grows; or unless a vector is wanted and the start was
+    given, of which nothing is known: at another eigenvector the search might end.
     """
 
-    def __init__(self, target: Target, *, spans_the_space: bool) -> None:
+    def __init__(self, basis: KrylovBasis, target: Target, *, is_warm: bool) -> None:
+        self._basis = basis
         self._target = target
-        self._spans_the_space = spans_the_space
+        self._trusts_start = target.ends_alone and (target.values_alone or not is_warm)
+        self._spans_the_space = basis.capacity == basis.space.size
         self._accepted: RitzPairs | None = None
         self._started_at = 0
-        self._number = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are pairs that are challenged at present."""
+        return self._accepted is not None
 
     def is_due(self, ritz: RitzPairs) -> bool:
-        """Whether the pairs are good enough to be challenged.
-
-        A challenge cuts off the direction in which they could still be improved. The first one asks for half of
-        the tolerance and each further one for half as much, so that all that they cut off stays below it.
-        """
-        # With the whole tolerance each time, 12 searches for a triple eigenvalue took 130 products on average in place
-        # of 39, and three did not converge: what was cut off cannot be reduced any more.
-        share = self._target.tol * 0.5 ** (self._number + 1)
-        good = ritz.growing <= (share * ritz.values.abs()).clamp_min(ritz.negligible / 2)
-        return self._is_needed(ritz) and self._accepted is None and bool((ritz.converged & good).all())
+        """Whether the pairs are good enough to be challenged."""
+        if self._accepted is not None or not self._is_needed(ritz):
+            return False
+        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is.
+        good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(0.75 * ritz.negligible)
+        return bool((ritz.converged & good).all())
 
     def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
         """Begin, with the pairs that are to stand."""
         self._accepted = accepted
         self._started_at = num_matvecs
-        self._number += 1
+
+    def compared(self, ritz: RitzPairs) -> RitzPairs:
+        """End the challenge where something has come up since it began; or else the pairs are as exact as they were."""
+        accepted = self._accepted
+        if accepted is None:
+            return ritz
+        # Values may still move within their residuals. Only where the two intervals are disjoint has another value come
+        # up.
+        moved = (ritz.values - accepted.values).abs() > ritz.residuals + accepted.residuals
+        # The first values of the new Krylov space are near none of its eigenvalues, and those that they come close to
+        # are no less exact for it.
+        errors = torch.minimum(ritz.value_errors, accepted.value_errors)
+        converged = self._target.is_met(ritz.values, ritz.residuals, errors, ritz.negligible)
+        if bool(moved.any()) or not bool((converged | ritz.converged).all()):
+            self._accepted = None
+            return ritz
+        return replace(ritz, value_errors=errors, converged=converged | ritz.converged)
+
+    def missed(self, ritz: RitzPairs, *, exactly: bool = False) -> Tensor:
+        """The chance, at most, that an eigenvalue beyond each of the pairs was missed."""
+        if self._accepted is not None or self._trusts_start or self._basis.is_complete:
+            return self._basis.missed_probability(self._target, ritz, exactly=exactly)
+        # Of copies their start says nothing, and a start that was given says nothing at all.
+        return torch.ones(self._target.count, dtype=torch.float64, device="cpu")
 
     def is_met(self, ritz: RitzPairs, num_matvecs: int) -> bool:
         """Whether the converged pairs may stand."""
-        if self._accepted is None:
-            return self._target.values_alone and bool(ritz.converged.all()) and not self._is_needed(ritz)
-        # Values may still move within their residuals. Only where the two intervals are disjoint has another value come
-        # up.
-        moved = (ritz.values - self._accepted.values).abs() > ritz.residuals + self._accepted.residuals
-        if bool(moved.any()) or not bool(ritz.converged.all()):
-            self._accepted = None
+        if not bool(ritz.converged.all()) or (self._accepted is None and self._is_needed(ritz)):
             return False
-        spent = num_matvecs - self._started_at
-        return spent >= (_MAX_CHALLENGE if ritz.may_be_overtaken(self._target) else _MIN_CHALLENGE)
+        spent = 0 if self._accepted is None else num_matvecs - self._started_at
+        are_negligible = self._are_negligible(ritz)
+        if are_negligible and spent >= _PRODUCTS_BELOW_ROUNDING:
+            return True
+        if are_negligible and self._target.ends_alone:
+            return False
+        missed = self.missed(ritz, exactly=not are_negligible)
+        return bool((missed <= self._target.allowed_chance).all())
 
     def _is_needed(self, ritz: RitzPairs) -> bool:
-        if self._target.values_alone:
-            return bool((ritz.residuals > self._target.tol * ritz.values.abs()).any())
-        return self._target.ends_alone or not self._spans_the_space
+        if self._target.max_missed is None:
+            return False
+        if self._trusts_start:
+            return self._are_negligible(ritz)
+        return not self._spans_the_space
+
+    def _are_negligible(self, ritz: RitzPairs) -> bool:
+        """Whether a value has converged for no other reason than that it is next to nothing."""
+        return bool((ritz.residuals > self._target.tol * ritz.values.abs()).any())

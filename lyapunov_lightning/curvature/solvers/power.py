@@ -114,6 +114,7 @@ def power_iteration(
             vectors=vector.reshape(1, -1),
             residuals=torch.tensor([max(residual, rounding)], dtype=torch.float64, device="cpu"),
             value_errors=torch.tensor([max(residual, rounding)], dtype=torch.float64, device="cpu"),
+            missed_probability=torch.ones(1, dtype=torch.float64, device="cpu"),
             converged=torch.tensor([converged], device="cpu"),
             num_matvecs=num_matvecs,
             num_largest=1 if end == "largest" else 0,

@@ -78,6 +78,7 @@ class ExtremeTracker:
             vectors=torch.cat([pairs.vectors for pairs in found]),
             residuals=torch.cat([pairs.residuals for pairs in found]),
             value_errors=torch.cat([pairs.value_errors for pairs in found]),
+            missed_probability=torch.cat([pairs.missed_probability for pairs in found]),
             converged=torch.cat([pairs.converged for pairs in found]),
             num_matvecs=sum(pairs.num_matvecs for pairs in found),
             num_largest=sum(pairs.num_largest for pairs in found),

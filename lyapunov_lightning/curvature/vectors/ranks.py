@@ -187,6 +187,10 @@ class Ranks:
         """The sum of one number over the ranks, see `summed`."""
         return float(self.summed(torch.tensor([number], dtype=torch.float64, device="cpu")))
 
+    def all_say(self, yes: bool) -> bool:
+        """Whether all ranks say yes; to be asked by all of them where they are `together`."""
+        return self.sum_of(float(not yes)) == 0
+
     def meet(self) -> None:
         """Make sure that no rank has failed, before a collective in which one that has could not say so.
 

@@ -1,7 +1,5 @@
 """The ways to the Hessian-vector products of a sharded model, which of them to try, and the operator of each."""
 
-import math
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from lyapunov_lightning.curvature.sharded.differences import ShardDifferences
 from lyapunov_lightning.curvature.sharded.layerwise import LayerwiseHessian
 from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace, Sharding
 from lyapunov_lightning.curvature.vectors.layout import local_of
+from lyapunov_lightning.curvature.vectors.memory import free_bytes
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.training.distributed import any_rank, ranks_of
 from lyapunov_lightning.training.lightning_names import Trainer
@@ -138,15 +137,8 @@ def ways_of(problem: Problem) -> tuple[list[Way], str]:
 
 def _free_bytes(device: torch.device, trainer: Trainer) -> float:
     """The memory that is free on a device, for each of the processes that share it."""
-    if device.type == "cuda":
-        # What PyTorch has reserved and does not use counts as taken to the driver, and is free to us.
-        free, _ = torch.cuda.mem_get_info(device)
-        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        free_pages, page = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        # Each process sees all of the machine's memory as free.
-        return free_pages * page / max(1, int(trainer.num_devices))
-    return math.inf
+    # Each process sees all of the machine's memory as free.
+    return free_bytes(device) / (max(1, int(trainer.num_devices)) if device.type == "cpu" else 1)
 
 
 def count_samples(_: Tensor) -> None:

@@ -70,7 +70,7 @@ def test_a_gradient_of_zero_has_cosines_of_zero() -> None:
 
 def pairs_of(vectors: Tensor) -> Eigenpairs:
     zeros = torch.zeros(len(vectors), dtype=torch.float64)
-    return Eigenpairs(zeros, vectors, zeros, zeros, zeros == 0, 0, len(vectors), vectors[0])
+    return Eigenpairs(zeros, vectors, zeros, zeros, zeros, zeros == 0, 0, len(vectors), vectors[0])
 
 
 @pytest.mark.parametrize(("num_old", "num_new"), [(3, 3), (2, 5), (5, 2), (1, 1)])

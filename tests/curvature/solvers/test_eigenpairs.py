@@ -14,6 +14,7 @@ def pairs(values: list[float], num_largest: int) -> Eigenpairs:
         vectors=torch.eye(count, 5),
         residuals=zeros,
         value_errors=zeros,
+        missed_probability=zeros,
         converged=zeros == 0,
         num_matvecs=7,
         num_largest=num_largest,

@@ -20,7 +20,7 @@ from tests.curvature.spectra import assert_honest, assert_right, normal, uniform
 
 
 @pytest.mark.parametrize("end", ["largest", "smallest"])
-def test_a_warm_start_halves_the_products(end: str) -> None:
+def test_a_warm_start_saves_a_third_of_the_products(end: str) -> None:
     spectrum = torch.tensor(normal(500)).double()
     matrix = symmetric_matrix(spectrum)
     moved = matrix + 0.01 * symmetric_matrix(normal(500, seed=1), seed=1)
@@ -28,7 +28,7 @@ def test_a_warm_start_halves_the_products(end: str) -> None:
     before = lanczos(DenseOperator(matrix), **wanted)
     cold = lanczos(DenseOperator(moved), **wanted)
     warm = lanczos(DenseOperator(moved), start=before.vectors, **wanted)
-    assert 2 * warm.num_matvecs <= cold.num_matvecs
+    assert 3 * warm.num_matvecs <= 2 * cold.num_matvecs
     assert_right(warm, moved, 1e-2)
 
 
@@ -98,8 +98,8 @@ def test_no_more_basis_vectors_than_allowed_are_held(max_basis_vectors: int) -> 
         )
     assert pairs.num_matvecs > max_basis_vectors + 3  # more than were held, at two restarts or more
     num_vectors = memory.num_bytes / diagonal.nbytes
-    # Beside the basis: the three results and the next start, and two vectors.
-    assert max_basis_vectors < num_vectors <= max_basis_vectors + 4 + 2
+    # Beside the basis: the three results and the next start, two vectors, and the one that the challenge set aside.
+    assert max_basis_vectors < num_vectors <= max_basis_vectors + 4 + 3
     assert torch.allclose(pairs.values, torch.tensor([9.0, 8.5, -5.5], dtype=torch.float64), rtol=1e-3)
 
 

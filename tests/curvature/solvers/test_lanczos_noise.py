@@ -126,4 +126,4 @@ def test_products_of_symmetric_matrices_are_not_measured_again(monkeypatch: pyte
         operator = DenseOperator(symmetric_matrix([5.0, 4.0, *uniform(296, -1, 1), -2.0, -3.0]).to(dtype))
         pairs = lanczos(operator, tol=tol)
         own = own_residuals(operator, pairs)
-        assert bool((own <= 1.001 * pairs.residuals).all())
+        assert bool((own <= 1.001 * pairs.residuals + torch.finfo(dtype).eps).all())

@@ -314,6 +314,18 @@ def test_what_is_not_finite_on_one_rank_is_agreed_upon_and_is_no_failure() -> No
         assert outcome[1] == 2
 
 
+@pytest.mark.parametrize("against", [None, 1])
+def test_all_say_yes_or_one_does_not(against: int | None) -> None:
+    def run(rank: int, ranks: Ranks) -> bool:
+        with ranks.together():
+            return ranks.all_say(rank != against)
+
+    outcomes, _ = on_all_ranks(run)
+    assert outcomes == [against is None] * COUNT
+    assert Ranks().all_say(True)
+    assert not Ranks().all_say(False)
+
+
 def test_where_the_network_fails_nothing_more_is_sent() -> None:
     sent: list[int] = []
 

@@ -303,3 +303,26 @@ def test_random_numbers_are_the_same_in_any_pieces(parts: list[int], drawn: int)
         pieces = [one_by_one.take(part) for part in parts]
     assert len(whole) == total
     assert torch.equal(torch.cat([torch.empty(0, dtype=torch.float64), *pieces]), whole)
+
+
+def test_a_few_digits_are_right_where_they_will_do() -> None:
+    """Once through a few vectors, and combinations in float32: a millionth, not the last digit."""
+    size = 100_000
+    rows = torch.linalg.qr(normal(6, size).double().T).Q.T.float().contiguous()
+    vector = normal(size) + 3 * rows[4] + 200 * rows[5]
+    exact = rows.double() @ vector.double()
+    left = vector.double() - exact @ rows.double()
+    components, norm = space(size).orthogonalise(vector, [rows[:4], rows[4:]], once=True)
+    assert torch.allclose(components.double(), exact, rtol=0, atol=1e-2)
+    assert float(norm) == pytest.approx(float(left.norm()), rel=1e-5)
+    assert float((rows.double() @ vector.double()).abs().max()) <= 1e-4 * float(left.norm())
+    coefficients = normal(2, 6, dtype=torch.float64)
+    out = torch.empty(2, size)
+    space(size).combine_roughly(coefficients, [rows[:4], rows[4:]], out)
+    assert torch.allclose(out.double(), coefficients @ rows.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_rough_norms_neither_overflow_nor_vanish(scale: float) -> None:
+    vector = scale * normal(5000)
+    assert float(space(5000)._rough_norm(vector)) == pytest.approx(float(vector.double().norm()), rel=1e-6)
