@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from lyapunov_lightning.curvature.compat.activations import gelu, silu
 from lyapunov_lightning.curvature.compat.convolution import convolution
+from lyapunov_lightning.curvature.compat.cross_entropy import cross_entropy
 
 
 @contextmanager
@@ -145,6 +147,9 @@ _UNFUSED: dict[Any, Callable[..., Tensor]] = {
     torch.conv1d: convolution,  # its gradient is differentiated by convolutions with kernels as large as the image
     torch.conv2d: convolution,
     torch.conv3d: convolution,
+    functional.gelu: gelu,  # each product computes its two derivatives anew
+    functional.silu: silu,
+    functional.cross_entropy: cross_entropy,  # likewise, and it keeps three numbers for each class of each sample
 }
 if hasattr(functional, "linear_cross_entropy"):  # in chunks its gradient is taken for a constant
     _UNFUSED[functional.linear_cross_entropy] = _linear_cross_entropy
