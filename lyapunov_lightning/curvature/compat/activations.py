@@ -79,7 +79,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x) + x * _normal_density(x)
+    slope: Tensor = torch.special.ndtr(x) + x * _normal_density(x)
+    return slope
 
 
 def _gelu_curvature(x: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class _InputGradient(_Bilinear):
         # The gradient with respect to the inputs does not depend on them: PyTorch looks at their shape alone.
         # Not one number that is expanded: PyTorch would copy it to every place.
         inputs = grad.new_empty(geometry.input_shape)
-        return geometry.gradients(grad, inputs, weight, (True, False))[0]
+        of_inputs, _ = geometry.gradients(grad, inputs, weight, (True, False))
+        assert of_inputs is not None
+        return of_inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -109,7 +111,9 @@ class _WeightGradient(_Bilinear):
     @staticmethod
     def forward(inputs: Tensor, grad: Tensor, geometry: _Geometry) -> Tensor:
         weight = grad.new_empty(geometry.weight_shape)  # likewise
-        return geometry.gradients(grad, inputs, weight, (False, True))[1]
+        _, of_weight = geometry.gradients(grad, inputs, weight, (False, True))
+        assert of_weight is not None
+        return of_weight
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -57,17 +57,19 @@ class _Labels(NamedTuple):
 
 
 class _Matrix:
-    """The probabilities, or the gradient in their place once that was taken.
+    """The probabilities, or the gradient in their place once the last one was taken.
 
     Attributes:
         tensor: The matrix.
         factor: What each row of the gradient was multiplied by; None for probabilities.
+        is_kept: Whether a graph has kept the probabilities.
 
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.factor: Tensor | None = None
+        self.is_kept = False
 
 
 class _Softmax(torch.autograd.Function):
@@ -95,16 +97,19 @@ class _Probabilities(torch.autograd.Function):
         (softmax,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             softmax = _Probabilities.apply(softmax)
-        weighted = softmax * grad
+        weighted: Tensor = softmax * grad
         return weighted - softmax * weighted.sum(-1, keepdim=True)
 
 
 class _RowLosses(torch.autograd.Function):
-    """The loss of each row."""
+    """The loss of each row.
+
+    `check_twice_differentiable` tells it that the next gradient is the last one, which may take the matrix's place.
+    """
 
     @staticmethod
     def forward(ctx: Any, softmax: Tensor, scores: Tensor, matrix: _Matrix, labels: _Labels) -> Tensor:
-        ctx.matrix, ctx.labels = matrix, labels
+        ctx.matrix, ctx.labels, ctx.is_last = matrix, labels, False
         # By the largest probability, which is at least one over their number: that of the label may have underflown.
         log_sum = scores.amax(-1) - softmax.amax(-1).log()
         losses = labels.share * (log_sum - scores.gather(-1, labels.places.unsqueeze(-1)).squeeze(-1))
@@ -119,14 +124,15 @@ class _RowLosses(torch.autograd.Function):
             gradient = matrix.tensor * (grad / matrix.factor).unsqueeze(-1)
         elif not torch.is_grad_enabled():
             gradient = labels.add(matrix.tensor * (grad * labels.mass).unsqueeze(-1), -grad)
-        elif grad.requires_grad or not bool(((grad != 0) | (labels.mass == 0)).all()):
-            # The gradient times zero would not give the probabilities back. Here they are kept, and PyTorch
-            # differentiates what is made of them.
+        elif ctx.is_last and not grad.requires_grad and not matrix.is_kept:
+            # No derivative comes back to this place: the factor depends on nothing.
+            gradient = matrix.tensor = _Gradient.apply(matrix.tensor, grad, labels)
+            matrix.factor = torch.where(labels.mass == 0, 1, grad)
+        else:
+            # The loss itself has its gradient in it, or is no sum of these. PyTorch differentiates what is made here.
+            matrix.is_kept = True
             softmax: Tensor = _Probabilities.apply(matrix.tensor)
             gradient = labels.add(softmax * (grad * labels.mass).unsqueeze(-1), -grad)
-        else:
-            matrix.factor = torch.where(labels.mass == 0, 1, grad)
-            gradient = matrix.tensor = _Gradient.apply(matrix.tensor, grad, labels)
         return gradient, None, None, None
 
 

@@ -40,6 +40,8 @@ def check_twice_differentiable(loss: Tensor) -> bool:
             raise RuntimeError(
                 f"{name_of(node)} is marked with @once_differentiable: it cannot be differentiated twice."
             )
+        if hasattr(node, "is_last"):
+            node.is_last = True  # of cross-entropy: products need no further gradient than this one
         # Not for those of this package, which have their tests: with a one that requires a gradient, the graph would
         # hold what is needed for the derivative with respect to it.
         if (function is not None and not _is_ours(function)) or _is_of_an_extension(node):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -220,8 +221,13 @@ def _checkpointed_without_reentry(function: Callable[..., Any], preserve_rng_sta
     )
 
 
+def beginning(tensor: Tensor) -> Tensor | GradientEdge:
+    """Where the graph behind a tensor begins, to be differentiated without the tensor; a leaf is its own graph."""
+    return tensor if tensor.is_leaf else get_gradient_edge(tensor)
+
+
 def differentiated(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
     *,
@@ -235,7 +241,7 @@ def differentiated(
     the evaluation alone: the backward pass of each operation has the dtype that was chosen for the operation itself.
     """
     with _without_hooks(inputs), ExitStack() as stack:
-        for kind in {"cpu", *(tensor.device.type for tensor in outputs)}:
+        for kind in {"cpu", *(cotangent.device.type for cotangent in cotangents)}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         engine: Any = torch.autograd.Variable._execution_engine

@@ -33,6 +33,10 @@ class GradientGraph:
         """The tensors whose graphs are kept."""
         return self.gradient
 
+    def forget_gradient(self) -> None:
+        """Let go of the gradient's numbers, before the last product of a graph that is not kept."""
+        object.__setattr__(self, "gradient", [])
+
 
 Graph = TypeVar("Graph", bound=GradientGraph)
 """What is kept of a batch."""

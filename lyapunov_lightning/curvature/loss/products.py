@@ -21,7 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
-from lyapunov_lightning.curvature.compat.operations import TwiceDifferentiableOperations, differentiated, dtypes_behind
+from lyapunov_lightning.curvature.compat.operations import (
+    TwiceDifferentiableOperations,
+    beginning,
+    differentiated,
+    dtypes_behind,
+)
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
 from lyapunov_lightning.curvature.loss.freshness import LossInputs
@@ -190,9 +195,17 @@ class DoubleBackward(GraphProduct[GradientGraph]):
             return self._layout.zeros()
         outputs, cotangents = zip(*active, strict=True)
         trainable = [leaf for leaf in graph.leaves if leaf.requires_grad]
+        if not retain_graph:
+            # Where the graph begins is all that is needed of the gradient: its numbers are as many as the parameters.
+            outputs = tuple(map(beginning, outputs))
+            graph.forget_gradient()
+            del pairs, active
         with of_a_second_derivative():
-            entries = iter(differentiated(outputs, cotangents, trainable, retain_graph=retain_graph))
-        return self._layout.flatten([next(entries) if leaf.requires_grad else None for leaf in graph.leaves])
+            found = differentiated(outputs, cotangents, trainable, retain_graph=retain_graph)
+        entries = iter(found)
+        product = [next(entries) if leaf.requires_grad else None for leaf in graph.leaves]
+        del found, entries
+        return self._layout.flatten(product) if retain_graph else self._layout.moved(product)
 
 
 class ForwardOverReverse:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.compat.cross_entropy import cross_entropy
+from lyapunov_lightning.curvature.compat.functions import check_twice_differentiable
 from tests.curvature.helpers import relative_error, vector
 from tests.curvature.memory import PeakMemory
 
@@ -24,6 +25,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "some times zero": lambda loss, _: (loss * torch.arange(loss.numel()).view(loss.shape)).sum(),
     "with its gradient": lambda loss, scores: (
         2 * loss.sum() + torch.autograd.grad(loss.sum(), scores, create_graph=True)[0].square().sum()
+    ),
+    "with some of its gradient": lambda loss, scores: (
+        loss.sum() + torch.autograd.grad(loss.reshape(-1)[0], scores, create_graph=True)[0].square().sum()
     ),
 }
 
@@ -45,7 +49,9 @@ def derivatives(function: Any, loss: Callable[[Tensor, Tensor], Tensor], scores:
     """Value, gradient, a product, the gradient of a product, and a product of the kept graph once more."""
     scores = scores.clone(memory_format=torch.preserve_format).requires_grad_()
     value = function(scores, *args, **options)
-    (gradient,) = torch.autograd.grad(loss(value, scores), scores, create_graph=True)
+    total = loss(value, scores)
+    assert not check_twice_differentiable(total)  # which tells it that this gradient is the one to keep
+    (gradient,) = torch.autograd.grad(total, scores, create_graph=True)
     along = torch.linspace(-1, 1, scores.numel(), dtype=scores.dtype).view(scores.shape)
     (second,) = torch.autograd.grad((gradient * along).sum(), scores, create_graph=True)
     (third,) = torch.autograd.grad(second.square().sum(), scores, retain_graph=True)
