@@ -97,8 +97,9 @@ class _Probabilities(torch.autograd.Function):
         (softmax,) = ctx.saved_tensors
         if torch.is_grad_enabled():
             softmax = _Probabilities.apply(softmax)
-        weighted: Tensor = softmax * grad
-        return weighted - softmax * weighted.sum(-1, keepdim=True)
+        weighted = softmax * grad
+        gradient: Tensor = weighted - softmax * weighted.sum(-1, keepdim=True)
+        return gradient
 
 
 class _RowLosses(torch.autograd.Function):
