@@ -69,6 +69,10 @@ class KeptGraphs(Generic[Graph]):
         """The graph of a batch, if it is kept."""
         return self._graphs.get(index)
 
+    def __contains__(self, graph: object) -> bool:
+        """Whether a graph is kept."""
+        return any(kept is graph for kept in self._graphs.values())
+
     def has_room(self, index: int) -> bool:
         """Whether the graph of a batch may fit."""
         return self._max_bytes > 0 and index not in self._too_large

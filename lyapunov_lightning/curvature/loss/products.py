@@ -216,7 +216,7 @@ class DoubleBackward(GraphProduct[GradientGraph]):
         if not retain_graph:
             graph.forget_gradient()
         with of_a_second_derivative():
-            if retain_graph and self._programs is not None:
+            if self._programs is not None and graph in self.graphs:
 
                 def plain(cotangents: list[Tensor]) -> list[Tensor]:
                     found = differentiated(outputs, cotangents, trainable, retain_graph=True)

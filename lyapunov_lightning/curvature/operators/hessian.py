@@ -74,7 +74,8 @@ class HessianOperator(MeanOperator):
             GPU: Triton). The second product of each graph waits for it: for a minute or more if it is the first of its
             kind, else for a trace of some hundred milliseconds to seconds. It is held against the plain product of a
             random vector first, and where it fails or differs there is one warning with the reason, and products are
-            plain. Give a `Programs` to share what was compiled between operators. Only for double backward.
+            plain. Give a `lyapunov_lightning.curvature.loss.compiled.Programs` to share what was compiled between
+            operators. Only for double backward.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -104,6 +104,7 @@ def test_a_graph_for_one_product_is_not_compiled(small: Any, inductor: Interpret
         operator = HessianOperator(loss, model.parameters(), [inputs], compile=True, **options)
         for _ in range(3 if options else 1):
             operator.matvec(vector(operator.size))
+    operator.matmat(torch.ones(operator.size, 4, dtype=torch.float64))
     assert inductor.count == 0
 
 
