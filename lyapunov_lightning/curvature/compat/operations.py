@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 from lyapunov_lightning.curvature.compat.activations import gelu, silu
+from lyapunov_lightning.curvature.compat.batch_norm import batch_norm
 from lyapunov_lightning.curvature.compat.convolution import convolution
 from lyapunov_lightning.curvature.compat.cross_entropy import cross_entropy
 
@@ -150,6 +151,7 @@ _UNFUSED: dict[Any, Callable[..., Tensor]] = {
     torch.conv3d: convolution,
     functional.gelu: gelu,  # each product computes its two derivatives anew
     functional.silu: silu,
+    functional.batch_norm: batch_norm,  # in evaluation its gradient is differentiated by dozens of passes
     functional.cross_entropy: cross_entropy,  # likewise, and it keeps three numbers for each class of each sample
 }
 if hasattr(functional, "linear_cross_entropy"):  # in chunks its gradient is taken for a constant
