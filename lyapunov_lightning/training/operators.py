@@ -6,6 +6,7 @@ from typing import Any
 
 from lyapunov_lightning.curvature.compat.errors import lacks_derivative
 from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError, PeerFailureError
+from lyapunov_lightning.curvature.loss.compiled import Programs
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
@@ -39,6 +40,8 @@ class Operators:
         self._fell_back: set[HessianConfig] = set()
         self._ways: dict[HessianConfig, Way] = {}
         self._collectives: dict[Any, Collectives] = {}
+        # A loss is compiled once: the operators of later measurements have the same graphs, of other numbers.
+        self._programs = Programs()
 
     def make(self, problem: Problem, say: Callable[[str], None] | None = None) -> LossHessian:
         """The Hessian of the mean loss over the batches of all ranks; all of them have to ask together.
@@ -73,6 +76,7 @@ class Operators:
             method=self._method(problem.config),
             reduce=sum_over_ranks(problem.trainer),
             on_fallback=lambda: self._fell_back.add(problem.config),
+            compile=problem.config.compile and self._programs,
         )
 
     def _sharded(self, problem: Problem, say: Callable[[str], None]) -> LossHessian:
@@ -151,6 +155,7 @@ class Operators:
                     method=self._method(problem.config),
                     reduce=count_samples,
                     on_fallback=lambda: self._fell_back.add(problem.config),
+                    compile=problem.config.compile and self._programs,
                 )
 
         return GatheredHessian(make, *parts_of(problem, objective.parameters, ranks))

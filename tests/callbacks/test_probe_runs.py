@@ -20,6 +20,29 @@ from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.probing import Fit, Reference, name_of, sgd
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
+# What is kept from measurement to measurement.
+
+
+def test_what_is_compiled_serves_all_measurements(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of Inductor, which takes seconds, the list of operations is run as it is."""
+    inductor = pytest.importorskip("torch._inductor")
+    given: list[Any] = []
+
+    def compile(traced: Any, inputs: Any) -> Any:
+        given.append(inputs)
+        return traced
+
+    monkeypatch.setattr(inductor, "compile", compile)
+    reference = Reference()
+    hessian = HessianConfig(compile=True)
+    probe = CurvatureProbe(2, tol=1e-6, hessian=hessian)
+    fit(SmallRegressor(), reference, probe, max_steps=6)
+    assert len(given) == 1
+    assert len(probe.results) == 3
+    for result in probe.results:
+        assert result.lambda_max == pytest.approx(float(reference.eigenvalues[result.step][-1]), rel=1e-5)
+
+
 # Where the values go.
 
 

@@ -27,6 +27,7 @@ def test_equal_configurations_are_one_key():
         ({"fraction": float("nan")}, r"`fraction` should be in \(0, 1\], got nan"),
         ({"loss_fn": 3}, "`loss_fn` should be a function, got 3"),
         ({"batch_size_fn": "len"}, "`batch_size_fn` should be a function, got 'len'"),
+        ({"compile": 1}, "`compile` should be a bool, got 1"),
         ({"seed": 0.5}, "`seed` should be an int, got 0.5"),
     ],
     ids=str,

@@ -3,7 +3,7 @@
 A convolution is bilinear in inputs and weight, and so are its two gradients: each of the three maps, taken with the
 other two, is closed under differentiation. PyTorch differentiates the gradient with respect to the weight as a
 convolution whose kernel is as large as the image, for which processors have no fast code. Here every derivative of
-every order is one of the three maps that training itself runs.
+every order is one of the three maps that training itself runs, and both gradients are one call, as in training.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,20 @@ class _Geometry(NamedTuple):
     input_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
 
-    def gradient(self, of: int, grad: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-        """PyTorch's gradient of a convolution with respect to its inputs (0) or its weight (1)."""
+    def gradients(
+        self, grad: Tensor, inputs: Tensor, weight: Tensor, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """PyTorch's gradients of a convolution with respect to its inputs and its weight, in one call."""
         geometry = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups)
-        mask = [of == 0, of == 1, False]
-        gradient: Tensor = torch.ops.aten.convolution_backward(grad, inputs, weight, None, *geometry, mask)[of]
-        return gradient
+        mask = [wanted[0], wanted[1], False]
+        of_inputs, of_weight, _ = torch.ops.aten.convolution_backward(grad, inputs, weight, None, *geometry, mask)
+        return of_inputs, of_weight
+
+    def output(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """PyTorch's convolution."""
+        geometry = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups)
+        output: Tensor = torch.ops.aten.convolution(inputs, weight, None, *geometry)
+        return output
 
 
 class _Bilinear(torch.autograd.Function):
@@ -62,13 +70,16 @@ class _Output(_Bilinear):
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
-        options = (geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.stride))
-        output: Tensor = torch.ops.aten.convolution(inputs, weight, None, *options, geometry.groups)
-        return output
+        return geometry.output(inputs, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
+        # A product needs no graph of itself, and most of its convolutions are here: without the calls in between.
+        if not torch.is_grad_enabled():
+            return *ctx.geometry.gradients(grad, inputs, weight, ctx.needs_input_grad), None
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+            return *_Gradients.apply(grad, inputs, weight, ctx.geometry), None
         of_inputs = _InputGradient.apply(grad, weight, ctx.geometry) if ctx.needs_input_grad[0] else None
         of_weight = _WeightGradient.apply(inputs, grad, ctx.geometry) if ctx.needs_input_grad[1] else None
         return of_inputs, of_weight, None
@@ -80,8 +91,11 @@ class _InputGradient(_Bilinear):
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
         # The gradient with respect to the inputs does not depend on them: PyTorch looks at their shape alone.
-        inputs = grad.new_empty(1).expand(geometry.input_shape)
-        return geometry.gradient(0, grad, inputs, weight)
+        # Not one number that is expanded: PyTorch would copy it to every place.
+        inputs = grad.new_empty(geometry.input_shape)
+        of_inputs, _ = geometry.gradients(grad, inputs, weight, (True, False))
+        assert of_inputs is not None
+        return of_inputs
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -96,8 +110,10 @@ class _WeightGradient(_Bilinear):
 
     @staticmethod
     def forward(inputs: Tensor, grad: Tensor, geometry: _Geometry) -> Tensor:
-        weight = grad.new_empty(1).expand(geometry.weight_shape)  # likewise
-        return geometry.gradient(1, grad, inputs, weight)
+        weight = grad.new_empty(geometry.weight_shape)  # likewise
+        _, of_weight = geometry.gradients(grad, inputs, weight, (False, True))
+        assert of_weight is not None
+        return of_weight
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -105,6 +121,50 @@ class _WeightGradient(_Bilinear):
         of_inputs = _InputGradient.apply(grad, cotangent, ctx.geometry) if ctx.needs_input_grad[0] else None
         of_grad = _Output.apply(inputs, cotangent, ctx.geometry) if ctx.needs_input_grad[1] else None
         return of_inputs, of_grad, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The outputs' gradient, the inputs and the weight to the gradients of both, which share most of a pass.
+
+    Its derivative has two such gradients again, those at its cotangents.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, inputs: Tensor, weight: Tensor, geometry: _Geometry) -> tuple[Tensor | None, ...]:
+        return geometry.gradients(grad, inputs, weight, (True, True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, _Geometry], output: Any) -> None:
+        *tensors, ctx.geometry = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, of_inputs: Tensor, of_weight: Tensor) -> tuple[Tensor | None, ...]:
+        grad, inputs, weight = ctx.saved_tensors
+        geometry: _Geometry = ctx.geometry
+        wants_grad, *wanted = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            output = None
+            if wants_grad:
+                output = geometry.output(of_inputs, weight) + geometry.output(inputs, of_weight)
+            return output, *geometry.gradients(grad, of_inputs, of_weight, wanted), None
+        output = _Output.apply(of_inputs, weight, geometry) + _Output.apply(inputs, of_weight, geometry)
+        return output, *_Gradients.apply(grad, of_inputs, of_weight, geometry), None
+
+    @staticmethod
+    def jvp(ctx: Any, of_grad: Tensor | None, of_inputs: Tensor | None, of_weight: Tensor | None, _: None) -> Any:
+        grad, inputs, weight = ctx.saved_tensors
+        for_inputs, for_weight = torch.zeros_like(inputs), torch.zeros_like(weight)
+        if of_grad is not None:
+            for_inputs, for_weight = _Gradients.apply(of_grad, inputs, weight, ctx.geometry)
+        if of_weight is not None:
+            for_inputs = for_inputs + _InputGradient.apply(grad, of_weight, ctx.geometry)
+        if of_inputs is not None:
+            for_weight = for_weight + _WeightGradient.apply(of_inputs, grad, ctx.geometry)
+        return for_inputs, for_weight
 
 
 def convolution(

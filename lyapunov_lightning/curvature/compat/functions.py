@@ -25,8 +25,8 @@ def check_twice_differentiable(loss: Tensor) -> bool:
     kernel of their own, it takes for a constant; that is noticed while the gradient is taken.
 
     Returns:
-        Whether there are functions that were not PyTorch's own. The derivative of the loss with respect to itself, a
-        one, has to require a gradient for what they hide to be noticed.
+        Whether there are functions that are written in Python or C++ and not in this package. The derivative of the
+        loss with respect to itself, a one, has to require a gradient for what they hide to be noticed.
 
     Raises:
         RuntimeError: If there is one that is marked.
@@ -40,7 +40,11 @@ def check_twice_differentiable(loss: Tensor) -> bool:
             raise RuntimeError(
                 f"{name_of(node)} is marked with @once_differentiable: it cannot be differentiated twice."
             )
-        if function is not None or _is_of_an_extension(node):
+        if hasattr(node, "is_last"):
+            node.is_last = True  # of cross-entropy: products need no further gradient than this one
+        # Not for those of this package, which have their tests: with a one that requires a gradient, the graph would
+        # hold what is needed for the derivative with respect to it.
+        if (function is not None and not _is_ours(function)) or _is_of_an_extension(node):
             has_functions = True
             node.register_hook(partial(_check_visible, name_of(node)))
     return has_functions
@@ -88,7 +92,11 @@ def _is_foreign(node: Any) -> bool:
     module = str(function.__module__)
     # PyTorch makes classes of its own from the user's for `torch.func` and for custom operators.
     is_made = module in ("torch._functorch.autograd_function", "torch._library.autograd")
-    return is_made or module.split(".")[0] not in ("torch", "lyapunov_lightning")
+    return is_made or (module.split(".")[0] != "torch" and not _is_ours(function))
+
+
+def _is_ours(function: type) -> bool:
+    return function.__module__.split(".")[0] == "lyapunov_lightning"
 
 
 def _is_of_an_extension(node: Any) -> bool:

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from lyapunov_lightning.curvature.compat.activations import gelu, silu
+from lyapunov_lightning.curvature.compat.batch_norm import batch_norm
 from lyapunov_lightning.curvature.compat.convolution import convolution
+from lyapunov_lightning.curvature.compat.cross_entropy import cross_entropy
 
 
 @contextmanager
@@ -145,6 +149,10 @@ _UNFUSED: dict[Any, Callable[..., Tensor]] = {
     torch.conv1d: convolution,  # its gradient is differentiated by convolutions with kernels as large as the image
     torch.conv2d: convolution,
     torch.conv3d: convolution,
+    functional.gelu: gelu,  # each product computes its two derivatives anew
+    functional.silu: silu,
+    functional.batch_norm: batch_norm,  # in evaluation its gradient is differentiated by dozens of passes
+    functional.cross_entropy: cross_entropy,  # likewise, and it keeps three numbers for each class of each sample
 }
 if hasattr(functional, "linear_cross_entropy"):  # in chunks its gradient is taken for a constant
     _UNFUSED[functional.linear_cross_entropy] = _linear_cross_entropy
@@ -215,8 +223,13 @@ def _checkpointed_without_reentry(function: Callable[..., Any], preserve_rng_sta
     )
 
 
+def beginning(tensor: Tensor) -> Tensor | GradientEdge:
+    """Where the graph behind a tensor begins, to be differentiated without the tensor; a leaf is its own graph."""
+    return tensor if tensor.is_leaf else get_gradient_edge(tensor)
+
+
 def differentiated(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
     *,
@@ -230,7 +243,7 @@ def differentiated(
     the evaluation alone: the backward pass of each operation has the dtype that was chosen for the operation itself.
     """
     with _without_hooks(inputs), ExitStack() as stack:
-        for kind in {"cpu", *(tensor.device.type for tensor in outputs)}:
+        for kind in {"cpu", *(cotangent.device.type for cotangent in cotangents)}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         engine: Any = torch.autograd.Variable._execution_engine

@@ -33,6 +33,10 @@ class GradientGraph:
         """The tensors whose graphs are kept."""
         return self.gradient
 
+    def forget_gradient(self) -> None:
+        """Let go of the gradient's numbers, before the last product of a graph that is not kept."""
+        object.__setattr__(self, "gradient", [])
+
 
 Graph = TypeVar("Graph", bound=GradientGraph)
 """What is kept of a batch."""
@@ -64,6 +68,10 @@ class KeptGraphs(Generic[Graph]):
     def __getitem__(self, index: int) -> Graph | None:
         """The graph of a batch, if it is kept."""
         return self._graphs.get(index)
+
+    def __contains__(self, graph: object) -> bool:
+        """Whether a graph is kept."""
+        return any(kept is graph for kept in self._graphs.values())
 
     def has_room(self, index: int) -> bool:
         """Whether the graph of a batch may fit."""

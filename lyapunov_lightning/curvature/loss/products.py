@@ -21,8 +21,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lyapunov_lightning.curvature.compat.errors import of_a_second_derivative
-from lyapunov_lightning.curvature.compat.operations import TwiceDifferentiableOperations, differentiated, dtypes_behind
+from lyapunov_lightning.curvature.compat.operations import (
+    TwiceDifferentiableOperations,
+    beginning,
+    differentiated,
+    dtypes_behind,
+)
 from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.compiled import Programs
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation
 from lyapunov_lightning.curvature.loss.freshness import LossInputs
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph, Graph, KeptGraphs
@@ -159,17 +165,31 @@ class GraphProduct(ABC, Generic[Graph]):
         """The product by a graph."""
 
     def _all_multiplied(self, graph: Graph, directions: Sequence[list[Tensor]], retain_graph: bool) -> list[Tensor]:
-        last = len(directions) - 1
-        return [
-            self._multiplied(graph, direction, retain_graph or place < last).add_(graph.zero)
-            for place, direction in enumerate(directions)
-        ]
+        products = []
+        for place, direction in enumerate(directions):
+            is_retained = retain_graph or place < len(directions) - 1
+            products.append(self._multiplied(graph, direction, is_retained).add_(graph.zero))
+        return products
 
 
 class DoubleBackward(GraphProduct[GradientGraph]):
-    """Differentiates the gradient along the vector, and keeps the graphs of gradients."""
+    """Differentiates the gradient along the vector, and keeps the graphs of gradients.
+
+    Args:
+        loss: The mean loss.
+        layout: How the parameters form a vector.
+        max_graph_bytes: The most memory that kept graphs may hold.
+        programs: Compiles the products of kept graphs; None for none.
+
+    """
 
     name = "double_backward"
+
+    def __init__(
+        self, loss: MeanLoss, layout: FlatLayout, max_graph_bytes: int, programs: Programs | None = None
+    ) -> None:
+        super().__init__(loss, layout, max_graph_bytes)
+        self._programs = programs
 
     def gradient(self, index: int, keep_graph: bool = False) -> Tensor:
         """The gradient for one batch, which a kept graph has already."""
@@ -184,15 +204,33 @@ class DoubleBackward(GraphProduct[GradientGraph]):
 
     def _multiplied(self, graph: GradientGraph, direction: list[Tensor], retain_graph: bool) -> Tensor:
         """The derivative of ``gᵀv``."""
-        pairs = zip(graph.gradient, direction, strict=True)
-        active = [(entry, piece) for entry, piece in pairs if entry is not None and entry.requires_grad]
+        active = [place for place, entry in enumerate(graph.gradient) if entry is not None and entry.requires_grad]
         if not active:  # the loss is linear in the parameters
             return self._layout.zeros()
-        outputs, cotangents = zip(*active, strict=True)
-        trainable = [leaf for leaf in graph.leaves if leaf.requires_grad]
+        # Where the graph begins is all that is needed of the gradient: its numbers are as many as the parameters.
+        outputs = [beginning(entry) for entry in graph.gradient if entry is not None and entry.requires_grad]
+        cotangents = [direction[place] for place in active]
+        trained = [place for place, leaf in enumerate(graph.leaves) if leaf.requires_grad]
+        trainable = [graph.leaves[place] for place in trained]
+        product: list[Tensor | None] = [None] * len(graph.leaves)
+        if not retain_graph:
+            graph.forget_gradient()
         with of_a_second_derivative():
-            entries = iter(differentiated(outputs, cotangents, trainable, retain_graph=retain_graph))
-        return self._layout.flatten([next(entries) if leaf.requires_grad else None for leaf in graph.leaves])
+            if self._programs is not None and graph in self.graphs:
+
+                def plain(cotangents: list[Tensor]) -> list[Tensor]:
+                    found = differentiated(outputs, cotangents, trainable, retain_graph=True)
+                    return [torch.zeros_like(x) if y is None else y for x, y in zip(trainable, found, strict=True)]
+
+                found: Sequence[Tensor | None] = self._programs.derivative(graph, plain, cotangents)
+            else:
+                found = differentiated(outputs, cotangents, trainable, retain_graph=retain_graph)
+        for place, entry in zip(trained, found, strict=True):
+            product[place] = entry
+        if retain_graph:
+            return self._layout.flatten(product)
+        del found, entry
+        return self._layout.moved(product)
 
 
 class ForwardOverReverse:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.loss.compiled import Programs
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
 from lyapunov_lightning.curvature.loss.fixed_batches import Objective, numbers_of_samples
 from lyapunov_lightning.curvature.loss.products import (
@@ -69,6 +70,12 @@ class HessianOperator(MeanOperator):
             may have none.
         on_fallback: Called when ``"auto"`` falls back to finite differences, before the warning; on all ranks, also
             those whose own batches, if any, could be differentiated twice.
+        compile: Whether to compile the products of kept graphs by PyTorch's Inductor, which needs a compiler of C++ (a
+            GPU: Triton). The second product of each graph waits for it: for a minute or more if it is the first of its
+            kind, else for a trace of some hundred milliseconds to seconds. It is held against the plain product of a
+            random vector first, and where it fails or differs there is one warning with the reason, and products are
+            plain. Give a `lyapunov_lightning.curvature.loss.compiled.Programs` to share what was compiled between
+            operators. Only for double backward.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -99,6 +106,7 @@ class HessianOperator(MeanOperator):
         max_graph_bytes: int = 2**29,
         reduce: Callable[[Tensor], None] | None = None,
         on_fallback: Callable[[], None] | None = None,
+        compile: bool | Programs = False,
     ) -> None:
         if method not in get_args(Method):
             raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
@@ -118,7 +126,8 @@ class HessianOperator(MeanOperator):
         if method == "forward_over_reverse":
             way = ForwardOverReverse(self._loss, self.layout)
         elif method != "finite_difference":
-            way = DoubleBackward(self._loss, self.layout, max_graph_bytes)
+            programs = compile if isinstance(compile, Programs) else Programs() if compile else None
+            way = DoubleBackward(self._loss, self.layout, max_graph_bytes, programs)
         self._derivatives = Derivatives(
             self._loss,
             self.space,

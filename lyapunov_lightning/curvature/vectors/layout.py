@@ -20,6 +20,11 @@ def unique_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
+def _numbers_of(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in a row, those of this rank if it is sharded."""
+    return (local_of(tensor) if tensor.layout is torch.strided else tensor.to_dense()).detach().reshape(-1)
+
+
 class FlatLayout:
     """The order, shapes and dtypes by which parameters form one flat vector.
 
@@ -70,13 +75,21 @@ class FlatLayout:
         pieces = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if tensor is None
-            else (local_of(tensor) if tensor.layout is torch.strided else tensor.to_dense())
-            .detach()
-            .reshape(-1)
-            .to(dtype=self.dtype, device=self.device)
+            else _numbers_of(tensor).to(dtype=self.dtype, device=self.device)
             for size, tensor in zip(self._sizes, tensors, strict=True)
         ]
         return torch.cat(pieces)
+
+    def moved(self, tensors: list[Tensor | None]) -> Tensor:
+        """The same as `flatten`; but the list is emptied, so that each tensor is free once it was copied.
+
+        At the peak it takes the memory of the vector and of one tensor, and a call for each of them.
+        """
+        vector = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        for piece in reversed(vector.split(self._sizes)):
+            tensor = tensors.pop()
+            piece.zero_() if tensor is None else piece.copy_(_numbers_of(tensor))
+        return vector
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """One tensor a parameter, in that parameter's shape, dtype and device; views of `vector` where these agree.

@@ -1,5 +1,6 @@
 """Convolutions equal PyTorch's in value and in every derivative."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.compat.convolution import convolution
@@ -160,3 +162,36 @@ def test_complex_convolutions_are_those_of_pytorch(dimensions: int, how: str) ->
     expected = dense.reshape(operator.size, operator.size) @ direction
     torch.testing.assert_close(operator.matvec(direction), expected, rtol=1e-10, atol=1e-12)
     assert operator.method == "double_backward"
+
+
+class Calls(TorchDispatchMode):
+    """Counts the convolutions and their backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_both_gradients_are_one_call_in_gradient_and_product() -> None:
+    """Of a layer in the middle of a network; nothing is copied to make PyTorch compute one from the other."""
+    inputs, weight, _ = tensors(2, 1)
+    with Calls() as calls:
+        output = convolution(inputs, weight).tanh().sum()
+        gradient = torch.autograd.grad(output, (inputs, weight), create_graph=True)
+    assert (calls.count["convolution"], calls.count["convolution_backward"]) == (1, 1)
+    with Calls() as calls:
+        torch.autograd.grad(gradient, (inputs, weight), [torch.ones_like(g) for g in gradient], retain_graph=True)
+    assert (calls.count["convolution"], calls.count["convolution_backward"]) == (2, 2)
+
+
+def test_one_gradient_alone_copies_no_numbers_for_what_pytorch_looks_at_by_shape() -> None:
+    inputs, weight, _ = tensors(2, 1)
+    with Calls() as calls:
+        for frozen in (inputs, weight):
+            output = convolution(*(x.detach() if x is frozen else x for x in (inputs, weight))).tanh().sum()
+            torch.autograd.grad(output, weight if frozen is inputs else inputs, create_graph=True)
+    assert calls.count["expand"] == 1 + 1  # of the sum

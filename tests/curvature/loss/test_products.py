@@ -27,6 +27,7 @@ from tests.curvature.helpers import (
     vector,
     without_garbage_collector,
 )
+from tests.curvature.memory import PeakMemory
 from tests.problems import PROBLEMS, mlp, transformer
 
 
@@ -388,6 +389,27 @@ def test_a_block_that_falls_back_does_so_as_a_whole() -> None:
 def test_blocks_of_a_wrong_shape_are_refused(how: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"`block` should have shape \(51, k\)"):
         mlp().operator(**METHODS[how]).matmat(torch.ones(shape))
+
+
+def test_a_product_without_a_kept_graph_takes_no_more_memory_than_plain_double_backward() -> None:
+    """Of a model whose parameters take more than what its layers return: with the vector that is multiplied."""
+    model = nn.Sequential(nn.Linear(40, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 1))
+    parameters, inputs = list(model.parameters()), torch.ones(2, 40)
+    operator = HessianOperator(lambda x: model(x).square().mean(), parameters, [inputs], max_graph_bytes=0)
+    direction = torch.ones(operator.size)
+
+    def plain() -> Tensor:
+        gradient = torch.autograd.grad(model(inputs).square().mean(), parameters, create_graph=True)
+        flat = torch.cat([entry.reshape(-1) for entry in gradient])
+        return torch.cat([entry.reshape(-1) for entry in torch.autograd.grad(flat, parameters, direction)])
+
+    peaks = []
+    for product in (plain, lambda: operator.matvec(direction)):
+        with PeakMemory() as memory:
+            found = product()
+        peaks.append(memory.num_bytes)
+    assert peaks[1] <= 1.05 * peaks[0]
+    assert relative_error(found, plain().double()) <= 1e-5
 
 
 # What a product waits for, and in which precision it is.

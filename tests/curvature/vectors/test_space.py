@@ -33,6 +33,9 @@ def test_splitting_undoes_flattening(specs: list[tuple[tuple[int, ...], torch.dt
         return
     layout = FlatLayout(tensors)
     flat = layout.flatten(tensors)
+    given_list = [*tensors]
+    assert torch.equal(layout.moved(given_list), flat)
+    assert not given_list
     assert flat.shape == (layout.size,) == (sum(tensor.numel() for tensor in tensors),)
     assert flat.tolist() == [x for tensor in tensors for x in tensor.reshape(-1).tolist()]
     pieces = layout.split(flat)
@@ -61,7 +64,8 @@ def test_vectors_have_the_widest_dtype_and_at_least_float32(dtypes: list[torch.d
 
 def test_missing_tensors_are_zeros() -> None:
     layout = FlatLayout([torch.ones(2), torch.ones(3), torch.ones(1)])
-    assert layout.flatten([None, torch.full((3,), 5.0), None]).tolist() == [0, 0, 5, 5, 5, 0]
+    for flatten in (layout.flatten, layout.moved):
+        assert flatten([None, torch.full((3,), 5.0), None]).tolist() == [0, 0, 5, 5, 5, 0]
 
 
 def test_tensors_that_are_not_contiguous_are_flattened_row_by_row() -> None:
