@@ -137,7 +137,7 @@ class Elsewhere:
         self.is_rehearsed = False
         self._places: dict[tuple[int, str | None], Place] = {}
         self._held: list[Held] = []
-        self._references: dict[int, int] = {}
+        self._references: dict[int, dict[int, int]] = {}  # by the depth of the stack, since frames hold objects too
         self._looks = 0
         self._containers: dict[int, Sized] = {}
         self._before: Former | None = None
@@ -168,14 +168,17 @@ class Elsewhere:
         """Look through the packages if they may have come to hold an object; returns what they hold.
 
         What goes unnoticed until the next whole look: an object that one holder drops while another takes it, between
-        two measurements, and a function that was there before and is registered only then.
+        two measurements, a function that was there before and is registered only then, and a tensor that was made since
+        the last measurement and that one holder has.
 
         """
         known = [place.content() for place in self._places.values()]
-        before, self._references = self._references, outside_references(memo, known)
+        depth = _depth_of_stack()
+        before, now = self._references.get(depth), outside_references(memo, known)
+        self._references[depth] = now
         self._looks += 1
-        is_due = self._looks & (self._looks - 1) == 0
-        if not is_due and all(number <= before.get(one, 0) for one, number in self._references.items()):
+        is_due = before is None or self._looks & (self._looks - 1) == 0
+        if not is_due and not _have_grown(memo, before or {}, now):
             return dict(zip(self._containers, map(len, self._containers.values()), strict=True))
         places, self._containers, contents = _among_globals(memo)
         self._learn(places)
@@ -220,6 +223,25 @@ class Elsewhere:
             _unite(original, copied)
         where = _name(holders[0]) if holders else "something that is not written in Python"
         self._lost = f"a {type(held[0][1]).__name__}", where
+
+
+def _have_grown(memo: Memo, before: Mapping[int, int], now: Mapping[int, int]) -> bool:
+    """Whether somebody has come to hold an object since references were counted, the last time at the same depth."""
+    for one in memo.originals:
+        number = now[id(one)]
+        # The loss of the step, its batch, what was logged of it: new tensors, which the running step holds.
+        is_of_the_step = number == 1 and id(one) not in before and type(one) is Tensor
+        is_memory = isinstance(one, torch.UntypedStorage)  # of which a new object is made whenever it is asked for
+        if number > before.get(id(one), 0) and not (is_of_the_step or is_memory):
+            return True
+    return False
+
+
+def _depth_of_stack() -> int:
+    depth, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _name(holder: Any) -> str:
