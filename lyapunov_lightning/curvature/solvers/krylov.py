@@ -9,6 +9,7 @@ Where ``A`` is symmetric, each entry of the projection is computed twice: ``u·A
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -247,7 +248,9 @@ class KrylovBasis:
         row = self._room(length + 1)
         row.copy_(self._operator.matvec(self._room(length)))
         once = self._roughly and length < _ONCE_AMONG
-        numbers = self._taken_out(row, once=once)
+        beside = [self.space.inner(self._room(length), aside).double().reshape(1) for aside in self._aside]
+        numbers = self._taken_out(row, *beside, once=once)
+        shares, numbers = numbers[: len(beside)].tolist(), numbers[len(beside) :]
         if once and float(numbers[-1]) < _MUCH_LEFT * float(torch.linalg.vector_norm(numbers)):
             again = self._taken_out(row, once=False)
             numbers = torch.cat([numbers[:-1] + again[:-1], again[-1:]])
@@ -255,7 +258,7 @@ class KrylovBasis:
             raise NonFiniteCurvatureError
         column, remainder = numbers[:-1], float(numbers[-1])
         # What the products of the basis say of this vector.
-        known = self._coupling + self._taken_in()
+        known = self._coupling + self._taken_in(shares)
         self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - known)))
         self._projection[: length + 1, length] = column
         self._projection[length, :length] = known
@@ -273,27 +276,24 @@ class KrylovBasis:
             # nothing, and the rest of the space is not reached from here.
             self._turn()
 
-    def _taken_in(self) -> Tensor:
+    def _taken_in(self, shares: Sequence[float]) -> Tensor:
         """Take the newest vector out of what was set aside; returns what the products had of it in there."""
         known = torch.zeros(self.length, dtype=torch.float64, device="cpu")
         row = self._room(self.length)
-        for aside, leak in zip(self._aside, self._leaks, strict=True):
-            part = self.space.inner(row, aside).double().reshape(1)
-            [share] = self.space.agreed(part).tolist()
+        for aside, leak, share in zip(self._aside, self._leaks, shares, strict=True):
             known += share * leak
-            aside.sub_(row, alpha=share)
-            [left] = self.space.agreed(self.space.norm(aside).reshape(1)).tolist()
-            # In what is as good as taken in, no more than rounding is left.
+            # By Pythagoras, without a message of its own. Of what is as good as taken in no more than rounding is left.
+            left = math.sqrt(max(0.0, 1 - share**2))
             leak *= left
-            aside.div_(max(left, torch.finfo(self.space.dtype).eps))
+            aside.sub_(row, alpha=share).div_(max(left, torch.finfo(self.space.dtype).eps))
         return known
 
-    def _taken_out(self, row: Tensor, *, once: bool) -> Tensor:
-        """Take the basis out of a product; returns the components, and the norm of what is left."""
+    def _taken_out(self, row: Tensor, *beside: Tensor, once: bool) -> Tensor:
+        """Take the basis out of a product; returns other numbers, the components, and the norm of what is left."""
         # Against the whole basis, although exact arithmetic would ask for the last two vectors alone: rounding brings
         # the converged ones back, as copies of eigenvalues that are not there (C. Paige, 1972).
         found, norm = self.space.orthogonalise(row, self._rows(self.length + 1), once=once)
-        return self.space.agreed(torch.cat([found, norm.reshape(1)]))
+        return self.space.agreed(torch.cat([*beside, found, norm.reshape(1)]))
 
     def ritz(self, target: Target) -> RitzPairs:
         """The wanted Ritz pairs."""

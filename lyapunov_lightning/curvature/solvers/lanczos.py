@@ -441,9 +441,11 @@ class _Challenge:
         """Whether the pairs are good enough to be challenged."""
         if self._accepted is not None or not self._is_needed(ritz):
             return False
-        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is.
+        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is. Noise of
+        # the products no further one improves.
         good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(0.75 * ritz.negligible)
-        return bool((ritz.converged & good).all())
+        is_noisy = self._basis.asymmetry > ritz.negligible
+        return bool(ritz.converged.all()) and (is_noisy or bool(good.all()))
 
     def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
         """Begin, with the pairs that are to stand."""
