@@ -157,12 +157,10 @@ def test_the_basis_is_larger_where_there_is_memory(monkeypatch: pytest.MonkeyPat
             super().__init__(operator, capacity, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "KrylovBasis", Watched)
-    products = []
     for free in (1e12, 0.0):
         monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)
-        products.append(lanczos(Diagonal(values), largest=2).num_matvecs)
+        assert bool(lanczos(Diagonal(values), largest=2).converged.all())
     assert capacities == [128, 32]
-    assert products[0] <= products[1]
     monkeypatch.setattr(module, "free_bytes", lambda device: 1e12)
     lanczos(Diagonal(values), value_tol=2e-2)
     lanczos(Diagonal(values), largest=2, max_basis_bytes=40 * values.nbytes)
