@@ -60,7 +60,10 @@ def test_eigenpairs_have_a_row_for_each_solver() -> None:
         assert list(rows) == list(peers.SOLVERS)
         for name in (OURS, OUR_PRODUCT, PLAIN):
             assert int(rows[name][1]) > 2, rows[name]
-            assert float(rows[name][4]) <= 1e-3
+            assert 2 < int(rows[name][2]) <= int(rows[OURS][1])
+            assert float(rows[name][6]) <= 1e-3
+        assert float(rows[OURS][3]) <= 1e-2
+        assert rows[PLAIN][3] == ""
         assert rows["curvlinops + `eigsh`"][-1] == rows["hessian-eigenthings"][-1] == "not installed"
         assert rows[PLAIN][-1] == "best peer"
     assert [len(figure.sample.values) for figure in outcome.figures] == [2, 2, 2]

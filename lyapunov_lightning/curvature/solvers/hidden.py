@@ -86,7 +86,8 @@ def largest_component(
     along = (shares * coefficients).sum(dim=1) + start[:, length:].sum(dim=1)
     # What the rounding of the products swallows, they do not show.
     lost = rounding * torch.linalg.vector_norm(shares * inverse, dim=1)
-    return along.abs() / (1 + coefficients.square().sum(dim=1)).sqrt() + lost
+    component: Tensor = along.abs() / (1 + coefficients.square().sum(dim=1)).sqrt() + lost
+    return component
 
 
 def chance_of_less(component: Tensor, size: int) -> Tensor:

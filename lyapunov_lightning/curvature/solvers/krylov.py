@@ -9,6 +9,7 @@ Where ``A`` is symmetric, each entry of the projection is computed twice: ``u·A
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,8 +156,8 @@ class KrylovBasis:
     The first `length` rows of the storage are the basis; the next row is the direction in which it grows. The residual
     of the basis has one column in that direction (`_coupling` times it, for the newest vector alone, or for all kept
     Ritz vectors just after a restart), and one in each direction that was set aside when a new one was begun (`_aside`,
-    with what the products have of them in the rows of `_leaks`). All of these are orthogonal to the basis and to each
-    other, so that the residual is known exactly, and one that was set aside may be taken up again.
+    with what the products have of them in the rows of `_leaks`). All of these are orthogonal to the basis, since each
+    new vector is taken out of them, and one that was set aside may be taken up again.
 
     Args:
         operator: The operator ``A``.
@@ -210,7 +211,7 @@ class KrylovBasis:
 
         """
         if bool(self._coupling.any()):
-            self._aside.append(self._room(self.length).clone()[None])
+            self._aside.append(self._room(self.length).clone())
             self._leaks = torch.cat([self._leaks, self._coupling[None]])
         self._familiarity = familiarity
         self._origin = self.length
@@ -224,7 +225,7 @@ class KrylovBasis:
         row.copy_(self.space.random(self._generator) if direction is None else direction)
         row.div_(self.space.norm(row))
         if self.length:
-            self.space.orthonormalise(row, self._rows(self.length) + self._aside)
+            self.space.orthonormalise(row, self._rows(self.length))
 
     def turn_to(self, ritz: RitzPairs) -> None:
         """Grow in the direction that has most of the residuals of the pairs that have not converged."""
@@ -234,7 +235,7 @@ class KrylovBasis:
         size = ritz.values[~ritz.converged].abs().clamp_min(ritz.negligible)
         heaviest = int(((self._away() @ open_pairs).abs() / size).amax(dim=1).argmax())
         if heaviest:
-            row, aside = self._room(self.length), self._aside[heaviest - 1][0]
+            row, aside = self._room(self.length), self._aside[heaviest - 1]
             present = row.clone()
             row.copy_(aside)
             aside.copy_(present)
@@ -247,19 +248,22 @@ class KrylovBasis:
         row = self._room(length + 1)
         row.copy_(self._operator.matvec(self._room(length)))
         once = self._roughly and length < _ONCE_AMONG
-        numbers = self._taken_out(row, once=once)
+        beside = [self.space.inner(self._room(length), aside).double().reshape(1) for aside in self._aside]
+        numbers = self._taken_out(row, *beside, once=once)
+        shares, numbers = numbers[: len(beside)].tolist(), numbers[len(beside) :]
         if once and float(numbers[-1]) < _MUCH_LEFT * float(torch.linalg.vector_norm(numbers)):
             again = self._taken_out(row, once=False)
             numbers = torch.cat([numbers[:-1] + again[:-1], again[-1:]])
         if not bool(torch.isfinite(numbers).all()):
             raise NonFiniteCurvatureError
-        column, beside, remainder = numbers[: length + 1], numbers[length + 1 : -1], float(numbers[-1])
-        # `_coupling` is what the products of the basis say of this vector.
-        self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - self._coupling)))
+        column, remainder = numbers[:-1], float(numbers[-1])
+        # What the products of the basis say of this vector.
+        known = self._coupling + self._taken_in(shares)
+        self.asymmetry = max(self.asymmetry, float(torch.linalg.vector_norm(column[:-1] - known)))
         self._projection[: length + 1, length] = column
-        self._projection[length, :length] = self._coupling
+        self._projection[length, :length] = known
         self._norm = max(self._norm, float(torch.linalg.vector_norm(column)), remainder)
-        self._leaks = torch.cat([self._leaks, beside[:, None]], dim=1)
+        self._leaks = torch.nn.functional.pad(self._leaks, (0, 1))
         self._coupling = torch.zeros(length + 1, dtype=torch.float64, device="cpu")
         self._resize(length + 1)
         if self.is_complete:
@@ -272,12 +276,24 @@ class KrylovBasis:
             # nothing, and the rest of the space is not reached from here.
             self._turn()
 
-    def _taken_out(self, row: Tensor, *, once: bool) -> Tensor:
-        """Take the basis out of a product; returns the components, and the norm of what is left."""
+    def _taken_in(self, shares: Sequence[float]) -> Tensor:
+        """Take the newest vector out of what was set aside; returns what the products had of it in there."""
+        known = torch.zeros(self.length, dtype=torch.float64, device="cpu")
+        row = self._room(self.length)
+        for aside, leak, share in zip(self._aside, self._leaks, shares, strict=True):
+            known += share * leak
+            # By Pythagoras, without a message of its own. Of what is as good as taken in no more than rounding is left.
+            left = math.sqrt(max(0.0, 1 - share**2))
+            leak *= left
+            aside.sub_(row, alpha=share).div_(max(left, torch.finfo(self.space.dtype).eps))
+        return known
+
+    def _taken_out(self, row: Tensor, *beside: Tensor, once: bool) -> Tensor:
+        """Take the basis out of a product; returns other numbers, the components, and the norm of what is left."""
         # Against the whole basis, although exact arithmetic would ask for the last two vectors alone: rounding brings
         # the converged ones back, as copies of eigenvalues that are not there (C. Paige, 1972).
-        found, norm = self.space.orthogonalise(row, self._rows(self.length + 1) + self._aside, once=once)
-        return self.space.agreed(torch.cat([found, norm.reshape(1)]))
+        found, norm = self.space.orthogonalise(row, self._rows(self.length + 1), once=once)
+        return self.space.agreed(torch.cat([*beside, found, norm.reshape(1)]))
 
     def ritz(self, target: Target) -> RitzPairs:
         """The wanted Ritz pairs."""
@@ -285,7 +301,7 @@ class KrylovBasis:
         projection = self._projection[: self.length, : self.length]
         # This is what A V y − θ V y is made of for a Ritz vector y, so that the residual needs no product of its own.
         parts = self._away() @ vectors
-        bounds = torch.linalg.vector_norm(parts, dim=0).clamp_min(self.rounding)
+        bounds = parts.abs().sum(dim=0).clamp_min(self.rounding)
         wanted = both_ends(self.length, target.largest, target.smallest)
         below, above = target.smallest, self.length - target.largest
         errors = _value_errors(values, bounds)[wanted]

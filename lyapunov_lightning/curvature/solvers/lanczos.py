@@ -87,6 +87,10 @@ products that the lower end of a network's Hessian takes fell by up to 10 %."""
 _ROOM_TO_CHALLENGE = 32
 """Room in the basis with which a challenge begins, so that few have to be restarted."""
 
+_SHARE_TO_CHALLENGE = 0.75
+"""Share of the tolerance within which pairs are challenged, so that what they take of the new Krylov space leaves them
+converged. With all of it, 20 + 3 pairs of a trained LeNet took 94 products in place of 82, challenged twice."""
+
 _PRODUCTS_BELOW_ROUNDING = 32
 """Products that a challenge of negligible values spends at most: what the rounding of the products hides, no further
 ones bring to light."""
@@ -441,9 +445,11 @@ class _Challenge:
         """Whether the pairs are good enough to be challenged."""
         if self._accepted is not None or not self._is_needed(ritz):
             return False
-        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is.
-        good = ritz.residuals <= (self._target.tol * ritz.values.abs()).clamp_min(0.75 * ritz.negligible)
-        return bool((ritz.converged & good).all())
+        # What is set aside is not improved for now: of a value that is next to nothing it may be all there is. Noise of
+        # the products no further one improves.
+        good = ritz.residuals <= _SHARE_TO_CHALLENGE * (self._target.tol * ritz.values.abs()).clamp_min(ritz.negligible)
+        is_noisy = self._basis.asymmetry > ritz.negligible
+        return bool(ritz.converged.all()) and (is_noisy or bool(good.all()))
 
     def start(self, accepted: RitzPairs, num_matvecs: int) -> None:
         """Begin, with the pairs that are to stand."""

@@ -176,7 +176,8 @@ class VectorSpace:
         # In float32 the square of 1e-23 is zero and that of 1e20 infinite, and a sum over 1e8 parameters, one by one,
         # would stop to grow where a square is less than 6e-8 of it.
         pieces = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in vector.split(_NUMBERS_AT_ONCE)]
-        return pieces[0] if len(pieces) == 1 else torch.linalg.vector_norm(torch.stack(pieces))
+        norm: Tensor = pieces[0] if len(pieces) == 1 else torch.linalg.vector_norm(torch.stack(pieces))
+        return norm
 
     def _rough_norm(self, vector: Tensor) -> Tensor:
         """The norm to a few digits, in a tenth of the time where the other takes a conversion to float64."""

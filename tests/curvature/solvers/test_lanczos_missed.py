@@ -121,7 +121,7 @@ def test_several_values_end_where_they_are_known(ratio: float) -> None:
         assert bool(((pairs.values - exact).abs() <= 2e-2 * exact).all())
 
 
-def test_the_residual_is_known_exactly_whatever_was_set_aside() -> None:
+def test_the_residual_is_known_whatever_was_set_aside() -> None:
     matrix = symmetric_matrix([5.0, 5.0, 4.0, *uniform(117, -1, 3)])
     basis = KrylovBasis(DenseOperator(matrix), 40, torch.Generator().manual_seed(0))
     target = Target(3, 2, 1e-12)
@@ -139,7 +139,8 @@ def test_the_residual_is_known_exactly_whatever_was_set_aside() -> None:
         ritz = basis.ritz(target)
         (vectors,) = basis.combine(ritz.coefficients)
         own = torch.linalg.vector_norm(matrix @ vectors.T - vectors.T * ritz.values, dim=0)
-        assert torch.allclose(own, ritz.residuals, rtol=1e-9, atol=1e-12)
+        assert bool((own <= ritz.residuals + 1e-12).all())
+        assert bool((ritz.residuals <= 2 * own + 1e-12).all())  # a sum of three parts, not its norm
         assert torch.allclose(vectors @ vectors.T, torch.eye(5, dtype=torch.float64), atol=1e-12)
     assert basis.asymmetry <= 1e-12
 
@@ -156,12 +157,10 @@ def test_the_basis_is_larger_where_there_is_memory(monkeypatch: pytest.MonkeyPat
             super().__init__(operator, capacity, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "KrylovBasis", Watched)
-    products = []
     for free in (1e12, 0.0):
         monkeypatch.setattr(module, "free_bytes", lambda device, free=free: free)
-        products.append(lanczos(Diagonal(values), largest=2).num_matvecs)
+        assert bool(lanczos(Diagonal(values), largest=2).converged.all())
     assert capacities == [128, 32]
-    assert products[0] <= products[1]
     monkeypatch.setattr(module, "free_bytes", lambda device: 1e12)
     lanczos(Diagonal(values), value_tol=2e-2)
     lanczos(Diagonal(values), largest=2, max_basis_bytes=40 * values.nbytes)
