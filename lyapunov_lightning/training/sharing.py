@@ -17,7 +17,7 @@ from torch import Tensor
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
-from lyapunov_lightning.curvature.solvers.lanczos import lanczos
+from lyapunov_lightning.curvature.solvers.lanczos import BASIS_BYTES, lanczos, least_basis_vectors
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.batches import ProbeData, StartPosition
@@ -308,6 +308,10 @@ class SharedMeasurements:
             arguments = _joined(wanted, shared.operator.space)
             if callback.config.offload:
                 arguments["max_basis_bytes"] = _OFFLOADED_BASIS_BYTES
+            if request.acts and arguments["max_basis_vectors"] is None:
+                # Not by the memory that happens to be free: a training that depends on it would not be repeated.
+                space, bound = shared.operator.space, arguments.get("max_basis_bytes", BASIS_BYTES)
+                arguments["max_basis_vectors"] = least_basis_vectors(space, request.largest, request.smallest, bound)
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
                     # A start without a component along an eigenvector never finds it, however long it searches. With

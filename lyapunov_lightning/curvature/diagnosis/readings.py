@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-LIMIT_FACTORS = (0.55, 5.5)
+LIMIT_FACTORS = (0.45, 5.0)
 """Between these, in units of the one that is named, the learning rate at the limit lies in four of five runs. They come
 from the sweeps in `benchmarks/verdicts`, where the largest usable learning rate is known, as do the two that follow."""
 

@@ -72,6 +72,9 @@ _LOWER_END_ALONE = 64
 """The least basis for the lower end alone: in the Hessian of a network the upper end lies in its way, and a basis that
 holds that too takes a half to two thirds of the products of one that finds it anew after every restart."""
 
+BASIS_BYTES = 5 * 2**27
+"""Bound on the memory of a basis by default: 33 float32 vectors of a model of 5 million parameters."""
+
 _LARGE_BASIS = 128
 """The size of the basis where memory allows for it: each restart costs products, and 20 + 3 pairs of four networks took
 none with this one."""
@@ -115,7 +118,7 @@ def lanczos(
     start: Tensor | None = None,
     seed: int = 0,
     max_basis_vectors: int | None = None,
-    max_basis_bytes: int = 5 * 2**27,
+    max_basis_bytes: int = BASIS_BYTES,
 ) -> Eigenpairs:
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors, residuals and errors.
 
@@ -251,11 +254,27 @@ def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None,
                 f" got {max_basis_vectors}."
             )
         return min(max_basis_vectors, space.size)
+    return least_basis_vectors(space, target.largest, target.smallest, max_basis_bytes)
+
+
+def least_basis_vectors(space: VectorSpace, largest: int, smallest: int, max_basis_bytes: int = BASIS_BYTES) -> int:
+    """The size of the basis by default where there is no memory for more, a number that depends on nothing else.
+
+    For a search whose result has to be the same whatever memory happens to be free.
+
+    Args:
+        space: The space of the operator.
+        largest: How many eigenvalues of the upper end.
+        smallest: How many of the lower end.
+        max_basis_bytes: As for `lanczos`.
+
+    """
     if space.size <= _WHOLE_SPACE_SIZE:
         return space.size
-    least = 32 if target.largest else _LOWER_END_ALONE
+    count = largest + smallest
+    least = 32 if largest else _LOWER_END_ALONE
     affordable = max_basis_bytes // space.vector_bytes
-    return min(max(least, 2 * target.count + 16), max(affordable, target.count + 4), space.size)
+    return min(max(least, 2 * count + 16), max(affordable, count + 4), space.size)
 
 
 def _grown(capacity: int, space: VectorSpace, target: Target, max_basis_bytes: int) -> int:
