@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch._inductor
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -147,7 +148,11 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
     ],
     ids=name_of,
 )
-def test_probe_leaves_the_run_bit_identical(probe: dict[str, Any], options: dict[str, Any]) -> None:
+def test_probe_leaves_the_run_bit_identical(
+    probe: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if probe.get("compile"):  # tests/curvature/loss/test_compiled.py has Inductor itself, which takes half a minute
+        monkeypatch.setattr(torch._inductor, "compile", lambda traced, inputs: traced)
     # At every fourth step, which the last and smaller batch of an epoch is one of, or every other of the fewer ones.
     probe = {"every_n_steps": 2 if "accumulate" in options else 4, "tol": 0.3, **probe}
     with_probe = train(probe_of(probe), **options)

@@ -282,9 +282,9 @@ def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone
         ]
 
     alone = fit(tmp_path, every_step(largest=6, smallest=3, tol=1e-4), max_epochs=1).logger
-    # Each probe measures the batch of each of 6 steps, by one product, and compares 4 of them with the fixed data, by
+    # Each probe measures the batch of each of 6 steps, by one product, and compares 3 of them with the fixed data, by
     # one more on the operator that all share.
-    expected = {"operators": counts["operators"] + 2 * 6, "products": counts["products"] + 2 * (6 + 4)}
+    expected = {"operators": counts["operators"] + 2 * 6, "products": counts["products"] + 2 * (6 + 3)}
     for order in ([0, 1, 2], [1, 0, 2], [2, 0, 1]):
         counts.update(operators=0, products=0)
         shared = [callbacks()[index] for index in order]
