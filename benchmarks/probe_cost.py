@@ -4,8 +4,8 @@
     python -m benchmarks.probe_cost --with 'every 10' --steps 100    # or another one of the list
     python -m benchmarks.probe_cost --parts                          # and what the parts of it take, in training steps
 
-Runs without and with the callback follow each other, in one thread, from the same parameters, with a TensorBoard logger:
-everything is in it, imports, the cold first search and the figure at the end. CIFAR-10 below --root, else noise.
+Runs without and with the callback follow each other, in one thread, from the same parameters, with a TensorBoard
+logger. Everything is in it, the cold first search and the figure at the end too. CIFAR-10 below --root, else noise.
 """
 
 import argparse
@@ -149,9 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
             ratios.append(seconds_of(name, data, args.steps, [WAYS[args.way]()]) / plain[-1])
         sample = Sample(tuple(ratios))
         low, high = sample.quartiles
-        print(
-            f"{name}: {sample.median:.2f} ({low:.2f} to {high:.2f}) times {1e3 * sum(plain) / len(plain) / args.steps:.0f} ms"
-        )
+        step = 1e3 * sum(plain) / len(plain) / args.steps
+        print(f"{name}: {sample.median:.2f} ({low:.2f} to {high:.2f}) times the {step:.0f} ms of a step", flush=True)
         for part, seconds in spent.items():
             print(f"    {part}: {seconds / sum(plain) * args.steps:.1f} steps of {args.steps}")
 
