@@ -23,6 +23,7 @@ from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.distributed import failing_together
+from lyapunov_lightning.training.fsdp import is_sharded
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
 from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
@@ -498,8 +499,10 @@ class CurvatureProbe(CurvatureCallback):
             pending.awaited.append("update")
 
     def _may_glance(self, at: MeasuredStep) -> bool:
-        """Whether three values of the loss are enough for this step."""
-        return self._sharpness.may_glance and at.stability(counts_gradient=False) is not None
+        """Whether three values of the loss are enough for this step; of a sharded model products are taken."""
+        if not self._sharpness.may_glance or is_sharded(list(at.step.pl_module.parameters())):
+            return False
+        return at.stability(counts_gradient=False) is not None
 
     def _glance(self, at: MeasuredStep, pending: "_Pending", own: LossHessian, gradient: Tensor) -> None:
         """Measure how near the step is to its edge by values of its loss, and by a product where they do not tell."""
