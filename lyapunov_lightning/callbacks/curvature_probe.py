@@ -499,7 +499,9 @@ class CurvatureProbe(CurvatureCallback):
             pending.awaited.append("update")
 
     def _may_glance(self, at: MeasuredStep) -> bool:
-        """Whether three values of the loss are enough for this step; of a sharded model products are taken."""
+        """Whether three values of the loss are enough for this step."""
+        # On sharded models a rank that failed alone in the first values of the loss would be missing in collectives
+        # that no measurement has shown before, and the others would wait for it.
         if not self._sharpness.may_glance or is_sharded(list(at.step.pl_module.parameters())):
             return False
         return at.stability(counts_gradient=False) is not None
