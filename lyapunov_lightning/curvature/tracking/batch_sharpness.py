@@ -142,18 +142,20 @@ def glanced_step(
     space = hessian.space
     direction = step_direction(gradient, stability.scale)
     step = step_direction(direction, stability.scale)  # of the parameters: S w
-    decay = None if stability.shift is None else stability.shift.to(direction)
-    shift = space.inner(direction, direction) * 0 if decay is None else space.inner(direction, decay * direction)
-    slope, shifted = _numbers(space.inner(direction, direction), shift)
+    decay = direction * 0 if stability.shift is None else direction * stability.shift.to(direction)
+    expected = torch.tensor(sharpness, dtype=torch.float64, device=direction.device)
+    found = [space.inner(direction, direction).double(), space.inner(direction, decay).double(), expected]
+    # Ranks on which these differ in the last digit would choose other distances, and one of them another attempt.
+    slope, shifted, sharpness = _numbers(*space.agreed(torch.stack(found)))
     if not slope:
         return StepCurvature(0.0, 0.0)
-    found = curvature_along(
+    line = curvature_along(
         lambda distances: hessian.values_along(step, distances),
         slope,
         sharpness,
         precision=torch.finfo(hessian.dtype).eps,
     )
-    return None if found is None else StepCurvature(slope, stability.sign * found.value + shifted)
+    return None if line is None else StepCurvature(slope, stability.sign * line.value + shifted)
 
 
 def compared(
