@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.callbacks.results.probe import WHOLE_AGREEMENT
 from tests.distributed import gauge_runs as runs
 from tests.distributed.references import dense_hessian, gradient_at, loss_at, same, union_of
 
@@ -91,13 +92,18 @@ class OneProcess:
             moment = runs.BETAS[1] * self.moment + (1 - runs.BETAS[1]) * gradient**2
             scale = (torch.sqrt(moment / (1 - runs.BETAS[1] ** (step + 1))) + EPS) ** -0.5
         matrix, direction = scale[:, None] * dense_hessian(here, own) * scale, scale * gradient
-        self.seen.append((float(direction @ direction), float(direction @ matrix @ direction)))
-        if other is not None and (len(self.compared) < 3 or count % 4 == 0):
+        slope, curvature = float(direction @ direction), float(direction @ matrix @ direction)
+        has_eigenvalue = step < 2 or step % runs.EIGENVALUE_EVERY == 0
+        is_compared = len(self.compared) < 3 or count % 8 == 0
+        if not (has_eigenvalue or is_compared):
+            curvature = self.second_difference(here, own, scale * direction, slope)
+        self.seen.append((slope, curvature))
+        if other is not None and is_compared:
             across = scale * gradient_at(here, other)
             elsewhere = scale[:, None] * dense_hessian(here, other) * scale
             numbers = across @ direction, direction @ elsewhere @ direction, across @ matrix @ direction
             self.compared.append((*self.seen[-1], *map(float, numbers)))
-        if step < 2 or step % runs.EIGENVALUE_EVERY == 0:
+        if has_eigenvalue:
             measured = matrix if self.fixed is None else dense_hessian(here, self.fixed)
             self.eigenvalue = float(torch.linalg.eigvalsh(measured)[-1])
         slopes, curvatures = map(sum, zip(*self.seen, strict=True))
@@ -113,20 +119,32 @@ class OneProcess:
             return found
         own_slope, own_curvature, progress, shared, crossed = map(sum, zip(*self.compared, strict=True))
         agreement = min(1.0, math.sqrt(max(1e-3, crossed / own_curvature) * max(1e-3, shared / own_curvature)))
-        if self.optimizer == "adamw":
-            beta, pace = runs.BETAS[0], runs.LR
-            limit = 2 * (1 + beta) / (runs.LR * (1 + beta - 2 * beta * agreement))
-        else:
-            m, pace = runs.MOMENTUM, runs.LR / (1 - runs.MOMENTUM)
-            limit = 2 * (1 - m**2) / (runs.LR * (1 + m - 2 * m * agreement))
+        limit = self.limit(agreement)
+        pace = runs.LR if self.optimizer == "adamw" else runs.LR / (1 - runs.MOMENTUM)
         is_progress = progress > 0
         noise = pace * (shared / own_curvature) * sharpness / (2 * progress / own_slope) if is_progress else None
         return found | {
             "batch_agreement": agreement,
             "stability_limit": limit,
             "noise_ratio": noise,
-            "stability_ratio": max(sharpness, self.eigenvalue) / limit,
+            "stability_ratio": max(sharpness, self.eigenvalue if agreement >= WHOLE_AGREEMENT else 0) / limit,
         }
+
+    def limit(self, agreement: float) -> float:
+        if self.optimizer == "adamw":
+            beta = runs.BETAS[0]
+            return 2 * (1 + beta) / (runs.LR * (1 + beta - 2 * beta * agreement))
+        m = runs.MOMENTUM
+        return 2 * (1 - m**2) / (runs.LR * (1 + m - 2 * m * agreement))
+
+    def second_difference(self, here: Tensor, own: Any, step: Tensor, slope: float) -> float:
+        """Over a fifth of the distance on which the slope is expected to change by its size."""
+        slopes, curvatures = map(sum, zip(*self.seen, strict=True))
+        expected, base = max(0.1 * self.limit(1.0), curvatures / slopes), loss_at(here, own)
+        rounding = 400 * torch.finfo(torch.float64).eps * abs(base)
+        distance = max(0.2 / expected, math.sqrt(rounding / (expected * slope)))
+        around = [loss_at(here + sign * distance * step, own) for sign in (1, -1)]
+        return (sum(around) - 2 * base) / distance**2
 
 
 def assert_as_of(process: OneProcess, results: Sequence[Any]) -> None:
