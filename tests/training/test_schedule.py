@@ -120,9 +120,7 @@ def test_measurements_thin_out_with_the_run_and_not_beyond_what_was_asked():
     assert steps == [*range(0, 80, 2), *range(80, 120, 4), *range(120, 400, 6)]
 
 
-@pytest.mark.parametrize(
-    "rules", [{"thin_to": 5}, {"every_n_steps": 10, "thin_to": 5}, {"first_n_steps": 3, "thin_to": 5}]
-)
+@pytest.mark.parametrize("rules", [{}, {"every_n_steps": 10}, {"first_n_steps": 3}])
 def test_a_distance_that_could_not_grow_is_refused(rules):
     with pytest.raises(ValueError, match=r"`thin_to` should be at least `every_n_steps`.*thin_to=5"):
         Schedule(**rules, thin_to=5)

@@ -97,7 +97,7 @@ class ProbeResult(Result):
 
         """
         found = [self._ratio(self.critical_sharpness), self._ratio(self.batch_sharpness)]
-        if self.batch_sharpness is None or (self.batch_agreement or 0.0) >= WHOLE_AGREEMENT:
+        if self.batch_sharpness is None or self.batch_agreement is None or self.batch_agreement >= WHOLE_AGREEMENT:
             found.append(self.eigenvalue_ratio)
         known = [ratio for ratio in found if ratio is not None]
         return max(known) if known else self.lost_decrease

@@ -82,7 +82,7 @@ def diagnose(
         >>> readings = [Reading(step, ratio, learning_rate=0.1) for step, ratio in ratios.items()]
         >>> found = diagnose(readings, (range(40), [1 / (1 + t) for t in range(40)]))
         >>> found.kind, found.met_at, round(found.learning_rate_limit, 2)
-        ('at_edge', 20, 0.22)
+        ('at_edge', 20, 0.21)
         >>> print(found.sharpness)
         The sharpness met the stability limit at step 20 and stayed at 1.00 times it.
 

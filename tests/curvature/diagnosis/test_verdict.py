@@ -40,7 +40,7 @@ def test_stable_up_to_and_worth_trying_are_two_statements():
 
 def test_what_is_named_from_far_below_is_said_to_be_the_furthest():
     found = told([0.001] * 40, learning_rate=0.01)
-    assert "stable up to a learning rate of 0.12, further than which nothing is said (0.066 to" in found.consequence
+    assert "stable up to a learning rate of 0.12, further than which nothing is said (0.054 to" in found.consequence
 
 
 def test_noise_limits_a_run_whose_loss_falls_no_further():
