@@ -10,7 +10,6 @@ logger. Everything is in it, the cold first search and the figure at the end too
 
 import argparse
 import logging
-import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -20,12 +19,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.problems import SmallTransformer, images
 from benchmarks.timing import Sample
+from benchmarks.training_cost import train
 from examples.models import MLP, Classifier, LeNet
 from lyapunov_lightning import CurvatureProbe, QuasiNewtonLRController, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks.estimators.eigenvalues import Eigenvalues
@@ -84,21 +82,10 @@ def seconds_of(name: str, data: dict[str, tuple[Tensor, ...]], steps: int, callb
     make, batch_size = NETWORKS[name]
     torch.manual_seed(0)
     module = make()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=callbacks,
-            logger=TensorBoardLogger(folder),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        samples = TensorDataset(*data["words" if make is LanguageModel else "images"])
-        began = time.process_time()
-        trainer.fit(module, DataLoader(samples, batch_size, shuffle=True, drop_last=True))
-        return time.process_time() - began
+    samples = data["words" if make is LanguageModel else "images"]
+    began = time.process_time()
+    train(module, samples, batch_size, steps, callbacks)
+    return time.process_time() - began
 
 
 def take_apart() -> dict[str, float]:

@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -76,6 +77,13 @@ def fit(setup: str, data: Batch, steps: int, callbacks: list[pl.Callback]) -> No
     make, batch_size = SETUPS[setup]
     torch.manual_seed(0)
     module = Classifier(make(), optimizer=lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9))
+    train(module, data, batch_size, steps, callbacks)
+
+
+def train(
+    module: pl.LightningModule, data: Sequence[Tensor], batch_size: int, steps: int, callbacks: list[pl.Callback]
+) -> None:
+    """Some steps with a TensorBoard logger, and nothing else beside the callbacks."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             accelerator="cpu",

@@ -1,7 +1,6 @@
 """LightningModules of general methods: uncertainty, forecasting, pictures. The data is made here."""
 
-import functools
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,7 +32,7 @@ def _lightning_uq_box(name: str) -> tuple[Any, Any]:
     from lightning_uq_box import uq_methods as uq
 
     network = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
-    adam = functools.partial(torch.optim.Adam, lr=1e-2)
+    adam = partial(torch.optim.Adam, lr=1e-2)
     if name == "DKLRegression":
         module = uq.DKLRegression(network[:4], n_inducing_points=8, optimizer=adam)
     elif name == "MDNRegression":
@@ -77,15 +76,11 @@ def _lightly() -> tuple[Any, Any]:
     return module, DataLoader(TensorDataset(pictures, labels), 16, shuffle=True)
 
 
-def _of(function: Callable[..., Any], name: str) -> Callable[[], tuple[Any, Any]]:
-    return lambda: function(name)
-
-
 METHODS = (
-    WildModule("lightning-uq-box", "BNN_VI_ELBO_Regression", _of(_lightning_uq_box, "BNN_VI_ELBO_Regression")),
-    WildModule("lightning-uq-box", "DKLRegression (GPyTorch)", _of(_lightning_uq_box, "DKLRegression")),
-    WildModule("lightning-uq-box", "MDNRegression", _of(_lightning_uq_box, "MDNRegression")),
-    WildModule("darts", "N-BEATS", _of(_darts, "N-BEATS"), library="pytorch_lightning"),
-    WildModule("darts", "TCN, Gaussian likelihood", _of(_darts, "TCN"), library="pytorch_lightning"),
+    WildModule("lightning-uq-box", "BNN_VI_ELBO_Regression", partial(_lightning_uq_box, "BNN_VI_ELBO_Regression")),
+    WildModule("lightning-uq-box", "DKLRegression (GPyTorch)", partial(_lightning_uq_box, "DKLRegression")),
+    WildModule("lightning-uq-box", "MDNRegression", partial(_lightning_uq_box, "MDNRegression")),
+    WildModule("darts", "N-BEATS", partial(_darts, "N-BEATS"), library="pytorch_lightning"),
+    WildModule("darts", "TCN, Gaussian likelihood", partial(_darts, "TCN"), library="pytorch_lightning"),
     WildModule("lightly", "FinetuneClassifier", _lightly, library="pytorch_lightning"),
 )

@@ -1,7 +1,7 @@
 """LightningModules of the sciences: cells, molecules, the earth and routes. The data is made here."""
 
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,16 +118,12 @@ def _rl4co() -> tuple[Any, Any]:
     return module, None
 
 
-def _of(function: Callable[..., Any], name: str) -> Callable[[], tuple[Any, Any]]:
-    return lambda: function(name)
-
-
 SCIENCES = (
-    WildModule("scvi-tools", "TrainingPlan (SCVI)", _of(_scvi, "SCVI")),
-    WildModule("scvi-tools", "SemiSupervisedTrainingPlan (SCANVI)", _of(_scvi, "SCANVI")),
-    WildModule("scvi-tools", "LowLevelPyroTrainingPlan (AmortizedLDA)", _of(_scvi, "AmortizedLDA")),
-    WildModule("mlcolvar", "DeepTICA", _of(_mlcolvar, "DeepTICA")),
-    WildModule("mlcolvar", "Committor", _of(_mlcolvar, "Committor")),
+    WildModule("scvi-tools", "TrainingPlan (SCVI)", partial(_scvi, "SCVI")),
+    WildModule("scvi-tools", "SemiSupervisedTrainingPlan (SCANVI)", partial(_scvi, "SCANVI")),
+    WildModule("scvi-tools", "LowLevelPyroTrainingPlan (AmortizedLDA)", partial(_scvi, "AmortizedLDA")),
+    WildModule("mlcolvar", "DeepTICA", partial(_mlcolvar, "DeepTICA")),
+    WildModule("mlcolvar", "Committor", partial(_mlcolvar, "Committor")),
     WildModule("torchgeo", "SemanticSegmentationTask", _torchgeo),
     WildModule("rl4co", "AttentionModel", _rl4co),
 )

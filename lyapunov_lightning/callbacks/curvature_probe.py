@@ -476,11 +476,16 @@ class CurvatureProbe(CurvatureCallback):
         """The result of a step of which the estimator measures nothing."""
         return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **at.limits(stability))
 
-    def _own_hessian(self, at: MeasuredStep) -> LossHessian:
-        """The Hessian on the step's own data, whatever data the eigenvalue is measured on."""
+    @property
+    def _gauge_config(self) -> HessianConfig:
+        """Which Hessian the gauges take, on data of their own."""
         # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
         # product by them has its step to find, and costs five times as much as an exact one.
-        config = replace(self.config, method=self._gauge_method)
+        return replace(self.config, method=self._gauge_method)
+
+    def _own_hessian(self, at: MeasuredStep) -> LossHessian:
+        """The Hessian on the step's own data, whatever data the eigenvalue is measured on."""
+        config = self._gauge_config
         is_it = config == self.config and self.config.data == "batch"
         return at.hessian if is_it else self.shared.on_batches(at.step, config)
 
@@ -488,7 +493,7 @@ class CurvatureProbe(CurvatureCallback):
         """Measure how near the step is to its edge, as far as that can be seen before it."""
         stability = at.stability()
         if stability is not None:
-            config = replace(self.config, method=self._gauge_method)
+            config = self._gauge_config
             fixed = at.hessian if config == self.config and self.config.data != "batch" else None
             hessian_on = partial(self.shared.on_batches, at.step, config)
             gradient = at.gradient if own is at.hessian else own.gradient(keep_graph=True)

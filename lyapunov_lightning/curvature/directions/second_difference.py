@@ -17,9 +17,10 @@ from lyapunov_lightning.curvature.directions.line_search import LossAlong
 from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 
 _REACH = 0.2
-"""The distance, in units of the one over which the slope along the direction changes by its own size. On a LeNet and an
-MLP with ReLU on CIFAR-10, in batches of 8 and 128, the curvature along the gradient was within 5 % of the Hessian's
-from 0.03 to 0.3 in nine of ten measurements near the edge; nearer by kinks count more, and further out it bends."""
+"""The distance, in units of the one over which the slope along the direction changes by its own size. On a LeNet with
+ReLU on CIFAR-10, in batches of 8 and 128, the curvature along the gradient was within 12 % of the Hessian's at all of
+eight places with a ratio above 0.2, where the loss changes by 3 % over the distance; nearer by kinks count more, and
+further out it bends. On a small ResNet in batches of 32 single ones were off by factors of 0.3 to 2.4."""
 
 _FURTHEST = 2.0
 """The largest distance in these units: that of a step of gradient descent at the edge of stability."""
