@@ -23,6 +23,7 @@ from lyapunov_lightning.training.replica.copier import Copier
 _LIBRARIES = sys.stdlib_module_names | {
     *("lightning", "lightning_fabric", "lightning_utilities", "lyapunov_lightning", "numpy", "pytorch_lightning"),
     *("torch", "torchmetrics", "torchvision", "transformers"),
+    *("_pytest", "hypothesis", "pytest"),
 }
 """Packages whose classes keep no state of a training step, and whose code names no global variables that do.
 
