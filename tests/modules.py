@@ -1,4 +1,4 @@
-"""LightningModules, datasets and a logger that tests share; importable in spawned processes.
+"""LightningModules, datasets, a logger and a callback that tests share; importable in spawned processes.
 
 `BusyModule` does in its training step whatever real modules do beside computing a loss. `SmallRegressor` is small,
 smooth and in float64, so that its dense Hessian is at hand.
@@ -11,14 +11,28 @@ from typing import Any, Literal, Optional
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
+from tests.problems import whole_hessian
+
 NUM_FEATURES = 6
 NUM_CLASSES = 3
+
+
+class Watcher(Callback):
+    """A test's callback that notes things about a run.
+
+    It stands for itself in replicas. Else every evaluation of the loss would copy all that was noted so far.
+
+    """
+
+    def __deepcopy__(self, memo: Any) -> "Watcher":
+        return self
 
 
 class MemoryLogger(Logger):
@@ -221,8 +235,5 @@ def dense_hessian(
         return (loss or nn.functional.mse_loss)(predictions, batch[1])
 
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        flat = torch.cat([value.reshape(-1) for value in values])
-        state = torch.get_rng_state()
-        value = float(of_flat(flat))
-        torch.set_rng_state(state)
-        return value, torch.autograd.functional.hessian(of_flat, flat)
+        flat = torch.cat([value.reshape(-1) for value in values]).requires_grad_()
+        return whole_hessian(of_flat(flat), flat)

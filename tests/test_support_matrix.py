@@ -32,6 +32,8 @@ from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.curvature import CurvatureWarning
 from tests.callbacks.identity import Outcome, assert_identical, train
 from tests.curvature.helpers import OnceDifferentiableTanh
+from tests.modules import Watcher
+from tests.problems import whole_hessian
 from tests.training.live import flat, hessian_of
 
 ROOT = Path(__file__).parent.parent
@@ -366,7 +368,7 @@ def data() -> Dataset[Any]:
     return TensorDataset(inputs, (inputs[:, 0, 0] > 0).long())
 
 
-class Checking(Callback):
+class Checking(Watcher):
     """Holds a product against the dense Hessian, in the second step.
 
     Attributes:
@@ -409,7 +411,8 @@ def dense_hessian(case: Case, module: Supported, batch: Any) -> Tensor:
         return functional.cross_entropy(functional_call(plain, named, (inputs.double(),)), labels)
 
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
-        return torch.autograd.functional.hessian(loss, flat(trained.values()))
+        at = flat(trained.values()).requires_grad_()
+        return whole_hessian(loss(at), at)[1]
 
 
 def run(case: Case, *callbacks: Callback) -> Outcome:

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.modules import AugmentedClusters, BusyModule, MemoryLogger
+from tests.modules import AugmentedClusters, BusyModule, MemoryLogger, Watcher
 
 _OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nudge)(_details)?/")
 """The tags that the package's callbacks log, which a run without them lacks."""
@@ -62,13 +62,18 @@ class Outcome:
         return {step: metrics[tag] for step, metrics in self.measured if tag in metrics}
 
 
+def few_clusters() -> AugmentedClusters:
+    """Epochs of nine batches, the last of which is smaller, so that a short run sees more than one of them."""
+    return AugmentedClusters(8 * 9 + 4)
+
+
 def train(
     callbacks: Callback | Sequence[Callback] = (),
     *,
     module: Callable[[], pl.LightningModule] = BusyModule,
-    dataset: Callable[[], Any] = AugmentedClusters,
+    dataset: Callable[[], Any] = few_clusters,
     batch_size: int = 9,
-    steps: int = 52,
+    steps: int = 22,
     accumulate: int = 1,
     clip: Optional[float] = 0.5,
     clip_by: Optional[str] = None,
@@ -154,7 +159,7 @@ def assert_identical(expected: Outcome, actual: Outcome) -> None:
     assert not lines, "\n".join(["The callback changed the run:", *lines])
 
 
-class _Witness(Callback):
+class _Witness(Watcher):
     """The last callback, which notes the state of the run right before each step and each update."""
 
     def __init__(self) -> None:

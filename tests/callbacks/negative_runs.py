@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, NegativeCurvatureTracker, Schedule
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 from tests.training_runs import train
 
 EVERY_STEP = Schedule(every_n_steps=1)
@@ -20,7 +20,7 @@ def flat_parameters(module: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(module.parameters()).detach().clone()
 
 
-class Dense(Callback):
+class Dense(Watcher):
     """The parameters, the dense Hessian and the gradient of the whole training set before every step.
 
     Beside it the parameters after each step as the optimizer leaves them, if it goes before the tracker.

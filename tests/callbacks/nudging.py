@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, NudgedSGDHook
-from tests.modules import MemoryLogger, SmallRegressor
+from tests.modules import MemoryLogger, SmallRegressor, Watcher
 from tests.training_runs import train
 
 VARIANTS = {"nudge": (0.1, 1.0), "top_only": (1.0, 0.0), "no_top": (0.0, 1.0)}
@@ -50,7 +50,7 @@ def seeded(module: Callable[[], pl.LightningModule] = SmallRegressor) -> pl.Ligh
     return module()
 
 
-class Gradients(Callback):
+class Gradients(Watcher):
     """The gradient in ``on_before_optimizer_step``, as it is where this callback stands in the list."""
 
     def __init__(self) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig
-from tests.modules import dense_hessian
+from tests.modules import Watcher, dense_hessian
 
 Fit = Callable[..., pl.Trainer]
 
@@ -28,7 +27,7 @@ def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-class Reference(Callback):
+class Reference(Watcher):
     """Goes before the probe and computes what it should find from a dense Hessian, by step."""
 
     def __init__(self, loss: Any = None, eval_mode: bool = False) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.checks import check_objective
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 from tests.training_runs import train
 
 # Arguments.
@@ -79,7 +79,7 @@ def fit(tmp_path: Path) -> Fit:
     return run
 
 
-class Dense(Callback):
+class Dense(Watcher):
     """Goes before the probe: the largest eigenvalue of a dense Hessian at each step."""
 
     def __init__(self) -> None:

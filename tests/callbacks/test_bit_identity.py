@@ -69,12 +69,12 @@ class ClipsByItself(BusyModule):
 
 BY_DEFAULT = {"every_n_steps": None}
 BF16 = {"precision": "bf16-mixed"}
-ACCUMULATED = {"accumulate": 4, "steps": 14}
+ACCUMULATED = {"accumulate": 4, "steps": 8}
 ADAM = {"module": functools.partial(BusyModule, optimizer="adam")}
 OWN_LOSS = {"module": BusyModuleWithOwnLoss}
 OF_NO_RULE = {"module": OfNoRule}
 UNCLIPPED, CLIPPED_BY_VALUE = {"clip": None}, {"clip": 0.02, "clip_by": "value"}
-VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints, "steps": 150}
+VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints, "steps": 80}
 
 
 @pytest.mark.filterwarnings("ignore:.*the stability limit of Adadelta is not known")
@@ -84,8 +84,6 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"every_n_steps": 1}, {}),
         ({"every_n_steps": 4, "prog_bar": True}, {}),
         ({"end": "smallest"}, {}),
-        ({"end": "both", "every_n_steps": 7}, {}),
-        ({"estimator": "lyapunov", "every_n_steps": 1}, {}),
         ({"estimator": "lyapunov", "end": "smallest"}, {}),
         ({"estimator": "lyapunov", "end": "both", "iterations": 2}, {}),
         ({"estimator": "power"}, {}),
@@ -97,7 +95,6 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"method": "forward_over_reverse", "every_n_steps": 8}, {}),
         ({"method": "finite_difference", "every_n_steps": 8}, {}),
         ({"compile": True, "data": "fixed", "num_batches": 1, "every_n_steps": 20}, {}),
-        ({"mode": "eval"}, {}),
         ({"mode": "eval", "estimator": "lyapunov"}, {}),
         ({"data": "fixed", "every_n_steps": 3}, {}),
         ({"data": "fixed", "num_batches": 2, "estimator": "lyapunov"}, {}),
@@ -118,7 +115,6 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "critical"}, BF16 | ACCUMULATED),
         ({"estimator": "critical"}, ADAM),
         ({"estimator": "critical", "every_n_steps": 5}, VALIDATED),
-        ({"end": "both"}, BF16 | ACCUMULATED),
         ({"end": "both"}, ADAM),
         ({"estimator": "power", "every_n_steps": 4}, ADAM | BF16),
         ({"estimator": "lyapunov"}, ADAM | ACCUMULATED),
@@ -128,13 +124,11 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "lyapunov", "every_n_steps": 5}, VALIDATED | BF16),
         ({"data": "fixed", "every_n_steps": 5}, {"validate": True} | ACCUMULATED | ADAM),
         (BY_DEFAULT, {}),
-        (BY_DEFAULT, BF16),
         (BY_DEFAULT | {"end": "both"}, ADAM | UNCLIPPED),
         (BY_DEFAULT | {"data": "fixed"}, ACCUMULATED),
         (BY_DEFAULT | {"estimator": "lyapunov"}, BF16),
         (BY_DEFAULT | {"estimator": "critical"}, {}),
         ({"eigenvalue_every": 3, "every_n_steps": 1}, {}),
-        ({"eigenvalue_every": 2, "every_n_steps": 1}, ACCUMULATED),
         ({"eigenvalue_every": 2, "estimator": "power"}, ADAM | ACCUMULATED | BF16),
         ({"every_n_steps": 1}, UNCLIPPED),
         ({"every_n_steps": 1}, CLIPPED_BY_VALUE),
@@ -159,16 +153,14 @@ def test_probe_leaves_the_run_bit_identical(
     assert_identical(run_without(**options), with_probe)
     prefix = f"{probe['log_prefix']}/" if "log_prefix" in probe else ""
     is_critical = probe.get("estimator") == "critical"
-    # By default at every step here, since the trainer logs at every third, and from step 40 on at every second; the
-    # eigenvalue at one of them, and a glance at the losses has to do at most others.
+    # By default at every step here, since the trainer logs at every third; the eigenvalue at one of them, and a glance
+    # at the losses has to do at most others.
     every = probe["every_n_steps"] or (3 if is_critical else 1)
     at_least = 2 if "max_overhead" in probe else with_probe.progress["step"] // every
-    if not (probe["every_n_steps"] or is_critical):
-        at_least = min(at_least, 40)
     eigenvalue_every = 1 if is_critical else probe.get("eigenvalue_every", 1 if probe["every_n_steps"] else at_least)
     estimated = with_probe.curve(f"{prefix}curvature_details/{'forward_passes' if is_critical else 'residual'}")
     measured = with_probe.curve(f"{prefix}curvature_details/converged")
-    assert len(with_probe.data_seen) >= 50
+    assert len(with_probe.data_seen) >= 22
     assert len(measured) >= at_least
     assert len(estimated) >= at_least // eigenvalue_every
     assert all(value == 1.0 for step, value in measured.items() if step not in estimated)
@@ -184,8 +176,8 @@ def test_several_probes_leave_the_run_bit_identical() -> None:
     ]
     with_probes = train(probes)
     assert_identical(run_without(), with_probes)
-    assert len(with_probes.curve("d/curvature_details/forward_passes")) == 26
-    assert [len(with_probes.curve(f"{prefix}/curvature_details/residual")) for prefix in "abc"] == [52, 26, 26]
+    assert len(with_probes.curve("d/curvature_details/forward_passes")) == 11
+    assert [len(with_probes.curve(f"{prefix}/curvature_details/residual")) for prefix in "abc"] == [22, 11, 11]
 
 
 def fails_halfway(module: BusyModule, batch: Any) -> Tensor:
@@ -458,7 +450,6 @@ class OwnReversal(OwnFunction):
 
 
 @pytest.mark.filterwarnings("ignore:.*CountedReversal")
-@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov", "critical"])
 @pytest.mark.parametrize(
     "module",
     [
@@ -483,11 +474,16 @@ class OwnReversal(OwnFunction):
         OwnReversal,
     ],
 )
-def test_whatever_the_training_step_does_is_taken_back(module: type[WithState], estimator: str) -> None:
-    with_probe = train(CurvatureProbe(2, estimator), module=module, steps=20)
-    assert_identical(run_without(module=module, steps=20), with_probe)
-    name = "forward_passes" if estimator == "critical" else "residual"
-    assert len(with_probe.curve(f"curvature_details/{name}")) == 10
+def test_whatever_the_training_step_does_is_taken_back(module: type[WithState]) -> None:
+    # At steps of their own too, where none of them uses what another one has evaluated.
+    probes = [
+        CurvatureProbe(n, kind, log_prefix=kind) for n, kind in ((2, "lanczos"), (3, "lyapunov"), (5, "critical"))
+    ]
+    with_probes = train(probes, module=module, steps=12)
+    assert_identical(train(module=module, steps=12), with_probes)
+    assert len(with_probes.curve("lanczos/curvature_details/residual")) == 6
+    assert len(with_probes.curve("lyapunov/curvature_details/residual")) == 4
+    assert len(with_probes.curve("critical/curvature_details/forward_passes")) == 3
 
 
 def test_printing_in_the_training_step_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,13 +495,13 @@ def test_printing_in_the_training_step_is_not_repeated(capsys: pytest.CaptureFix
 
 
 class Mischief(Callback):
-    """Does one thing that a reading callback must not do, once, at the 20th step."""
+    """Does one thing that a reading callback must not do, once, at the fifth step."""
 
     def __init__(self, deed: str) -> None:
         self.deed = deed
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 20:
+        if trainer.global_step == 4:
             getattr(self, self.deed)(trainer, pl_module, batch)
 
     def draw_from_torch(self, trainer: Any, pl_module: Any, batch: Any) -> None:
@@ -567,7 +563,7 @@ class Mischief(Callback):
 )
 def test_comparison_notices_a_callback_that_interferes(deed: str, noticed: str) -> None:
     with pytest.raises(AssertionError, match=f"The callback changed the run(.|\n)*({noticed})"):
-        assert_identical(run_without(steps=26), train(Mischief(deed), steps=26))
+        assert_identical(run_without(steps=8), train(Mischief(deed), steps=8))
 
 
 def test_comparison_finds_two_equal_runs_identical() -> None:

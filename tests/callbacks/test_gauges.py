@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
@@ -25,7 +25,7 @@ from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph
 from lyapunov_lightning.curvature.stability import stability_of
 from lyapunov_lightning.training.replica.copier import Copier
 from tests.callbacks.probing import Fit, inverse_preconditioner, name_of, sgd, two_groups
-from tests.modules import SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 
 AVERAGED = 8
 """Measurements, comparisons and steps that are averaged over."""
@@ -33,7 +33,7 @@ AVERAGED = 8
 ETA = 0.05
 
 
-class Dense(Callback):
+class Dense(Watcher):
     """Goes before the probe, and has for each step its batch, the one before it, and what both see there.
 
     Args:
@@ -154,12 +154,13 @@ def agree(results: list[ProbeResult], expected: dict[int, dict[str, float | None
 # The batch sharpness, and the limit at the agreement.
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [*((name, 1) for name in KNOWN), *((name, 4) for name in ("momentum", "adam"))]
+)
 def test_all_numbers_are_those_of_dense_hessians_of_the_batches(fit: Fit, name: str, accumulate: int) -> None:
     # In an epoch of six batches the last step is made with two of them.
     optimizer, limit, pace = KNOWN[name]
-    dense, probe = Dense(), CurvatureProbe(1)
+    dense, probe = Dense(), CurvatureProbe(1, tol=0.5)
     fit(SmallRegressor(optimizer), dense, probe, accumulate_grad_batches=accumulate, max_steps=24)
     agree(probe.results, Expected(dense, limit, pace).results)
     known = [result.batch_agreement for result in probe.results if result.batch_agreement is not None]
@@ -179,7 +180,7 @@ def test_it_is_the_same_beside_every_estimator(fit: Fit, name: Any) -> None:
 def test_the_limit_is_that_of_the_optimizer_at_the_measured_agreement(fit: Fit, name: str) -> None:
     limits: dict[int, Callable[[float], float]] = {}
 
-    class Asked(Callback):
+    class Asked(Watcher):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             stability = stability_of(trainer.optimizers[0], list(pl_module.parameters()))
             if stability is not None:
@@ -241,14 +242,14 @@ def test_batches_that_are_accumulated_are_one_batch(fit: Fit, name: str) -> None
         pl.seed_everything(5, verbose=False)
         probe = CurvatureProbe(1, tol=1e-12)
         loader = regression_loader(batch_size=batch_size)
-        fit(SmallRegressor(KNOWN[name][0]), probe, loader=loader, accumulate_grad_batches=accumulate)
+        fit(SmallRegressor(KNOWN[name][0]), probe, loader=loader, accumulate_grad_batches=accumulate, max_steps=6)
         found.append([result.scalars() for result in probe.results])
     not_compared = ("residual", "value_error", "matvecs")
     one, several = (
         [{tag: value for tag, value in numbers.items() if not tag.endswith(not_compared)} for numbers in results]
         for results in found
     )
-    assert len(several) == 12
+    assert len(several) == 6
     assert {"curvature/batch_sharpness", "curvature/stability_ratio", "curvature/lambda_max"} <= several[-1].keys()
     for mine, theirs in zip(several, one, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9)
@@ -436,7 +437,7 @@ def test_the_lost_decrease_is_that_of_the_step_which_the_users_optimizer_takes(
 ) -> None:
     steps: list[tuple[float, float]] = []
 
-    class Looking(Callback):
+    class Looking(Watcher):
         """What the step's own batch loses of its promised decrease, before and after the step."""
 
         def at(self, module: Any, batch: Any) -> tuple[Tensor, float]:
@@ -478,7 +479,7 @@ def test_steps_that_go_uphill_promise_nothing_and_cost_no_eigenvalue(fit: Fit) -
 # Clipping.
 
 
-class Norms(Callback):
+class Norms(Watcher):
     """The length of the gradient before clipping and of the one that the optimizer uses, by step."""
 
     def __init__(self) -> None:
@@ -707,7 +708,7 @@ def test_no_graph_is_kept_while_the_step_is_made(fit: Fit, optimizer: Any, optio
         def on_before_backward(self, loss: Tensor) -> None:
             kept.append(count() - self.before)
 
-    class Holding(Callback):
+    class Holding(Watcher):
         """Holds an operator with its graph for a step, to see that one would be counted."""
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -113,7 +113,7 @@ def train(kind, num_steps, stretch):
         "spectra": lambda: [SpectrumTracker(1, 1, 1, hessian=hessian, tol=0.5)],
         "moves": lambda: [
             NegativeCurvatureTracker(
-                50, 1, hessian=hessian, freeze_at=[5], estimator="online", descent=Descent(), tol=0.5
+                25, 1, hessian=hessian, freeze_at=[5], estimator="online", descent=Descent(), tol=0.5
             )
         ],
         "leak": lambda: [KeepsGraphs()],
@@ -150,10 +150,10 @@ for kind, num_steps in runs.items():
 """
 
 
-RUNS = {"probes": 300, "spectra": 250, "moves": 500, "leak": 150}
+RUNS = {"probes": 125, "spectra": 100, "moves": 150, "leak": 75}
 """How many steps each of them takes."""
 
-STRETCH = 50
+STRETCH = 25
 """Steps between two looks. The first ones, and some later one, may leave what is made when it is first needed, such as
 what a figure takes; a leak is in all of them."""
 
@@ -200,7 +200,7 @@ def growth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Growt
     return growth
 
 
-@pytest.mark.parametrize(("kind", "probes"), [("probes", 600), ("spectra", 250), ("moves", 500)])
+@pytest.mark.parametrize(("kind", "probes"), [("probes", 250), ("spectra", 100), ("moves", 150)])
 def test_hundreds_of_measurements_leave_the_memory_where_it_was(
     growth_of: Callable[[str], Growth], kind: str, probes: int
 ) -> None:

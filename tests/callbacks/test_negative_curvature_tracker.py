@@ -224,14 +224,14 @@ WITHOUT_METRICS = {"module": functools.partial(BusyModule, use_metrics=False)}
 
 @functools.cache
 def run_without(**options: Any) -> Outcome:
-    return train(steps=20, **options)
+    return train(steps=12, **options)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
         ({"smallest": 3}, {}),
-        ({"freeze_at": [0, 9, 20]}, WITHOUT_METRICS),
+        ({"freeze_at": [0, 5, 20]}, WITHOUT_METRICS),
         ({"data": "batch"}, WITHOUT_METRICS),
         ({"num_batches": 2}, WITHOUT_METRICS),
         ({"mode": "eval", "fraction": 0.2}, WITHOUT_METRICS),
@@ -252,9 +252,9 @@ def run_without(**options: Any) -> Outcome:
 def test_reading_leaves_the_run_bit_identical(
     tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    own = {"schedule": Schedule(every_n_steps=13), "smallest": 1, "tol": 0.3, "save_dir": str(tmp_path), **arguments}
+    own = {"schedule": Schedule(every_n_steps=8), "smallest": 1, "tol": 0.3, "save_dir": str(tmp_path), **arguments}
     hessian = {field.name: own.pop(field.name) for field in fields(HessianConfig) if field.name in own}
-    with_tracker = train(NegativeCurvatureTracker(**own, hessian=HessianConfig(**hessian)), steps=20, **options)
+    with_tracker = train(NegativeCurvatureTracker(**own, hessian=HessianConfig(**hessian)), steps=12, **options)
     assert_identical(run_without(**options), with_tracker)
     tag = "online_lambda_min" if "estimator" in arguments else "lambda_min_1"
     prefix = "mine/" if "log_prefix" in arguments else ""

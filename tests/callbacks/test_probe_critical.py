@@ -18,12 +18,12 @@ from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.schedule import ScheduleState
 from tests.callbacks.probing import Fit, sgd, two_groups
-from tests.modules import SmallRegressor, dense_hessian, regression_loader
+from tests.modules import SmallRegressor, Watcher, dense_hessian, regression_loader
 
 FULL = {"batch_size": 48}
 
 
-class Steps(Callback):
+class Steps(Watcher):
     """Goes along with a run and notes what the critical sharpness of each step is, by a dense search of its own.
 
     Args:

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from tests.callbacks.probing import Fit, Reference, name_of, sgd
-from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import MemoryLogger, SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 
 # What is kept from measurement to measurement.
 
@@ -163,7 +163,7 @@ def test_interval_begins_anew_in_the_next_run(fit: Fit) -> None:
 # Fixed data.
 
 
-class SeenByProbe(Callback):
+class SeenByProbe(Watcher):
     """A loss that notes which samples it is asked for. Only the probe calls it.
 
     Of the batches it leaves out those that are trained on: the batch sharpness is theirs, whatever the data are.
@@ -190,7 +190,7 @@ class SeenByProbe(Callback):
         return sorted({index for batch in self.batches for index in batch})
 
 
-class ReferenceOnSamples(Callback):
+class ReferenceOnSamples(Watcher):
     """Like `Reference`, on the samples that the probe is about to see: computed after the run, from copies."""
 
     def __init__(self) -> None:

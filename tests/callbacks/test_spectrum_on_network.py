@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lyapunov_lightning import HessianConfig, SpectrumTracker
 from lyapunov_lightning.curvature import HessianOperator, lanczos, spectral_density
-from tests.modules import MemoryLogger
+from tests.modules import MemoryLogger, Watcher
 
 
 class DigitClassifier(pl.LightningModule):
@@ -32,7 +32,7 @@ class DigitClassifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
-class DenseSpectrum(pl.Callback):
+class DenseSpectrum(Watcher):
     """All eigenvalues of the Hessian on the whole training set, from rows of exact second derivatives."""
 
     def __init__(self, data: TensorDataset, steps: set[int]) -> None:

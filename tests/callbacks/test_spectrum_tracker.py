@@ -24,14 +24,22 @@ from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.callbacks.identity import Outcome, assert_identical, train
-from tests.modules import BusyModule, MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import (
+    BusyModule,
+    MemoryLogger,
+    SmallRegressor,
+    Watcher,
+    dense_hessian,
+    regression_data,
+    regression_loader,
+)
 from tests.training_runs import train as run
 
 EVERYTHING = HessianConfig(fraction=1.0)
 """The fixed data are the whole training set, of which a reference is easily computed."""
 
 
-class Dense(Callback):
+class Dense(Watcher):
     """The dense Hessian of the whole training set at every step, and the gradients of its batches of eight."""
 
     def __init__(self) -> None:
@@ -123,7 +131,7 @@ def test_alignment_and_overlap_are_those_of_the_dense_eigenvectors(tmp_path: Pat
 
 
 def test_cosines_are_averaged_over_the_batches_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Reference(Callback):
+    class Reference(Watcher):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if trainer.global_step:
                 return
@@ -232,8 +240,8 @@ WITHOUT_METRICS = {"module": functools.partial(BusyModule, use_metrics=False)}
 
 @functools.cache
 def run_without(**options: Any) -> Outcome:
-    """Into the second epoch, of 25 batches."""
-    return train(steps=28, **options)
+    """Into the second epoch, of nine batches; of three steps where they are accumulated."""
+    return train(steps=12, **options)
 
 
 @pytest.mark.parametrize(
@@ -251,10 +259,10 @@ def run_without(**options: Any) -> Outcome:
     ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
 )
 def test_tracker_leaves_the_run_bit_identical(tmp_path: Path, tracker: dict[str, Any], options: dict[str, Any]) -> None:
-    schedule = Schedule(every_n_steps=13, first_n_steps=3)
-    with_tracker = train(SpectrumTracker(schedule=schedule, save_dir=str(tmp_path), **tracker), steps=28, **options)
+    schedule = Schedule(every_n_steps=5, first_n_steps=2)
+    with_tracker = train(SpectrumTracker(schedule=schedule, save_dir=str(tmp_path), **tracker), steps=12, **options)
     assert_identical(run_without(**options), with_tracker)
-    assert list(with_tracker.curve("spectrum/lambda_1")) == [0, 1, 2, 13, 26]
+    assert list(with_tracker.curve("spectrum/lambda_1")) == [0, 1, 5, 10]
 
 
 def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone(

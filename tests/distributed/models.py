@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.data.batches import ProbeData
 from tests.distributed.ranks import TIMEOUT
+from tests.modules import Watcher
 from tests.training.live import RememberingLogger
 
 OWN_TAGS = re.compile(r"(^|/)(curvature|spectrum|negative|scan|quasi_newton|nudge)(_details)?/")
@@ -101,7 +102,7 @@ def final(module: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
-class Snapshots(Callback):
+class Snapshots(Watcher):
     """The parameters and the batch before every step."""
 
     def __init__(self) -> None:
@@ -113,7 +114,7 @@ class Snapshots(Callback):
         self.batches.append(copy.deepcopy(batch))
 
 
-class Noticing(Callback):
+class Noticing(Watcher):
     """Calls a function in one hook."""
 
     def __init__(self, hook: str, function: Callable[[], None]) -> None:

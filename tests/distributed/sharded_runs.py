@@ -45,6 +45,7 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import check
 from tests.distributed.sharded_models import Decoder, sharded_strategy, texts, transformer
+from tests.modules import Watcher
 from tests.training.live import RememberingLogger
 
 PARAMETERS = sum(p.numel() for p in transformer().parameters())
@@ -55,28 +56,36 @@ STEP = HessianConfig("batch")
 ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
 """Of which memory which way is taken."""
 
-CALLBACKS: dict[str, Any] = {
-    "probe": lambda: CurvatureProbe(1, end="both", tol=1e-8),
-    "lyapunov": lambda: CurvatureProbe(1, "lyapunov", end="both"),
-    "critical": lambda: CurvatureProbe(1, "critical"),
-    "spectrum": lambda: SpectrumTracker(
-        2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}
+READING: dict[str, Any] = {
+    "probe": lambda **options: CurvatureProbe(1, end="both", tol=1e-8, **options),
+    "lyapunov": lambda **options: CurvatureProbe(1, "lyapunov", end="both", **options),
+    "critical": lambda **options: CurvatureProbe(1, "critical", **options),
+    "spectrum": lambda **options: SpectrumTracker(
+        2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}, **options
     ),
-    "layerwise": lambda: SpectrumTracker(
-        3, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS)
+    "layerwise": lambda **options: SpectrumTracker(
+        3, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS), **options
     ),
-    "differences": lambda: SpectrumTracker(3, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0)),
-    "benettin": lambda: SpectrumTracker(1, 2, 1, estimator="benettin"),
-    "negative": lambda: NegativeCurvatureTracker(2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8),
+    "differences": lambda **options: SpectrumTracker(
+        3, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0), **options
+    ),
+    "benettin": lambda **options: SpectrumTracker(1, 2, 1, estimator="benettin", **options),
+    "negative": lambda **options: NegativeCurvatureTracker(
+        2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8, **options
+    ),
+    "scanner": lambda **options: LossAlongEigvecScanner(
+        2, random=1, hessian=FIXED, tol=1e-8, units="norm", points=5, scales=[1.0], sgd_steps=[1.0], **options
+    ),
+}
+
+ACTING: dict[str, Any] = {
     "descent": lambda: NegativeCurvatureTracker(2, 1, hessian=STEP, descent=Descent(0.1, 0.05), tol=1e-8),
-    "scanner": lambda: LossAlongEigvecScanner(
-        2, random=1, hessian=FIXED, tol=1e-8, units="norm", points=5, scales=[1.0], sgd_steps=[1.0]
-    ),
     "controller": lambda: QuasiNewtonLRController(),
     "inverse_sharpness": lambda: QuasiNewtonLRController(rule="inverse_sharpness"),
     "nudge": lambda: NudgedSGDHook(2, k=2, hessian=FIXED, tol=1e-10),
 }
 
+CALLBACKS = {**READING, **ACTING}
 
 QUICK: dict[str, Any] = {
     **CALLBACKS,
@@ -124,14 +133,21 @@ def trained(
 
 @check
 def sharded_callbacks(rank: int) -> dict[str, Any]:
-    """The callbacks on shards, and on copies of the whole model."""
-    return {
-        name: {
-            kind: trained(rank, make(), strategy=of_kind(), module=Decoder())
-            for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy))
-        }
-        for name, make in CALLBACKS.items()
-    }
+    """The callbacks on shards, and on copies of the whole model: those that read beside each other."""
+    found: dict[str, Any] = {name: {} for name in CALLBACKS}
+    for kind, of_kind in (("sharded", sharded_strategy), ("copied", strategy)):
+        reading = [make(log_prefix=name) for name, make in READING.items()]
+        run = trained(rank, *reading, strategy=of_kind(), module=Decoder())
+        for name, results in zip(READING, run["results"], strict=True):
+            logged = [(step, own) for step, metrics in run["logged"] if (own := of_prefix(name, metrics))]
+            found[name][kind] = {**run, "results": [results], "logged": logged}
+        for name, make in ACTING.items():
+            found[name][kind] = trained(rank, make(), strategy=of_kind(), module=Decoder())
+    return found
+
+
+def of_prefix(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {tag: value for tag, value in metrics.items() if tag.startswith(f"{prefix}/")}
 
 
 class Unknown(torch.optim.SGD):
@@ -239,7 +255,7 @@ IDENTITY: dict[str, tuple[dict[str, Any], list[Any]]] = {
 """Modules, and callbacks that read beside their training."""
 
 
-class Randomness(pl.Callback):
+class Randomness(Watcher):
     """Draws random numbers at every step, as a training with augmentation does."""
 
     def __init__(self) -> None:
@@ -287,7 +303,7 @@ def sharded_identity(rank: int) -> dict[str, Any]:
 # Numbers.
 
 
-class Looking(pl.Callback):
+class Looking(Watcher):
     """Has a look at the operator before one step."""
 
     def __init__(self, look: Any, at_step: int = 1, hessian: HessianConfig = STEP) -> None:

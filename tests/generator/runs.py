@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.callbacks.identity import _bytes, _compare, _generators
 from tests.generator.cases import Case
 from tests.generator.snapshot import Snapshot
-from tests.modules import MemoryLogger
+from tests.modules import MemoryLogger, Watcher
 
 USER = "generated_module"
 """Name of the Python module that holds a case's code."""
@@ -153,7 +153,7 @@ def _note_the_end(outcome: Outcome, trainer: Any, logger: MemoryLogger, others: 
     outcome.flags += [torch.backends.cuda.math_sdp_enabled(), torch.backends.cudnn.enabled, torch.is_anomaly_enabled()]
 
 
-class _Witness(Callback):
+class _Witness(Watcher):
     """The last callback, which notes everything right before each step and each update."""
 
     def __init__(self, outcome: Outcome, user: types.ModuleType, module: pl.LightningModule, loader: Any) -> None:
@@ -189,7 +189,7 @@ class EnoughError(Exception):
     """Ends a run whose purpose is fulfilled."""
 
 
-class DenseHessian(Callback):
+class DenseHessian(Watcher):
     """Computes all eigenvalues of the Hessian of one step's own loss, and ends the run.
 
     Args:

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.training.replica.objective import ProbeBatch, TrainingObjective
+from tests.modules import Watcher
 
 
-class InsideTheStep(Callback):
+class InsideTheStep(Watcher):
     """Runs a check where the package measures, in ``on_train_batch_start``, and keeps what it returned."""
 
     def __init__(self, check: Callable[..., Any]) -> None:

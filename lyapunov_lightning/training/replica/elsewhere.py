@@ -418,9 +418,9 @@ def _among_globals(memo: Memo) -> tuple[list[Place], dict[int, Sized], Former]:
         for original in memo.originals
         if id(copied := memo.copies.get(id(original))) in own or isinstance(copied, (Tensor, list, dict, set, deque))
     }
-    modules = [
-        module for name, module in list(sys.modules.items()) if name.partition(".")[0] in memo.packages and module
-    ]
+    # A process has thousands of modules, and most training steps name no package that keeps anything.
+    loaded = list(sys.modules.items()) if memo.packages else []
+    modules = [module for name, module in loaded if name.partition(".")[0] in memo.packages and module]
     places: list[Place] = []
     containers: dict[int, Sized] = {}
     contents: dict[int, list[Any]] = {}

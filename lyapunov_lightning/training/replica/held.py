@@ -190,19 +190,21 @@ def held_from_outside(objects: list[Any], known: Sequence[Any] = ()) -> list[Any
         known: Other containers whose references do not count.
 
     """
-    if not _unexplained(objects, [objects, *known, *objects]):
-        return []
-    # By what the step has made, perhaps: `self.layers = {"first": self.first}`. Looked for only now, as it is seldom.
-    made = _made_by_step(objects)
-    return _unexplained(objects, [objects, *known, *objects, made, *made])
-
-
-def _unexplained(objects: list[Any], containers: list[Any]) -> list[Any]:
+    containers = [objects, *known, *objects]
     counts = list(map(sys.getrefcount, objects))
     explained = Counter(map(id, gc.get_referents(*containers)))
     explained.update(map(id, containers))  # the list of them refers to them as well
     own = _counted_itself()
-    return [one for one, count in zip(objects, counts, strict=True) if count - own > explained[id(one)]]
+    more = {id(one): n for one, count in zip(objects, counts, strict=True) if (n := count - own - explained[id(one)])}
+    if all(number <= 0 for number in more.values()):
+        return []
+    # By what the step has made, perhaps: `self.layers = {"first": self.first}`, and what wraps a metric's methods. Only
+    # the references to the few objects in question are counted: a dictionary of them all is most of the time.
+    made = _made_by_step(objects)
+    for key in map(id, gc.get_referents(*made)):
+        if key in more:
+            more[key] -= 1
+    return [one for one in objects if more.get(id(one), 0) > 0]
 
 
 def _counted_itself() -> int:
@@ -222,8 +224,8 @@ def _made_by_step(objects: list[Any]) -> list[Any]:
     pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))] + made
     while pending:
         found = []
-        for one in gc.get_referents(*pending):
-            if type(one) in _MADE_BY_STEPS and id(one) not in seen:
+        for one in [one for one in gc.get_referents(*pending) if type(one) in _MADE_BY_STEPS]:
+            if id(one) not in seen:
                 seen.add(id(one))
                 found.append(one)
         made += found

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from lyapunov_lightning.curvature import CurvatureWarning, HessianOperator, Meas
 from lyapunov_lightning.curvature.loss.randomness import RandomState, preserved_randomness
 from lyapunov_lightning.training.replica.objective import ProbeBatch, TrainingObjective
 from tests.curvature.zoo import Cube
+from tests.modules import Watcher
 from tests.training.live import Task, hessian_of, loss_at, mlp, noisy, replay, twin_loss, twin_of, twin_product
 
 
@@ -40,7 +40,7 @@ class DictOutput(Task):
         return {"predictions": self.net(batch[0]), "loss": super().training_step(batch, batch_idx)}
 
 
-class SeenLosses(Callback):
+class SeenLosses(Watcher):
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
 
