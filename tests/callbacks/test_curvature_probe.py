@@ -22,15 +22,16 @@ def mean_square(module: Any, batch: Any) -> Tensor:
 # The values.
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize(
-    "probe",
+    ("probe", "accumulate"),
     [
-        {},
-        {"hessian": HessianConfig(method="double_backward")},
-        {"hessian": HessianConfig(method="forward_over_reverse", loss_fn=mean_square)},
-        {"hessian": HessianConfig(method="finite_difference")},
-        {"estimator": "power", "tol": 1e-4},
+        ({}, 1),
+        ({}, 4),
+        ({"hessian": HessianConfig(method="double_backward")}, 1),
+        ({"hessian": HessianConfig(method="forward_over_reverse", loss_fn=mean_square)}, 4),
+        ({"hessian": HessianConfig(method="finite_difference")}, 1),
+        ({"hessian": HessianConfig(method="finite_difference")}, 4),
+        ({"estimator": "power", "tol": 1e-4}, 1),
     ],
     ids=name_of,
 )
@@ -67,7 +68,7 @@ def test_value_stands_at_the_step_of_the_loss_that_it_belongs_to(fit: Fit, accum
 @pytest.mark.parametrize("estimator", ["lanczos", "power"])
 def test_residual_bounds_the_error_and_tells_of_convergence(fit: Fit, estimator: str) -> None:
     reference = Reference()
-    logger = fit(SmallRegressor(), reference, CurvatureProbe(1, estimator, tol=1e-3), max_steps=30).logger
+    logger = fit(SmallRegressor(), reference, CurvatureProbe(1, estimator, tol=1e-3)).logger
     found = logger.curve("curvature/lambda_max")
     for step, residual in logger.curve("curvature_details/residual").items():
         nearest = (reference.eigenvalues[step] - found[step]).abs().min()

@@ -513,17 +513,16 @@ class ScalesInHook(SmallRegressor):
 
 
 @pytest.mark.parametrize(
-    ("module", "options"),
+    ("module", "options", "estimator"),
     [
-        (SmallRegressor, {"gradient_clip_val": 0.3}),
-        (SmallRegressor, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
-        (SmallRegressor, {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3}),
-        (ClipsByItself, {}),
-        (ScalesInHook, {}),
+        (SmallRegressor, {"gradient_clip_val": 0.3}, "lanczos"),
+        (SmallRegressor, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}, "lyapunov"),
+        (SmallRegressor, {"gradient_clip_val": 0.3, "accumulate_grad_batches": 3}, "lyapunov"),
+        (ClipsByItself, {}, "lanczos"),
+        (ScalesInHook, {}, "lanczos"),
     ],
     ids=name_of,
 )
-@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov"])
 def test_clipping_is_what_was_left_of_the_gradient(
     fit: Fit, module: Any, options: dict[str, Any], estimator: Any
 ) -> None:
@@ -798,7 +797,7 @@ def test_by_default_eigenvalues_come_as_their_share_of_the_steps_allows(
 
 
 def test_by_default_measurements_thin_out_as_the_run_goes_on(fit: Fit) -> None:
-    probe = CurvatureProbe(estimator="power", log_prefix="thin")
+    probe = CurvatureProbe(estimator="power", tol=0.5, log_prefix="thin")
     fit(SmallRegressor(), probe, max_steps=301, log_every_n_steps=5)
     steps = [result.step for result in probe.results]
     assert steps == sorted(
@@ -877,14 +876,13 @@ def test_a_later_run_begins_anew(fit: Fit) -> None:
 SAFELY = {"weights_only": True} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
 
 
-@pytest.mark.parametrize("estimator", ["lanczos", "lyapunov"])
 @pytest.mark.parametrize(
-    ("optimizer", "options"),
+    ("optimizer", "options", "estimator"),
     [
-        (sgd(lr=ETA, momentum=0.9), {}),
-        (sgd(lr=ETA, momentum=0.9), {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}),
-        (adam, {}),
-        (lambda p: Own(p, lr=0.1), {}),
+        (sgd(lr=ETA, momentum=0.9), {}, "lanczos"),
+        (sgd(lr=ETA, momentum=0.9), {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}, "lyapunov"),
+        (adam, {}, "lyapunov"),
+        (lambda p: Own(p, lr=0.1), {}, "lanczos"),
     ],
     ids=["momentum", "clipped and accumulated", "adam", "unknown"],
 )

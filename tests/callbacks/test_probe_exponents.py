@@ -56,16 +56,17 @@ SYMMETRY = 8
 
 
 @pytest.mark.parametrize(
-    ("options", "first", "later"),
+    ("options", "first", "later", "module"),
     [
-        ({}, 2, 1),
-        ({"iterations": 3}, 4, 3),
-        ({"end": "both"}, 3, 2),
-        ({"hessian": HessianConfig("fixed", 1)}, 2, 2),
+        ({}, 2, 1, {}),
+        ({}, 2, 1, {"dropout": 0.3}),
+        ({}, 2, 1, {"optimizer": sgd(momentum=0.9)}),
+        ({"iterations": 3}, 4, 3, {"optimizer": sgd(momentum=0.9)}),
+        ({"end": "both"}, 3, 2, {"dropout": 0.3}),
+        ({"hessian": HessianConfig("fixed", 1)}, 2, 2, {}),
     ],
     ids=name_of,
 )
-@pytest.mark.parametrize("module", [{}, {"dropout": 0.3}, {"optimizer": sgd(momentum=0.9)}], ids=name_of)
 def test_lyapunov_reuses_the_gradient_of_the_step(
     fit: Fit, replays: Any, options: dict[str, Any], first: int, later: int, module: dict[str, Any]
 ) -> None:

@@ -356,18 +356,18 @@ def test_a_batch_whose_loss_is_nan_fails_the_measurement_and_counts_for_nothing(
 def straight_and_resumed(
     fit: Fit, folder: Path, probes: Callable[[], Sequence[Callback]], at: int, loader: Any, **options: Any
 ) -> tuple[MemoryLogger, MemoryLogger]:
-    """The logs of 40 steps in one run, and of the steps from a checkpoint on."""
+    """The logs of 26 steps in one run, and of the steps from a checkpoint on."""
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=at, save_top_k=-1, filename="{step}")
     module = SmallRegressor(sgd(momentum=0.9))
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    straight = fit(module, *probes(), checkpoints, loader=loader, max_steps=40, **options).logger
+    straight = fit(module, *probes(), checkpoints, loader=loader, max_steps=26, **options).logger
     path = folder / f"step={at}.ckpt"
     content = torch.load(path, weights_only=True)
     assert sum("CurvatureProbe" in key for key in content["callbacks"]) == len(probes())
     fresh = SmallRegressor(sgd(momentum=0.9))
     fresh.load_state_dict(start)
     safely = {"weights_only": True} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
-    resumed = fit(fresh, *probes(), loader=loader, max_steps=40, ckpt_path=path, **safely, **options).logger
+    resumed = fit(fresh, *probes(), loader=loader, max_steps=26, ckpt_path=path, **safely, **options).logger
     return straight, resumed
 
 
@@ -385,24 +385,24 @@ IN_AN_EPOCH = DataLoader(ConcatDataset([Subset(regression_data(), range(8))] * 6
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint", "ignore:.*before the epoch ended")
-@pytest.mark.parametrize(("at", "loader"), [(18, regression_loader()), (20, IN_AN_EPOCH)], ids=["epoch", "batch"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "when"),
     [
-        {"every_n_steps": 1, "end": "both"},
-        {"every_n_steps": 4, "estimator": "power"},
-        {"every_n_steps": 1, "estimator": "lyapunov"},
-        {"every_n_steps": 3, "estimator": "lyapunov", "end": "both", "iterations": 2},
-        {"every_n_steps": 2, "hessian": HessianConfig("fixed", fraction=0.5)},
+        ({"every_n_steps": 1, "end": "both"}, "epoch"),
+        ({"every_n_steps": 1, "end": "both"}, "batch"),
+        ({"every_n_steps": 4, "estimator": "power"}, "batch"),
+        ({"every_n_steps": 1, "estimator": "lyapunov"}, "batch"),
+        ({"every_n_steps": 3, "estimator": "lyapunov", "end": "both", "iterations": 2}, "epoch"),
+        ({"every_n_steps": 2, "hessian": HessianConfig("fixed", fraction=0.5)}, "epoch"),
+        ({"every_n_steps": 2, "hessian": HessianConfig("fixed", fraction=0.5)}, "batch"),
     ],
     ids=name_of,
 )
-def test_resumed_run_logs_the_same_bits(
-    fit: Fit, tmp_path: Path, options: dict[str, Any], at: int, loader: DataLoader
-) -> None:
+def test_resumed_run_logs_the_same_bits(fit: Fit, tmp_path: Path, options: dict[str, Any], when: str) -> None:
+    at, loader = {"epoch": (12, regression_loader()), "batch": (14, IN_AN_EPOCH)}[when]
     straight, resumed = straight_and_resumed(fit, tmp_path, lambda: [CurvatureProbe(**options)], at, loader)
     expected = curvature_after(straight, at)
-    assert len(expected) >= 5
+    assert len(expected) >= 3
     assert curvature_after(resumed, at) == expected
     assert len(resumed.curve("curvature_details/converged")) == len(expected)
 
@@ -416,8 +416,8 @@ def test_resumed_run_with_accumulation_and_several_probes_logs_the_same_bits(fit
             CurvatureProbe(3, end="both", log_prefix="three"),
         ]
 
-    straight, resumed = straight_and_resumed(fit, tmp_path, probes, 18, regression_loader(), accumulate_grad_batches=2)
-    assert curvature_after(resumed, 18) == curvature_after(straight, 18)
+    straight, resumed = straight_and_resumed(fit, tmp_path, probes, 12, regression_loader(), accumulate_grad_batches=2)
+    assert curvature_after(resumed, 12) == curvature_after(straight, 12)
     assert {"one/curvature/lambda_max", "two/curvature/lyapunov_exponent", "three/curvature/lambda_min"} <= resumed.tags
 
 

@@ -334,16 +334,19 @@ def looked_at(rank: int, look: Any, module: Any = None, **options: Any) -> dict[
     return {"found": looking.found, "batch": looking.batch, "parameters": looking.parameters, "note": looking.note}
 
 
-FEW = 10
+PAIRS = {"largest": 2, "smallest": 1}
+"""Eigenpairs that are looked for."""
+
+FEW = 6
 """Products of a search that is broken off, before its values are those of any search."""
 
 
 def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     space = operator.space
     direction = space.random(torch.Generator().manual_seed(1))
-    pairs = lanczos(operator, largest=3, smallest=2, tol=tol)
+    pairs = lanczos(operator, **PAIRS, tol=tol)
     vectors = torch.stack([space.whole(row) for row in pairs.vectors])
-    moments = stochastic_moments(operator, num_probes=4, known=pairs)
+    moments = stochastic_moments(operator, num_probes=2, known=pairs)
     return {
         "products": torch.stack([space.whole(operator.matvec(d)) for d in (direction, pairs.vectors[0])]),
         "direction": space.whole(direction),
@@ -352,7 +355,7 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
         "values": operator.values_along(direction, [0.0, 0.01, -0.02]),
         "value": operator.value(0.01 * direction),
         "pairs": (pairs.values, pairs.residuals, bool(pairs.converged.all())),
-        "after few products": lanczos(operator, largest=3, smallest=2, max_matvecs=FEW).values,
+        "after few products": lanczos(operator, **PAIRS, max_matvecs=FEW).values,
         "vectors": vectors,
         "power": power_iteration(operator, tol=1e-1).values,
         "trace": (moments.trace.value, moments.frobenius_norm.value),

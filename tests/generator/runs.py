@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lyapunov_lightning.training.reporting.recording import Recorder
 from tests.callbacks.identity import _bytes, _compare, _generators
 from tests.generator.cases import Case
 from tests.generator.snapshot import Snapshot
@@ -89,6 +90,9 @@ class Outcome:
 def run(case: Case, callbacks: Sequence[Callback] = (), *, reference: bool = False) -> Outcome:
     """Train a case's module from its fixed seed.
 
+    No figures are drawn, which takes a tenth of the time and has nothing to do with the module;
+    ``tests/callbacks/test_bit_identity.py`` draws them.
+
     Args:
         case: What to train.
         callbacks: The callbacks that must not show.
@@ -114,10 +118,11 @@ def run(case: Case, callbacks: Sequence[Callback] = (), *, reference: bool = Fal
                 **user.TRAINER,
             )
             try:
-                if isinstance(loader, pl.LightningDataModule):
-                    trainer.fit(module, datamodule=loader)
-                else:
-                    trainer.fit(module, loader, user.val_loader() if trainer.limit_val_batches else None)
+                with unittest.mock.patch.object(Recorder, "draw", return_value=True):
+                    if isinstance(loader, pl.LightningDataModule):
+                        trainer.fit(module, datamodule=loader)
+                    else:
+                        trainer.fit(module, loader, user.val_loader() if trainer.limit_val_batches else None)
             except Exception as error:
                 outcome.error = error
         outcome.warned = [str(each.message) for each in caught if "lyapunov" in each.category.__module__]

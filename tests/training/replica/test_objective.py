@@ -51,8 +51,15 @@ class SeenLosses(Watcher):
 # The loss of the step.
 
 
-@pytest.mark.parametrize("kind", [Task, WithoutIndex, WithIndex, RenamedIndex, DictOutput])
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-true"}, {"accumulate_grad_batches": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {}) for kind in (Task, WithoutIndex, WithIndex, RenamedIndex, DictOutput)),
+        (Task, {"precision": "bf16-true"}),
+        *((kind, {"accumulate_grad_batches": 4}) for kind in (WithIndex, RenamedIndex)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_replayed_loss_is_the_loss_of_the_step_bit_by_bit(fit, loader, kind, settings):
     seen = SeenLosses()
     _, replayed = fit(kind(noisy()), loader(num_samples=24), replay, callbacks=(seen,), **settings)
