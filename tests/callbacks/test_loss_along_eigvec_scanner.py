@@ -240,19 +240,19 @@ def test_scanner_leaves_the_run_bit_identical(tmp_path: Path, scanner: dict[str,
 def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
     def scanner(folder: str) -> LossAlongEigvecScanner:
         schedule = Schedule(every_n_steps=2)
-        return every_step(random=1, scales=(1.0,), schedule=schedule, save_dir=str(tmp_path / folder))
+        return every_step(smallest=0, random=1, scales=(1.0,), schedule=schedule, save_dir=str(tmp_path / folder))
 
     straight_scanner, resumed_scanner = scanner("straight"), scanner("resumed")
-    straight = fit(tmp_path, straight_scanner, max_epochs=4).logger
-    half = fit(tmp_path, scanner("resumed"), max_epochs=2)
+    straight = fit(tmp_path, straight_scanner, max_epochs=3).logger
+    half = fit(tmp_path, scanner("resumed"), max_epochs=1)
     half.save_checkpoint(tmp_path / "half.ckpt")
     assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
-    rest = fit(tmp_path, resumed_scanner, max_epochs=4, ckpt_path=tmp_path / "half.ckpt").logger
+    rest = fit(tmp_path, resumed_scanner, max_epochs=3, ckpt_path=tmp_path / "half.ckpt").logger
     for tag in ("optimal_step_1", "best_improvement_random_1", "expected_change_1"):
-        later = {step: value for step, value in straight.curve(f"scan/{tag}").items() if step >= 6}
+        later = {step: value for step, value in straight.curve(f"scan/{tag}").items() if step >= 3}
         assert len(later) == 3
         assert rest.curve(f"scan/{tag}") == later
-    assert len(straight_scanner.results) == 6
+    assert len(straight_scanner.results) == 5
     assert resumed_scanner.results == straight_scanner.results
     assert resumed_scanner.results[-1].table() == straight_scanner.results[-1].table() != {}
     tables = [pd.read_csv(tmp_path / folder / "scan.csv") for folder in ("straight", "resumed")]
