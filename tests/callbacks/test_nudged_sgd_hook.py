@@ -159,7 +159,7 @@ def test_top_only_and_no_top_are_parts_of_the_plain_update(tmp_path: Path, momen
 # A factor of 1 is plain SGD.
 
 
-SHORT = {"steps": 12}
+SHORT = {"steps": 14}
 """Into the second epoch, of nine batches."""
 
 
@@ -177,8 +177,8 @@ def plain(**options: Any) -> Outcome:
         ({"hessian": HessianConfig(num_batches=2, mode="eval")}, SHORT),
         ({"hessian": HessianConfig("batch"), "schedule": Schedule(first_n_steps=3, every_n_epochs=1)}, SHORT),
         ({"log_prefix": "mine"}, {"precision": "bf16-mixed", **SHORT}),
-        ({}, {"accumulate": 4, "steps": 8}),
-        ({"every_n_steps": 5}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 8}),
+        ({}, {"accumulate": 4, "steps": 14}),
+        ({"every_n_steps": 5}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 14}),
         ({"hessian": HessianConfig(mode="eval")}, {"validate": True, **SHORT}),
     ],
     ids=["epoch", "steps", "frozen", "eval", "batch", "bf16", "accumulated", "both", "validated"],

@@ -190,21 +190,25 @@ def held_from_outside(objects: list[Any], known: Sequence[Any] = ()) -> list[Any
         known: Other containers whose references do not count.
 
     """
-    containers = [objects, *known, *objects]
+    parts = _parts_of_functions(objects)
+    containers = [objects, *known, *objects, *parts]
     counts = list(map(sys.getrefcount, objects))
     explained = Counter(map(id, gc.get_referents(*containers)))
     explained.update(map(id, containers))  # the list of them refers to them as well
     own = _counted_itself()
-    more = {id(one): n for one, count in zip(objects, counts, strict=True) if (n := count - own - explained[id(one)])}
-    if all(number <= 0 for number in more.values()):
+    more = {
+        id(one): number
+        for one, count in zip(objects, counts, strict=True)
+        if (number := count - own - explained[id(one)]) > 0
+    }
+    if not more:
         return []
-    # By what the step has made, perhaps: `self.layers = {"first": self.first}`, and what wraps a metric's methods. Only
-    # the references to the few objects in question are counted: a dictionary of them all is most of the time.
-    made = _made_by_step(objects)
-    for key in map(id, gc.get_referents(*made)):
+    # By what the step has made, perhaps: `self.layers = {"first": self.first}`. Looked for only now, as it is seldom,
+    # and only the references to the few objects in question are counted.
+    for key in map(id, gc.get_referents(*_made_by_step(objects, parts))):
         if key in more:
             more[key] -= 1
-    return [one for one in objects if more.get(id(one), 0) > 0]
+    return [one for one in objects if more.get(id(one), 0) > 0] if max(more.values()) > 0 else []
 
 
 def _counted_itself() -> int:
@@ -213,15 +217,33 @@ def _counted_itself() -> int:
     return next(map(sys.getrefcount, probe)) - 1
 
 
-def _made_by_step(objects: list[Any]) -> list[Any]:
-    """The containers of Python's own kinds that can be reached from objects and are none of them."""
-    seen = set(map(id, objects))
-    functions = [one for one in objects if isinstance(one, types.FunctionType)]
-    # Of a function its cells and attributes alone, such as what it wraps. It leads to all global variables of its
-    # module as well, in which a cache may be.
-    made: list[Any] = [part for one in functions for part in (one.__closure__, vars(one)) if part]
-    seen.update(map(id, made))
-    pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))] + made
+def _parts_of_functions(objects: list[Any]) -> list[Any]:
+    """The tuples of cells and the dictionaries of attributes of functions among objects, which are none of them.
+
+    Every metric of torchmetrics has wrapped methods, and these hold cells and what they wrap.
+
+    """
+    functions = [one for one in objects if type(one) is types.FunctionType]
+    parts = {id(part): part for one in functions for part in (one.__closure__, one.__dict__) if part}
+    for one in objects if parts else ():
+        parts.pop(id(one), None)
+    return list(parts.values())
+
+
+def _made_by_step(objects: list[Any], parts: list[Any]) -> list[Any]:
+    """The containers of Python's own kinds that can be reached from objects and are none of them.
+
+    Of a function by its cells and attributes alone, such as what it wraps. It leads to all global variables of its
+    module as well, in which a cache may be.
+
+    Args:
+        objects: The objects.
+        parts: Those of functions among them, which are no part of what is returned.
+
+    """
+    seen = {*map(id, objects), *map(id, parts)}
+    made: list[Any] = []
+    pending = [one for one in objects if not isinstance(one, (types.FunctionType, type))] + parts
     while pending:
         found = []
         for one in [one for one in gc.get_referents(*pending) if type(one) in _MADE_BY_STEPS]:

@@ -84,6 +84,7 @@ class TrainingObjective:
         self._mode = mode
         self._loss_fn = loss_fn
         self._batch_size_fn = batch_size_fn
+        self._takes_index: bool | None = None  # as the first evaluation finds, see `_step`
         self._is_wide = True  # whether the step of mixed precision is computed in float32, see `_loss`
         self.whole: Mapping[Tensor, Tensor] = {}
         named = trainable_parameters(pl_module)
@@ -202,8 +203,10 @@ class TrainingObjective:
                 return loss_fn(module, batch)
         if hasattr(module, "curvature_loss"):
             return module.curvature_loss(batch)
-        takes_index = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
-        if takes_index(module.training_step, "batch_idx", min_args=2):
+        if self._takes_index is None:  # once, as Python takes long to tell the arguments of a function
+            takes = in_library_of(module, "utilities.signature_utils.is_param_in_hook_signature")
+            self._takes_index = takes(module.training_step, "batch_idx", min_args=2)
+        if self._takes_index:
             return module.training_step(batch, probe.batch_idx)
         return module.training_step(batch)
 
