@@ -102,8 +102,8 @@ class SpectrumResult:
     def summary(self) -> str:
         """The result as a table in plain text."""
         lines = [
-            f"Hessian of the training loss of {self.module}: {self.num_parameters:,} parameters, {self.num_batches}"
-            f" batches, {'evaluation' if self.mode == 'eval' else 'training'} mode",
+            f"Hessian of the training loss of {self.module}: {_counted(self.num_parameters, 'parameter')},"
+            f" {_counted(self.num_batches, 'batch', 'es')}, {'evaluation' if self.mode == 'eval' else 'training'} mode",
             f"loss {self.loss:.6g}, gradient norm {self.gradient_norm:.3g}",
         ]
         if len(self.values):
@@ -126,7 +126,8 @@ class SpectrumResult:
             if line.minimum is not None and line.improvement is not None:
                 depth = f"a minimum lies {line.minimum:.3g} away, {line.improvement:.3g} below"
             lines += [*([""] if name == next(iter(self.lines)) else []), f"along {name}: {depth}"]
-        return "\n".join([*lines, "", f"{self.matvecs} Hessian-vector products, {self.seconds:.2g} seconds"])
+        spent = f"{_counted(self.matvecs, 'Hessian-vector product')}, {self.seconds:.2g} seconds"
+        return "\n".join([*lines, "", spent])
 
     def plot(self) -> "Picture":
         """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured."""
@@ -242,6 +243,10 @@ def direction_names(num_largest: int, num_smallest: int) -> list[str]:
     """The names of eigenpairs by rank: ``1``, ``2`` ... from the upper end, ``min_1`` ... from the lower one."""
     upper = [str(rank) for rank in range(1, num_largest + 1)]
     return upper + [f"min_{rank}" for rank in range(1, num_smallest + 1)]
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def _listed(values: Tensor) -> str:

@@ -158,7 +158,9 @@ def test_wrong_argument_of_a_callback_is_one_line(tmp_path: Path, capsys: pytest
     config = tmp_path / "config.yaml"
     for wrong, said in (
         ("every_n_step: 5", "CurvatureProbe: Option 'every_n_step' is not accepted."),
-        ("every_n_steps: 0", "`every_n_steps` should be a positive int, got 0."),
+        ("every_n_steps: 0", "CurvatureProbe: `every_n_steps` should be a positive int, got 0."),
+        ("hessian: {fraction: 2}", "CurvatureProbe: `fraction` should be in (0, 1], got 2.0."),
+        ("schedule: {at_steps: [-1]}", "CurvatureProbe: `at_steps` should hold non-negative ints, got [-1]."),
     ):
         config.write_text(QUICKSTART.read_text().replace("        every_n_steps: 5", f"        {wrong}"))
         assert error_of(capsys, "fit", "--config", str(config)).startswith(said)

@@ -310,7 +310,7 @@ class Broken(SmallRegressor):
     [
         (module, regression_loader, {"largest": -1}, ValueError, "`largest` should be a non-negative int, got -1"),
         (module, regression_loader, {"largest": 0}, ValueError, "should not both be 0 where no `density`"),
-        (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig"),
+        (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig, or a"),
         (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
         (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),
         (module, lambda: 3, {}, TypeError, "`data` should be a dataloader, a dataset or a Li.*, got int"),

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-import lyapunov_lightning.callbacks  # noqa: F401  # known by their short names once they are imported
-from lyapunov_lightning.cli.errors import PROGRAM, explained, fail
+from lyapunov_lightning import callbacks  # known by their short names once they are imported
+from lyapunov_lightning.cli.errors import PROGRAM, explained, fail, own_error
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
@@ -121,3 +121,34 @@ class CommandLine(LightningCLI):
         trainer["callbacks"] = None
         trainer["logger"] = False
         trainer["enable_checkpointing"] = False
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # Its cause: jsonargparse tells of all types that the Trainer takes as callbacks.
+            cause = own_error(error)
+            owner = None if cause is None else self._owner_of(str(cause))
+            if owner is None:
+                raise
+            raise ValueError(f"{owner}: {cause}") from error
+
+    def _owner_of(self, message: str) -> str | None:
+        """The callback of this package whose arguments are refused with a message.
+
+        The error itself may come from a value that is made before the callback, such as its `HessianConfig`.
+
+        """
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        given = config["trainer"]["callbacks"]
+        parts = [part for part in (given if isinstance(given, list) else [given]) if part is not None]
+        for part in parts:
+            name = part["class_path"].rpartition(".")[2]
+            if name in callbacks.__all__:
+                try:
+                    getattr(callbacks, name)(**part["init_args"].as_dict())
+                except ValueError as error:
+                    if str(error) == message:
+                        return name
+        return None

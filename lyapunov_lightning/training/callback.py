@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.curvature.arguments import made_of
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fault_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
 from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
-from lyapunov_lightning.training.config import Data, HessianConfig
+from lyapunov_lightning.training.config import Data, HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
 from lyapunov_lightning.training.fsdp import put_away
@@ -58,8 +59,8 @@ class CurvatureCallback(Callback):
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps.
-        schedule: Any other schedule.
-        hessian: Which Hessian.
+        schedule: Any other schedule, or a mapping of its fields.
+        hessian: Which Hessian, or a mapping of its fields.
         log_prefix: Put in front of every tag.
         data: On which data the callback measures, where `hessian` leaves this open.
         method: How products are computed, for a callback that leaves no choice.
@@ -87,8 +88,8 @@ class CurvatureCallback(Callback):
     def __init__(
         self,
         every_n_steps: int | None,
-        schedule: Schedule | None,
-        hessian: HessianConfig,
+        schedule: ScheduleLike | None,
+        hessian: HessianLike,
         log_prefix: str | None,
         *,
         data: Data = "fixed",
@@ -100,10 +101,9 @@ class CurvatureCallback(Callback):
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if not isinstance(hessian, HessianConfig):
-            raise ValueError(f"`hessian` should be a HessianConfig, got {hessian!r}.")
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise ValueError(f"`schedule` should be a Schedule, got {schedule!r}.")
+        hessian = made_of(HessianConfig, "hessian", hessian)
+        if schedule is not None:
+            schedule = made_of(Schedule, "schedule", schedule)
         if every_n_steps is not None:
             if schedule is not None:
                 raise ValueError("`every_n_steps` is itself a schedule, so `schedule` should be None.")
