@@ -239,8 +239,8 @@ class CurvatureProbe(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(estimator=self._estimator_name, end=self._end, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator_name, "end": self._end}
 
     @property
     @override

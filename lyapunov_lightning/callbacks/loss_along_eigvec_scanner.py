@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,15 +173,14 @@ class LossAlongEigvecScanner(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            largest=self._largest,
-            smallest=self._smallest,
-            random=self._random,
-            scales=self._scales,
-            sgd_steps=self._sgd_steps,
-            log_prefix=self._log_prefix,
-        )
+    def identity(self) -> dict[str, Any]:
+        return {
+            "largest": self._largest,
+            "smallest": self._smallest,
+            "random": self._random,
+            "scales": self._scales,
+            "sgd_steps": self._sgd_steps,
+        }
 
     @override
     def charts(self) -> Charts:

@@ -185,13 +185,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            estimator=self._estimator,
-            smallest=self._smallest,
-            descends=self._descent is not None,
-            log_prefix=self._log_prefix,
-        )
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator, "smallest": self._smallest, "descends": self._descent is not None}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

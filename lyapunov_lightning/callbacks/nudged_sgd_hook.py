@@ -148,13 +148,13 @@ class NudgedSGDHook(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(k=self._k, variant=self._variant, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"k": self._k, "variant": self._variant}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "what two of them do to the same gradient depends on their order")
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -156,13 +156,13 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(rule=self._rule_name, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"rule": self._rule_name}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "the learning rate is one")
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -202,12 +202,8 @@ class SpectrumTracker(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        # Lightning keeps one state for each key. Two trackers with equal keys would both resume with that of the
-        # second.
-        return self._generate_state_key(
-            estimator=self._estimator, largest=self._largest, smallest=self._smallest, log_prefix=self._log_prefix
-        )
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator, "largest": self._largest, "smallest": self._smallest}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

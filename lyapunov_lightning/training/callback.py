@@ -128,7 +128,24 @@ class CurvatureCallback(Callback):
         self._space: VectorSpace | None = None
         self._is_restored = False
         self._is_examined = False
+        self._is_set_up = False
         self._wrong: list[str] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses equal keys when the Trainer is made, with an error that does not know the remedy. Until
+        # `setup`, which does, and before which no state is saved or restored, no two are equal.
+        return self._key if self._is_set_up else f"{self._key} {id(self)}"
+
+    @property
+    def _key(self) -> str:
+        return self._generate_state_key(**self.identity, log_prefix=self._log_prefix)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the callback from others of its class in a checkpoint, besides its prefix."""
+        return {}
 
     @property
     def results(self) -> list[Any]:
@@ -205,9 +222,17 @@ class CurvatureCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Here as well as in `on_train_start`: what is wrong with the strategy is then said before it moves, wraps or
         # shards the model.
+        self._is_set_up = True
+        peers = _peers(trainer)
+        twin = next((peer for peer in peers if peer is not self and peer._key == self._key), None)
+        if twin is not None:
+            name = type(self).__name__
+            raise MisconfigurationException(
+                f"Two `{name}` of this Trainer would log under the same tags and share one state in checkpoints. Give"
+                f" one of them a `log_prefix` of its own, such as `{name}(log_prefix='second')`."
+            )
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
-            peers = _peers(trainer)
             check_files({id(peer): (type(peer).__name__, peer._recorder.files) for peer in peers}.values())
             if peers[0] is self:
                 announce(trainer, [peer._description(trainer) for peer in peers])
