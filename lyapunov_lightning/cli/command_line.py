@@ -37,10 +37,12 @@ class MeasuringTrainer(Trainer):
     ) -> "SpectrumResult":
         """Print a table of the ends of the Hessian's spectrum, and draw them.
 
+        The table alone goes to the output: progress is shown on the error stream.
+
         Args:
             model: The model whose training loss is measured.
             datamodule: The data on whose training dataloader it is measured.
-            ckpt_path: The checkpoint to measure; the model as the configuration makes it if not given.
+            ckpt_path: The checkpoint to measure; without it the model as the configuration makes it, which is said.
             largest: How many of the largest eigenvalues.
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
@@ -59,6 +61,11 @@ class MeasuringTrainer(Trainer):
         # A path with a protocol is opened by fsspec, which is the only one to know whether it exists.
         if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {ckpt_path}.")
+        if ckpt_path is None and self.is_global_zero:
+            sys.stderr.write(
+                f"{PROGRAM}: no --ckpt_path is given, so the weights are those that the configuration makes, before any"
+                " training.\n"
+            )
         result = measure(
             model,
             datamodule,
@@ -73,7 +80,7 @@ class MeasuringTrainer(Trainer):
         # Every rank has the whole result, and one picture is enough.
         if self.is_global_zero:
             picture, *_ = result.plot().save(out)
-            print(f"\n{result.summary()}\n\nThe picture: {picture}")
+            print(f"{result.summary()}\n\nThe picture: {picture}")
         return result
 
 
