@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
@@ -16,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import NullLocator
 
 from lyapunov_lightning.figures.ticks import Floats, linear_axis
