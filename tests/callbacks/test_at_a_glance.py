@@ -167,6 +167,21 @@ def test_a_run_without_logger_leaves_a_picture_and_says_where(console, tmp_path)
     assert f"CurvatureProbe (mine): drawn in {tmp_path}" in console.text
 
 
+@pytest.mark.pictures
+def test_a_further_run_leaves_the_picture_of_an_earlier_one_as_it_was(console, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        recording, "_DRAWING_SHARE", math.inf
+    )  # after each epoch: the pictures of a run replace another
+    trained(CurvatureProbe(4), default_root_dir=tmp_path)
+    first = (tmp_path / "curvature-at_a_glance.png").read_bytes()
+    probe = CurvatureProbe(8)
+    for number in (1, 2):
+        trained(probe, default_root_dir=tmp_path)
+        assert f"drawn in {tmp_path / f'curvature-at_a_glance.{number}.png'}" in console.text
+    assert (tmp_path / "curvature-at_a_glance.png").read_bytes() == first
+    assert len([*tmp_path.glob("*.png")]) == 3
+
+
 def test_an_outlet_that_fails_is_warned_of_and_the_run_goes_on(tmp_path):
     class Broken(TensorBoardLogger):
         @property

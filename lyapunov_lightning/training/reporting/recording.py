@@ -18,7 +18,7 @@ import torch
 from lyapunov_lightning.curvature.errors import PeerFailureError
 from lyapunov_lightning.training.lightning_names import Trainer, either, rank_zero_info, rank_zero_only
 from lyapunov_lightning.training.reporting.backlog import Backlog
-from lyapunov_lightning.training.reporting.files import RunFiles
+from lyapunov_lightning.training.reporting.files import RunFiles, unused
 from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.reporting.telling import described, warn
@@ -91,7 +91,7 @@ class Recorder:
         self._folder = Path()
         self._backlogs: defaultdict[int, Backlog[tuple[dict[str, float], int]]] = defaultdict(Backlog)
         self._started, self._drawing_seconds, self._next_seconds = 0.0, 0.0, _FIRST_DRAWING_SECONDS
-        self._pictures: list[Path] = []
+        self._pictures: dict[str, Path] = {}  # by their tags
 
     def start(self, trainer: Trainer, *, is_first: bool = True) -> None:
         """Begin a run: open the files, and warn of a run that has no logger.
@@ -102,7 +102,7 @@ class Recorder:
 
         """
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask together
-        self._started, self._drawing_seconds, self._pictures = time.perf_counter(), 0.0, []
+        self._started, self._drawing_seconds, self._pictures = time.perf_counter(), 0.0, {}
         self._backlogs.clear()
         for files in self.files if trainer.is_global_zero else []:
             with self._writing():
@@ -213,9 +213,10 @@ class Recorder:
         for name, drawn in (functions or {}).items():
             with self._showing():
                 tag = f"{self._prefix}{self._group}/{name}"
-                path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder, self._showing)
-                if path is not None and path not in self._pictures:
-                    self._pictures.append(path)
+                # That of this run, if it has one: the picture of an earlier run stays.
+                path = self._pictures.get(tag) or unused(self._folder / f"{tag.replace('/', '-')}.png")
+                if show_figure(trainer, tag, drawn(), _logged_step(trainer), path, self._showing):
+                    self._pictures[tag] = path
                 num_shown += 1
         self._next_seconds = time.perf_counter() - started  # about what the next one takes
         self._drawing_seconds += self._next_seconds
@@ -257,7 +258,7 @@ class Recorder:
                 " the callback's `results`."
             )
         if self._pictures:
-            self.say(f"drawn in {', '.join(map(str, self._pictures))}")
+            self.say(f"drawn in {', '.join(map(str, self._pictures.values()))}")
 
     def say(self, text: str) -> None:
         """Say something on the console of the first rank."""
