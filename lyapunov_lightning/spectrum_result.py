@@ -3,17 +3,19 @@
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
 from lyapunov_lightning.training.reporting.files import replaced
+from lyapunov_lightning.training.results import pandas_for
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lyapunov_lightning.figures import Picture
 
 
@@ -129,9 +131,32 @@ class SpectrumResult:
         spent = f"{_counted(self.matvecs, 'Hessian-vector product')}, {self.seconds:.2g} seconds"
         return "\n".join([*lines, "", spent])
 
-    def plot(self) -> "Picture":
-        """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured."""
+    @overload
+    def plot(self, *, ax: None = None) -> "Picture": ...
+
+    @overload
+    def plot(self, *, ax: "Axes") -> "Axes": ...
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Picture | Axes":
+        """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured.
+
+        Args:
+            ax: Axes of Matplotlib on which to draw the first of these alone; a new figure if None.
+
+        Returns:
+            The figure, or `ax`.
+
+        """
         # Here and not above: Matplotlib takes longer to import than everything else in this file.
+        from lyapunov_lightning.figures import drawn_on
+
+        if ax is None:
+            return self._overview()
+        with drawn_on(ax):
+            self._overview()
+        return ax
+
+    def _overview(self) -> "Picture":
         from lyapunov_lightning.figures import spectrum_overview_figure
 
         return spectrum_overview_figure(
@@ -150,13 +175,7 @@ class SpectrumResult:
             ModuleNotFoundError: If pandas is not installed.
 
         """
-        try:
-            # By name, so that type checkers do not ask for a package that few have installed.
-            pandas = import_module("pandas")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`SpectrumResult.to_pandas` needs pandas. Install it with `pip install pandas`."
-            ) from error
+        pandas = pandas_for("SpectrumResult.to_pandas")
         columns = ["eigenvalue", "residual", "value_error", "converged"]
         return pandas.DataFrame(self._rows(), columns=columns, index=pandas.Index(self._names(), name="rank"))
 

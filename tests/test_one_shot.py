@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -272,6 +273,9 @@ def test_a_result_is_shown_written_and_read_again(tmp_path):
     assert "SmallRegressor: 26 parameters, 6 batches, evaluation mode" in text
     assert [line.split()[0] for line in text.splitlines() if line.endswith("  yes")] == ["1", "2", "min_1"]
     assert len(result.plot().axes) >= 4
+    own = Figure().subplots()
+    assert result.plot(ax=own) is own
+    assert own.get_ylabel() == result.plot().axes[0].get_ylabel()
     assert result._repr_png_().startswith(b"\x89PNG")
     assert repr(result).startswith("SpectrumResult(SmallRegressor, largest=[")
     result.save(tmp_path / "spectrum.pt")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,38 @@ def house_style() -> Iterator[None]:
         yield
 
 
+_GIVEN: ContextVar[Axes | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def drawn_on(ax: Axes) -> Iterator[None]:
+    """Draw the first panel of each figure on axes of one's own, in place of a new figure.
+
+    What a function of this package returns is then of no further use. Legends stand above the axes, as always.
+
+    Args:
+        ax: The axes.
+
+    Example::
+
+        >>> from matplotlib.figure import Figure
+        >>> from lyapunov_lightning.figures import drawn_on, sharpness_figure
+        >>> left, right = Figure().subplots(1, 2)
+        >>> with drawn_on(right):
+        ...     _ = sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0])
+        >>> right.get_ylabel()
+        'curvature'
+
+    """
+    if not isinstance(ax, Axes):
+        raise ValueError(f"`ax` should be Axes of Matplotlib, got {ax!r}.")
+    token = _GIVEN.set(ax)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 class Picture(Figure):
     """A Matplotlib figure that a notebook shows by itself, and that is saved for paper and screen at once.
 
@@ -126,8 +159,33 @@ class Picture(Figure):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.given = _GIVEN.get()
         with house_style():
             super().__init__(*args, **kwargs)
+
+    def subplots(self, *args: Any, **kwargs: Any) -> Any:
+        """As Matplotlib's own, with the first panel on the axes that were given, if any were."""
+        panels = super().subplots(*args, **kwargs)
+        if self.given is None:
+            return panels
+        if isinstance(panels, Axes):
+            return self.given
+        panels = panels.copy()
+        panels.flat[0] = self.given
+        return panels
+
+    def space(self) -> Any:
+        """One panel of three dimensions.
+
+        Raises:
+            ValueError: If axes were given that have two.
+
+        """
+        if self.given is None:
+            return self.add_subplot(projection="3d")
+        if self.given.name != "3d":
+            raise ValueError("`ax` should have three dimensions for this figure: `subplot_kw={'projection': '3d'}`.")
+        return self.given
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw it in its own style: Matplotlib makes ticks when they are first drawn, with the settings of then."""
@@ -197,8 +255,9 @@ def stacked(picture: Picture, heights: Sequence[float], steps_label: str = "step
     for panel in panels:
         linear_axis(panel, "y")
     linear_axis(panels[0], "x", whole=True)
-    panels[-1].set_xlabel(steps_label)
-    picture.align_ylabels(panels)
+    for panel in {panels[-1], picture.given} - {None}:
+        panel.set_xlabel(steps_label)
+    picture.align_ylabels([panel for panel in panels if panel is not picture.given])
     return panels  # type: ignore[no-any-return]
 
 
@@ -219,6 +278,8 @@ def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
         left=_LEFT / width, right=1 - _RIGHT / width, bottom=_BELOW / height, top=1 - above / height, hspace=0.35
     )
     for panel in panels:
+        if panel is picture.given:
+            continue  # which has margins of its own
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_minor_locator(NullLocator())
         panel.yaxis.set_label_coords((0.2 - _LEFT) / (width - _LEFT - _RIGHT), 0.5)
@@ -348,6 +409,8 @@ def colour_bar(
 ) -> None:
     """The key of a colour map at the side of the panels."""
     mappable = ScalarMappable(Normalize(low, high), IN_TIME)
+    if picture.given is not None:
+        panels = picture.given
     bar = picture.colorbar(mappable, ax=panels, aspect=30, **{"pad": 0.02, "shrink": 0.95, **options})
     linear_axis(bar.ax, "y", whole=whole)
     bar.set_label(label)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 from typing_extensions import override
@@ -30,7 +30,7 @@ from lyapunov_lightning.training.lightning_names import (
 from lyapunov_lightning.training.reporting.files import RunFiles
 from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder
 from lyapunov_lightning.training.reporting.series import SeriesFile
-from lyapunov_lightning.training.results import Result, Results
+from lyapunov_lightning.training.results import Result, ResultList, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 from lyapunov_lightning.training.sharded.vector_states import (
     VERSION,
@@ -43,6 +43,8 @@ from lyapunov_lightning.training.sharded.vector_states import Stateful as Statef
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lyapunov_lightning.figures import Picture
 
 Figures = dict[str, "Callable[[], Picture]"]
@@ -148,8 +150,12 @@ class CurvatureCallback(Callback):
         return {}
 
     @property
-    def results(self) -> list[Any]:
-        """What was measured so far: one frozen result for each measurement, in very long runs for every second one."""
+    def results(self) -> ResultList[Any]:
+        """What was measured so far: one frozen result for each measurement, in very long runs for every second one.
+
+        ``results.to_pandas()`` is a table of them.
+
+        """
         return self._results.items
 
     @property
@@ -176,14 +182,21 @@ class CurvatureCallback(Callback):
         """
         raise NotImplementedError
 
-    def plot(self, name: str | None = None) -> "Picture":
+    @overload
+    def plot(self, name: str | None = None, *, ax: None = None) -> "Picture": ...
+
+    @overload
+    def plot(self, name: str | None = None, *, ax: "Axes") -> "Axes": ...
+
+    def plot(self, name: str | None = None, *, ax: "Axes | None" = None) -> "Picture | Axes":
         """Draw what was measured so far.
 
         Args:
             name: Which of the callback's figures, for a callback that has several; the first one if None.
+            ax: Axes of Matplotlib on which to draw the first panel of the figure alone; a new figure if None.
 
         Returns:
-            A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it.
+            A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it. With `ax` these.
 
         Raises:
             MeasurementError: If nothing that could be drawn was measured yet.
@@ -199,7 +212,13 @@ class CurvatureCallback(Callback):
         name = next(iter(figures)) if name is None else name
         if name not in figures:
             raise ValueError(f"`name` should be one of {', '.join(figures)}, got {name!r}.")
-        return figures[name]()
+        if ax is None:
+            return figures[name]()
+        from lyapunov_lightning.figures import drawn_on
+
+        with drawn_on(ax):
+            figures[name]()
+        return ax
 
     def charts(self) -> Charts:
         """The curves that belong on one chart, for TensorBoard's custom scalars."""

@@ -305,6 +305,15 @@ def test_every_callback_has_results_plots_and_says_what_it_is(name):
         figure = callback.plot(figure_name)
         assert isinstance(figure, Figure)
         assert any(panel.lines or panel.collections or panel.patches for panel in figure.axes), figure_name
+        own = Figure().subplots(1, 2)[1]
+        assert callback.plot(figure_name, ax=own) is own
+        assert own.get_ylabel() == figure.axes[0].get_ylabel()
+        assert [len(line.get_xdata()) for line in own.lines] == [len(line.get_xdata()) for line in figure.axes[0].lines]
+        assert own.lines or own.collections
+    table = results.to_pandas()
+    assert [*table.index] == [result.step for result in results]
+    assert table["epoch"].tolist() == [result.epoch for result in results]
+    assert table.iloc[-1].dropna().drop("epoch").to_dict() == {**results[-1].scalars(), **results[-1].table()}
     with pytest.raises(ValueError, match=r"`name` should be one of .*, got 'nonsense'"):
         callback.plot("nonsense")
     assert callback._repr_png_().startswith(b"\x89PNG")
