@@ -77,6 +77,7 @@ def test_the_summary_is_said_and_shown_at_the_end(console, tmp_path, lr, kind, s
     [text] = events.Tensors("curvature/summary/text_summary")
     assert sentence in text.tensor_proto.string_val[0].decode()
     assert events.Tags()["images"] == ["curvature/at_a_glance"]
+    assert events.Images("curvature/at_a_glance")[-1].width == 880  # the size for cards
 
 
 def test_the_summary_is_said_though_the_figure_was_drawn_before(console):

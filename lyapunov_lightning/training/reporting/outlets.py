@@ -48,6 +48,11 @@ def show_figure(
     return not is_shown
 
 
+def takes_figures(trainer: Trainer) -> bool:
+    """Whether a logger shows figures."""
+    return any(_outlet(logger, _FIGURES) is not None for logger in trainer.loggers)
+
+
 def write_figure(figure: "Figure", path: Path) -> None:
     """Write a figure to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

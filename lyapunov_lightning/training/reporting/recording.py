@@ -7,7 +7,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from lyapunov_lightning.curvature.errors import PeerFailureError
 from lyapunov_lightning.training.lightning_names import Trainer, either, rank_zero_info, rank_zero_only
 from lyapunov_lightning.training.reporting.backlog import Backlog
 from lyapunov_lightning.training.reporting.files import RunFiles, unused
-from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
+from lyapunov_lightning.training.reporting.outlets import show_figure, show_text, takes_figures
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.reporting.telling import described, warn
 from lyapunov_lightning.training.results import Result
@@ -211,7 +211,7 @@ class Recorder:
         with self._showing():
             functions = figures()
         for name, drawn in (functions or {}).items():
-            with self._showing():
+            with self._showing(), _size(trainer):
                 tag = f"{self._prefix}{self._group}/{name}"
                 # That of this run, if it has one: the picture of an earlier run stays.
                 path = self._pictures.get(tag) or unused(self._folder / f"{tag.replace('/', '-')}.png")
@@ -364,6 +364,16 @@ class Recorder:
                 torch.cuda.empty_cache()  # or blocks of its sizes would stay reserved, and the training fail
         except Exception:  # memory has run out, even for the sentence
             warn("A measurement failed, and training goes on without it. There was no memory to say why.")
+
+
+def _size(trainer: Trainer) -> AbstractContextManager[None]:
+    """For the small cards of loggers where one takes figures, and for a file where none does."""
+    if not takes_figures(trainer):
+        return nullcontext()
+    # Here: Matplotlib takes long to import, and a run may draw nothing.
+    from lyapunov_lightning.figures.style import sized_for_cards
+
+    return sized_for_cards()
 
 
 def _log(logger: Any, entry: tuple[dict[str, float], int]) -> None:
