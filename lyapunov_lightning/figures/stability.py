@@ -159,10 +159,10 @@ def _shade_above(panel: Axes, times: Floats, values: Floats, limits: Floats) -> 
         at = numbers[before] + share * (numbers[before + 1] - numbers[before])
         return np.insert(numbers, before + 1, at)
 
-    times, lower = completed(times), completed(lower)
-    above = np.maximum(np.insert(gap, before + 1, 0.0), 0.0)
-    if above.any():
-        panel.fill_between(times, back(lower), back(lower + above), color=RED, alpha=0.15, linewidth=0)
+    times, lower, gap = completed(times), completed(lower), np.insert(gap, before + 1, 0.0)
+    if (gap > 0).any():
+        upper = lower + gap
+        panel.fill_between(times, back(lower), back(upper), where=gap >= 0, color=RED, alpha=0.15, linewidth=0)
 
 
 def _draw_rates(panel: Axes, times: Floats, rates: Floats, limits: Floats) -> None:

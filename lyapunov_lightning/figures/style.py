@@ -254,10 +254,12 @@ def new_picture(width: float, height: float, title: str = "", *, is_measured: bo
 
     """
     layout = "constrained" if is_measured else None
-    if _ON_CARD.get():
+    # What is wider has several columns of panels, whose texts would run into each other.
+    on_card = _ON_CARD.get() and width <= WIDTH
+    if on_card:
         width, height = min(width, _CARD_WIDTH), _CARD_HEIGHT * height
     picture = Picture(figsize=(width, height + (0.3 if title else 0.0)), layout=layout)
-    if _ON_CARD.get():
+    if on_card:
         picture.set_dpi(_CARD_DPI)
     if title:
         picture.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left")

@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from lyapunov_lightning.figures import sharpness_figure, stability_ratio_figure
+from lyapunov_lightning.figures import curvature_fit_figure, sharpness_figure, stability_ratio_figure
 from lyapunov_lightning.figures.style import sized_for_cards
 from tests.figures.looking import check_picture
 
@@ -103,9 +104,12 @@ def test_on_a_card_texts_are_large_enough_to_be_read():
             STEPS, RISING, [5.0] * 20, batch_sharpness=[value / 2 for value in RISING], losses=LOSS, met_at=90,
             crossings=[120], learning_rate=[0.1] * 20, learning_rate_limit=limits, title="A run",
         )  # fmt: skip
+        of_two_columns = curvature_fit_figure(torch.ones(2, 2), {"0.1": torch.ones(2, 2), "1": torch.ones(2, 2)})
     dots_of_a_text = 9 / 72 * picture.get_dpi()
     assert dots_of_a_text * 350 / (picture.get_figwidth() * picture.get_dpi()) >= 9.9  # pixels in TensorBoard's card
     check_picture(picture)
+    check_picture(of_two_columns)
+    assert of_two_columns.get_figwidth() > 7
     assert sharpness_figure([0], [1.0], [2.0]).get_figwidth() == 7
 
 
