@@ -151,7 +151,7 @@ class CommandLine(LightningCLI):
         given = config["trainer"]["callbacks"]
         parts = [part for part in (given if isinstance(given, list) else [given]) if part is not None]
         for part in parts:
-            name = part["class_path"].rpartition(".")[2]
+            name = str(part["class_path"]).rpartition(".")[2]
             if name in callbacks.__all__:
                 try:
                     getattr(callbacks, name)(**part["init_args"].as_dict())

@@ -39,7 +39,7 @@ def check_positive(name: str, value: object) -> None:
 
     """
     # A string, such as the "1e-3" that YAML makes of 1e-3, cannot be compared with a number. NaN is refused as well.
-    if not isinstance(value, Real) or not value > 0:
+    if not isinstance(value, Real) or not float(value) > 0:
         raise ValueError(f"`{name}` should be a positive float, got {value!r}.")
 
 
