@@ -31,7 +31,13 @@ class Digits(pl.LightningDataModule):
         self.num_val = num_val
 
     def setup(self, stage: str) -> None:
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`examples.data.Digits` needs scikit-learn. Install it with"
+                " `pip install 'lyapunov_lightning[examples]'`."
+            ) from error
 
         images, labels = load_digits(return_X_y=True)
         inputs = torch.tensor(images, dtype=torch.float32) / 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lyapunov_lightning.curvature.arguments import check_int
+from lyapunov_lightning.curvature.arguments import check_int, made_of
 from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
@@ -21,7 +21,7 @@ from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.stochastic.density import spectral_density
 from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult, direction_names
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike
 from lyapunov_lightning.training.data.loaders import seeded
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import put_away
@@ -56,7 +56,7 @@ def measure(
     smallest: int = 0,
     density: bool = False,
     lines: int = 0,
-    hessian: HessianConfig | None = None,
+    hessian: HessianLike | None = None,
     ckpt_path: str | None = None,
     trainer: Trainer | None = None,
 ) -> SpectrumResult:
@@ -74,7 +74,8 @@ def measure(
         smallest: How many of the smallest.
         density: Whether to estimate the density of all eigenvalues too, for 320 products.
         lines: Along how many eigenvectors of each end to evaluate the loss.
-        hessian: Which Hessian. By default that of all of the data in evaluation mode, so without dropout.
+        hessian: Which Hessian, or a mapping of its fields. By default that of all of the data in evaluation mode, so
+            without dropout.
         ckpt_path: A checkpoint whose weights are measured in place of the module's.
         trainer: Its devices, strategy and precision are used; its callbacks and loggers are not. By default one device,
             a GPU if there is one, in the precision of the module's weights.
@@ -106,9 +107,7 @@ def measure(
         raise ValueError("`largest` and `smallest` should not both be 0 where no `density` is asked for.")
     if not isinstance(module, either("LightningModule")):
         raise TypeError(f"`module` should be a LightningModule, got {type(module).__name__}.")
-    config = HessianConfig() if hessian is None else hessian
-    if not isinstance(config, HessianConfig):
-        raise ValueError(f"`hessian` should be a HessianConfig, got {hessian!r}.")
+    config = HessianConfig() if hessian is None else made_of(HessianConfig, "hessian", hessian)
     if config.data == "batch":
         raise ValueError("`hessian` should not have `data='batch'`: there is no step whose batch it could be.")
     config = config.filled(data="fixed", fraction=1.0, mode="eval")

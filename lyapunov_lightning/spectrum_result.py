@@ -3,17 +3,19 @@
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
 from lyapunov_lightning.training.reporting.files import replaced
+from lyapunov_lightning.training.results import pandas_for
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lyapunov_lightning.figures import Picture
 
 
@@ -102,8 +104,8 @@ class SpectrumResult:
     def summary(self) -> str:
         """The result as a table in plain text."""
         lines = [
-            f"Hessian of the training loss of {self.module}: {self.num_parameters:,} parameters, {self.num_batches}"
-            f" batches, {'evaluation' if self.mode == 'eval' else 'training'} mode",
+            f"Hessian of the training loss of {self.module}: {_counted(self.num_parameters, 'parameter')},"
+            f" {_counted(self.num_batches, 'batch', 'es')}, {'evaluation' if self.mode == 'eval' else 'training'} mode",
             f"loss {self.loss:.6g}, gradient norm {self.gradient_norm:.3g}",
         ]
         if len(self.values):
@@ -126,11 +128,35 @@ class SpectrumResult:
             if line.minimum is not None and line.improvement is not None:
                 depth = f"a minimum lies {line.minimum:.3g} away, {line.improvement:.3g} below"
             lines += [*([""] if name == next(iter(self.lines)) else []), f"along {name}: {depth}"]
-        return "\n".join([*lines, "", f"{self.matvecs} Hessian-vector products, {self.seconds:.2g} seconds"])
+        spent = f"{_counted(self.matvecs, 'Hessian-vector product')}, {self.seconds:.2g} seconds"
+        return "\n".join([*lines, "", spent])
 
-    def plot(self) -> "Picture":
-        """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured."""
+    @overload
+    def plot(self, *, ax: None = None) -> "Picture": ...
+
+    @overload
+    def plot(self, *, ax: "Axes") -> "Axes": ...
+
+    def plot(self, *, ax: "Axes | None" = None) -> "Picture | Axes":
+        """Draw eigenvalues, density and loss along the eigenvectors, as far as they were measured.
+
+        Args:
+            ax: Axes of Matplotlib on which to draw the first of these alone; a new figure if None.
+
+        Returns:
+            The figure, or `ax`.
+
+        """
         # Here and not above: Matplotlib takes longer to import than everything else in this file.
+        from lyapunov_lightning.figures import drawn_on
+
+        if ax is None:
+            return self._overview()
+        with drawn_on(ax):
+            self._overview()
+        return ax
+
+    def _overview(self) -> "Picture":
         from lyapunov_lightning.figures import spectrum_overview_figure
 
         return spectrum_overview_figure(
@@ -149,13 +175,7 @@ class SpectrumResult:
             ModuleNotFoundError: If pandas is not installed.
 
         """
-        try:
-            # By name, so that type checkers do not ask for a package that few have installed.
-            pandas = import_module("pandas")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`SpectrumResult.to_pandas` needs pandas. Install it with `pip install pandas`."
-            ) from error
+        pandas = pandas_for("SpectrumResult.to_pandas")
         columns = ["eigenvalue", "residual", "value_error", "converged"]
         return pandas.DataFrame(self._rows(), columns=columns, index=pandas.Index(self._names(), name="rank"))
 
@@ -242,6 +262,10 @@ def direction_names(num_largest: int, num_smallest: int) -> list[str]:
     """The names of eigenpairs by rank: ``1``, ``2`` ... from the upper end, ``min_1`` ... from the lower one."""
     upper = [str(rank) for rank in range(1, num_largest + 1)]
     return upper + [f"min_{rank}" for rank in range(1, num_smallest + 1)]
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
 
 
 def _listed(values: Tensor) -> str:

@@ -1,12 +1,15 @@
 """The command line: what it says of itself, of the callbacks and of errors, the command `measure`, the examples."""
 
 import os
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 from lyapunov_lightning import __version__, callbacks
@@ -14,6 +17,7 @@ from lyapunov_lightning.cli import TRAINER_COMMANDS, main
 from lyapunov_lightning.cli.errors import own_error
 from lyapunov_lightning.cli.help import callback_help, plain, reflowed
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.reporting import progress
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "configs" / "quickstart.yaml"
@@ -158,7 +162,9 @@ def test_wrong_argument_of_a_callback_is_one_line(tmp_path: Path, capsys: pytest
     config = tmp_path / "config.yaml"
     for wrong, said in (
         ("every_n_step: 5", "CurvatureProbe: Option 'every_n_step' is not accepted."),
-        ("every_n_steps: 0", "`every_n_steps` should be a positive int, got 0."),
+        ("every_n_steps: 0", "CurvatureProbe: `every_n_steps` should be a positive int, got 0."),
+        ("hessian: {fraction: 2}", "CurvatureProbe: `fraction` should be in (0, 1], got 2.0."),
+        ("schedule: {at_steps: [-1]}", "CurvatureProbe: `at_steps` should hold non-negative ints, got [-1]."),
     ):
         config.write_text(QUICKSTART.read_text().replace("        every_n_steps: 5", f"        {wrong}"))
         assert error_of(capsys, "fit", "--config", str(config)).startswith(said)
@@ -222,8 +228,13 @@ def test_measure_prints_a_table_and_draws_and_no_callback_acts(
 
     monkeypatch.setattr(callbacks.CurvatureProbe, "setup", acts)
     monkeypatch.setattr(callbacks.CurvatureProbe, "__init__", acts)
+    monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", -1.0)
     measured = main(["measure", "--config", str(saved), "--ckpt_path", str(checkpoint), "--largest=2", "--smallest=1"])
-    text = capsys.readouterr().out
+    text, progress_and_notices = capsys.readouterr()
+    assert "Hessian-vector products: " in progress_and_notices
+    assert "--ckpt_path" not in progress_and_notices
+    assert text.startswith("Hessian of the training loss of Classifier")
+    assert "\r" not in text
     assert text.rstrip().endswith("The picture: spectrum.png")
     assert sorted(set(tmp_path.rglob("*")) - set(before)) == [tmp_path / "spectrum.png", tmp_path / "spectrum.svg"]
     assert all(f"\n{name} " in text for name in ("1", "2", "min_1"))
@@ -231,15 +242,49 @@ def test_measure_prints_a_table_and_draws_and_no_callback_acts(
     assert f"loss {fitted.trainer.callback_metrics['train/loss']:.2g}"[:7] in text
     assert isinstance(measured.trainer, Trainer)
 
+    fresh = ("--largest=1", "--smallest=0", "--hessian.num_batches=1", "--out=fresh.png")
+    main(["measure", "--config", str(saved), *fresh])
+    assert "no --ckpt_path is given, so the weights are those that the configuration makes" in capsys.readouterr().err
+
     assert error_of(capsys, "measure", "--config", str(saved), "--ckpt_path=nowhere.ckpt") == (
         "There is no checkpoint nowhere.ckpt."
     )
-    assert "`largest` should be" in error_of(capsys, "measure", "--config", str(saved), "--largest=-1")
+    of_checkpoint = ("measure", "--config", str(saved), "--ckpt_path", str(checkpoint))
+    assert "`largest` should be" in error_of(capsys, *of_checkpoint, "--largest=-1")
     assert "on which data" in error_of(capsys, "measure", "--model=tests.test_cli.Manual")
 
 
+def test_six_examples_are_written_one_for_each_callback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["examples"]) is None
+    assert "lyapunov-lightning examples --all" in capsys.readouterr().out
+    written = [path for path in (tmp_path / "examples").rglob("*") if path.is_file()]
+    configs = [yaml.safe_load(path.read_text()) for path in written if path.suffix == ".yaml"]
+    assert len(configs) == 6
+    assert len(written) == 9
+    first = [config["trainer"]["callbacks"][0]["class_path"] for config in configs]
+    assert sorted(first) == sorted(callbacks.__all__)
+    named = {module for path in written for module in re.findall(r"\bexamples\.(\w+)\.", path.read_text())}
+    assert named == {"data", "models"}
+    assert main(["examples", "--all"]) is None  # the six are no obstacle
+    assert (tmp_path / "examples" / "papers").is_dir()
+
+
+def test_what_the_start_page_tells_to_install_is_what_its_commands_need(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (extra,) = re.findall(r"pip install 'lyapunov_lightning\[(\w+)\]'", printed(capsys, "--help"))
+    main(["examples"])
+    assert f"lyapunov_lightning[{extra}]" in capsys.readouterr().out
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert {"jsonargparse", "scikit-learn"} <= set(re.findall(r"^[\w-]+", setup["options.extras_require"][extra], re.M))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs scikit-learn.*lyapunov_lightning\[{extra}\]"):
+        main(["fit", "--config", str(QUICKSTART), *QUIET])
+
+
 def test_examples_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["examples", "there"]) is None
+    assert main(["examples", "--all", "there"]) is None
     assert "cd there && lyapunov-lightning fit --config examples/configs/quickstart.yaml" in capsys.readouterr().out
     written = tmp_path / "there" / "examples"
     sources = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".yaml", ".md")]
@@ -248,6 +293,6 @@ def test_examples_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture
         assert (written / path.relative_to(ROOT / "examples")).read_bytes() == path.read_bytes()
     (written / "data.py").write_text("mine")
     (written / "models.py").unlink()
-    assert "is there already" in error_of(capsys, "examples", "there")
+    assert "is there already, and differs" in error_of(capsys, "examples", "there")
     assert (written / "data.py").read_text() == "mine"
     assert not (written / "models.py").exists()

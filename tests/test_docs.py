@@ -134,6 +134,14 @@ def test_the_first_program_draws_a_curve(
     assert Path("sharpness.svg").exists()
 
 
+def test_the_recipe_for_the_name_of_a_checkpoint_makes_a_file_and_no_folder(readers_own: dict[str, Any]) -> None:
+    (program,) = [block for block in blocks("docs/recipes.md", "python") if "auto_insert_metric_name" in block]
+    names = "from lightning.pytorch import Trainer\nfrom lyapunov_lightning import CurvatureProbe\n"
+    exec(names + program, dict(readers_own))  # a page's own program
+    (file,) = Path("kept").iterdir()
+    assert re.fullmatch(r"step=10-sharpness=\d+\.\d\d\.ckpt", file.name)
+
+
 def test_the_recipe_for_the_flattest_weights_saves_those_that_were_measured(readers_own: dict[str, Any]) -> None:
     [recipe] = [text for text in blocks("docs/recipes.md", "python") if "KeepFlattest" in text]
     probe_and_fit = (

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -232,6 +233,46 @@ def test_public_paths_lead_somewhere(module):
     there = import_module(".".join(filter(None, [PACKAGE.name, module])))
     for name in [*PUBLIC[module].split(), *getattr(there, "__all__", [])]:
         assert hasattr(there, name), name
+
+
+# Dependencies.
+
+
+def packages_in(node: ast.AST, *, at_once: bool) -> Iterator[str]:
+    """The packages that a module imports: with itself, or at any time."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom) and not child.level:
+            yield (child.module or "").partition(".")[0]
+        elif isinstance(child, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            yield from packages_in(ast.Module(child.orelse, []), at_once=at_once)
+        elif not (at_once and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            yield from packages_in(child, at_once=at_once)
+
+
+def foreign(*, at_once: bool, without: str = "?") -> set[str]:
+    """The packages of others that are imported, by the names under which they are installed."""
+    names: set[str] = set()
+    for module, tree in sources().items():
+        if not module.startswith(without):
+            names |= set(packages_in(tree, at_once=at_once)) - {PACKAGE.name, *sys.stdlib_module_names}
+    return {{"PIL": "pillow"}.get(name, name).replace("_", "-") for name in names}
+
+
+def test_what_is_imported_is_declared_and_one_name_of_lightning_is_enough():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+
+    def declared(section: str, option: str) -> set[str]:
+        return {name.replace("_", "-") for name in re.findall(r"^[\w-]+", setup[section][option], re.MULTILINE)}
+
+    required = declared("options", "install_requires")
+    assert "lightning-utilities" in required  # of which `lightning_names` asks `sys.modules`
+    assert {"lightning", "pytorch-lightning"} & required == {"lightning"}
+    assert not foreign(at_once=True, without="cli/") - required
+    extras = set().union(*(declared("options.extras_require", name) for name in ("cli", "vectors", "test")))
+    assert not foreign(at_once=False) - required - extras - {"lightning-fabric"}  # a part of both names
 
 
 # Tests.

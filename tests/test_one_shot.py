@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -272,6 +273,9 @@ def test_a_result_is_shown_written_and_read_again(tmp_path):
     assert "SmallRegressor: 26 parameters, 6 batches, evaluation mode" in text
     assert [line.split()[0] for line in text.splitlines() if line.endswith("  yes")] == ["1", "2", "min_1"]
     assert len(result.plot().axes) >= 4
+    own = Figure().subplots()
+    assert result.plot(ax=own) is own
+    assert own.get_ylabel() == result.plot().axes[0].get_ylabel()
     assert result._repr_png_().startswith(b"\x89PNG")
     assert repr(result).startswith("SpectrumResult(SmallRegressor, largest=[")
     result.save(tmp_path / "spectrum.pt")
@@ -310,7 +314,7 @@ class Broken(SmallRegressor):
     [
         (module, regression_loader, {"largest": -1}, ValueError, "`largest` should be a non-negative int, got -1"),
         (module, regression_loader, {"largest": 0}, ValueError, "should not both be 0 where no `density`"),
-        (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig"),
+        (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig, or a"),
         (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
         (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),
         (module, lambda: 3, {}, TypeError, "`data` should be a dataloader, a dataset or a Li.*, got int"),

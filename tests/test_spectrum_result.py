@@ -33,6 +33,13 @@ def test_a_file_of_plain_tensors_is_a_result(tmp_path: Path) -> None:
     assert SpectrumResult.load(tmp_path / "found.pt").num_largest == 2
 
 
+def test_what_is_counted_once_is_in_the_singular(tmp_path: Path) -> None:
+    saved_with(tmp_path / "found.pt", matvecs=1)
+    text = SpectrumResult.load(tmp_path / "found.pt").summary()
+    assert "M: 4 parameters, 1 batch, evaluation mode" in text
+    assert "\n1 Hessian-vector product, " in text
+
+
 HUGE = torch.zeros(1).expand(2**33)
 
 HOSTILE: dict[str, dict[str, Any]] = {

@@ -14,14 +14,14 @@ from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, E
 from lyapunov_lightning.callbacks.estimators.base import missed
 from lyapunov_lightning.callbacks.gauges import DecreaseGauge, Gauged, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
-from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.stability import Stability, is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import is_sharded
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
@@ -186,8 +186,8 @@ class CurvatureProbe(CurvatureCallback):
         tol: float = 2e-2,
         *,
         eigenvalue_every: int | None = None,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         iterations: int = 1,
         delta_q: float = 5e-2,
         prog_bar: bool = False,
@@ -205,7 +205,7 @@ class CurvatureProbe(CurvatureCallback):
         if eigenvalue_every is not None and not kind.is_gauged:
             raise ValueError(
                 f"`eigenvalue_every` should be None with `estimator={estimator!r}`, which measures nothing beside,"
-                f" got {eigenvalue_every}."
+                f" got {eigenvalue_every!r}."
             )
         super().__init__(
             every_n_steps, schedule, hessian, log_prefix, data="batch", method=kind.method, arguments=arguments
@@ -222,7 +222,7 @@ class CurvatureProbe(CurvatureCallback):
             )
         )
         self.request = self._estimator.request
-        self._gauge_method = hessian.method
+        self._gauge_method = made_of(HessianConfig, "hessian", hessian).method
         self._eigenvalue_every = eigenvalue_every
         self._cadence = _Cadence(eigenvalue_every or 1)
         self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
@@ -239,8 +239,8 @@ class CurvatureProbe(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(estimator=self._estimator_name, end=self._end, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator_name, "end": self._end}
 
     @property
     @override

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,9 @@ from lyapunov_lightning.figures import (
     optimal_step_figure,
 )
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, non_default
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.reporting.recording import Charts
 from lyapunov_lightning.training.results import Row, finite
-from lyapunov_lightning.training.schedule import Schedule
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
 _GRADIENT_BATCHES = 10
@@ -133,8 +133,8 @@ class LossAlongEigvecScanner(CurvatureCallback):
         smallest: int = 1,
         random: int = 0,
         *,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         scales: Sequence[float] = (0.1, 1.0),
         points: int = 11,
         units: Units = "gradient",
@@ -150,7 +150,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         if not any(counts.values()):
             raise ValueError("`largest`, `smallest` and `random` should not all be 0.")
         if isinstance(points, bool) or not isinstance(points, int) or points < 3:
-            raise ValueError(f"`points` should be an int of at least 3, got {points}.")
+            raise ValueError(f"`points` should be an int of at least 3, got {points!r}.")
         check_choice("units", units, Units)
         check_positive("tol", tol)
         _check_multiples("scales", scales)
@@ -173,15 +173,14 @@ class LossAlongEigvecScanner(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            largest=self._largest,
-            smallest=self._smallest,
-            random=self._random,
-            scales=self._scales,
-            sgd_steps=self._sgd_steps,
-            log_prefix=self._log_prefix,
-        )
+    def identity(self) -> dict[str, Any]:
+        return {
+            "largest": self._largest,
+            "smallest": self._smallest,
+            "random": self._random,
+            "scales": self._scales,
+            "sgd_steps": self._sgd_steps,
+        }
 
     @override
     def charts(self) -> Charts:

@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from lyapunov_lightning.callbacks.results.negative import NegativeResult
 from lyapunov_lightning.curvature.acting.descent import negative_curvature_step
-from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.tracking.frozen import FrozenDirections
 from lyapunov_lightning.curvature.tracking.online import OnlineEigenpair, OnlineEstimate
 from lyapunov_lightning.figures import frozen_figure, negative_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.moves import move_parameters
 from lyapunov_lightning.training.optimizers.requirements import check_movable
@@ -132,11 +132,11 @@ class NegativeCurvatureTracker(CurvatureCallback):
         every_n_steps: int | None = None,
         smallest: int = 3,
         *,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         freeze_at: Sequence[int] | None = None,
         estimator: Estimator = "lanczos",
-        online_schedule: Schedule | None = None,
+        online_schedule: ScheduleLike | None = None,
         descent: Descent | None = None,
         tol: float = 1e-2,
         save_dir: str | None = None,
@@ -153,11 +153,11 @@ class NegativeCurvatureTracker(CurvatureCallback):
             raise ValueError(f"`online_schedule` is of no use with `estimator={estimator!r}`. Use 'online'.")
         if (schedule is not None or every_n_steps is not None) and not smallest:
             raise ValueError("`every_n_steps` and `schedule` are of no use with `smallest=0`. Use `online_schedule`.")
-        if online_schedule is not None and not isinstance(online_schedule, Schedule):
-            raise ValueError(f"`online_schedule` should be a Schedule, got {online_schedule!r}.")
-        if descent is not None and not isinstance(descent, Descent):
-            raise ValueError(f"`descent` should be a Descent or None, got {descent!r}.")
-        online = online_schedule if online_schedule is not None else Schedule(every_n_steps=1)
+        online = Schedule(every_n_steps=1)
+        if online_schedule is not None:
+            online = made_of(Schedule, "online_schedule", online_schedule)
+        if descent is not None:
+            descent = made_of(Descent, "descent", descent)
         # The moves of "online" come from its own products, so that the shared eigenpairs act on nothing.
         acts = descent is not None and estimator == "lanczos"
         super().__init__(
@@ -185,13 +185,8 @@ class NegativeCurvatureTracker(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            estimator=self._estimator,
-            smallest=self._smallest,
-            descends=self._descent is not None,
-            log_prefix=self._log_prefix,
-        )
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator, "smallest": self._smallest, "descends": self._descent is not None}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,7 @@ from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.figures import subspace_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval
 from lyapunov_lightning.training.optimizers.moves import scale_gradients
@@ -115,8 +115,8 @@ class NudgedSGDHook(CurvatureCallback):
         k: int = 5,
         gamma: float = 0.01,
         *,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         variant: Variant = "nudge",
         frozen: bool = False,
         tol: float = 1e-2,
@@ -125,7 +125,7 @@ class NudgedSGDHook(CurvatureCallback):
         arguments = non_default(NudgedSGDHook.__init__, locals())
         check_int("k", k, least=1)
         if isinstance(gamma, bool) or not isinstance(gamma, (int, float)) or not 0 <= gamma < math.inf:
-            raise ValueError(f"`gamma` should be a finite non-negative float, got {gamma}.")
+            raise ValueError(f"`gamma` should be a finite non-negative float, got {gamma!r}.")
         check_choice("variant", variant, Variant)
         if not isinstance(frozen, bool):
             raise ValueError(f"`frozen` should be a bool, got {frozen!r}.")
@@ -148,13 +148,13 @@ class NudgedSGDHook(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(k=self._k, variant=self._variant, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"k": self._k, "variant": self._variant}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "what two of them do to the same gradient depends on their order")
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

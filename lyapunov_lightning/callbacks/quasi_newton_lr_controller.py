@@ -12,11 +12,11 @@ from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResul
 from lyapunov_lightning.callbacks.rules import RULES, Proposal, RuleName, Situation
 from lyapunov_lightning.curvature.acting.loss_watch import Verdict
 from lyapunov_lightning.curvature.acting.pace import LRBounds
-from lyapunov_lightning.curvature.arguments import check_choice
+from lyapunov_lightning.curvature.arguments import check_choice, made_of
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.figures import learning_rate_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
@@ -123,8 +123,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         every_n_steps: int | None = None,
         rule: RuleName = "along_update",
         *,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         annealing: float | None = None,
         safeguard: bool = True,
         bounds: LRBounds = LRBounds(),
@@ -134,10 +134,9 @@ class QuasiNewtonLRController(CurvatureCallback):
         arguments = non_default(QuasiNewtonLRController.__init__, locals())
         check_choice("rule", rule, RuleName)
         kind = RULES[rule]
-        if not isinstance(bounds, LRBounds):
-            raise ValueError(f"`bounds` should be LRBounds, got {bounds!r}.")
+        bounds = made_of(LRBounds, "bounds", bounds)
         if annealing is not None and not 0 <= annealing <= 1:
-            raise ValueError(f"`annealing` should be in [0, 1], got {annealing}.")
+            raise ValueError(f"`annealing` should be in [0, 1], got {annealing!r}.")
         if schedule is None:
             # Into one schedule with the rule's first steps, and None for the base class, which refuses both arguments
             # at once.
@@ -157,13 +156,13 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        return self._generate_state_key(rule=self._rule_name, log_prefix=self._log_prefix)
+    def identity(self) -> dict[str, Any]:
+        return {"rule": self._rule_name}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._check_alone(trainer, "the learning rate is one")
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,5 @@
 """The spectrum of the training loss's Hessian over the training."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ import torch
 from typing_extensions import override
 
 from lyapunov_lightning.callbacks.results.spectrum import TrackedSpectrum
-from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
+from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.directions.alignment import gradient_alignment
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
@@ -21,7 +20,7 @@ from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
-from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_training_map
 from lyapunov_lightning.training.replica.replica import trainable_parameters
@@ -123,8 +122,8 @@ class SpectrumTracker(CurvatureCallback):
         largest: int = 4,
         smallest: int = 0,
         *,
-        schedule: Schedule | None = None,
-        hessian: HessianConfig = HessianConfig(),
+        schedule: ScheduleLike | None = None,
+        hessian: HessianLike = HessianConfig(),
         estimator: Estimator = "lanczos",
         tol: float = 1e-3,
         random_vectors: int = 0,
@@ -153,26 +152,34 @@ class SpectrumTracker(CurvatureCallback):
         if max_basis_vectors is not None and max_basis_vectors < largest + smallest + 2:
             raise ValueError(
                 f"`max_basis_vectors` should be at least `largest + smallest + 2` = {largest + smallest + 2},"
-                f" got {max_basis_vectors}."
+                f" got {max_basis_vectors!r}."
             )
         if save_vectors and save_dir is None:
             raise ValueError("`save_vectors` needs `save_dir`, the folder to write to, got None.")
         if save_vectors:
             check_safetensors(type(self).__name__)
         self._along_training = estimator == "benettin"
+        if schedule is not None:
+            schedule = made_of(Schedule, "schedule", schedule)
+        hessian = made_of(HessianConfig, "hessian", hessian)
         if self._along_training and schedule is not None and schedule.max_overhead is not None:
             raise ValueError(
                 "`schedule` should have no `max_overhead` with `estimator='benettin'`, which measures at every step,"
-                f" got {schedule.max_overhead}."
+                f" got {schedule.max_overhead!r}."
+            )
+        # Perturbations evolve under the training's own map, which is another one for each batch (chaos-theory paper,
+        # appendix C).
+        if self._along_training and hessian.data == "fixed":
+            raise ValueError(
+                "`hessian` should not have `data='fixed'` with `estimator='benettin'`, which follows the steps."
             )
         self._vectors = EigenvectorFiles(save_dir) if save_dir is not None and save_vectors else None
         super().__init__(
             every_n_steps,
             schedule,
-            # Perturbations evolve under the training's own map, which is another one for each batch (chaos-theory
-            # paper, appendix C).
-            replace(hessian, data="batch") if self._along_training else hessian,
+            hessian,
             log_prefix,
+            data="batch" if self._along_training else "fixed",
             method="finite_difference" if self._along_training else None,
             request=None if self._along_training else EigenRequest(largest, smallest, tol, max_basis_vectors),
             save_dir=save_dir,
@@ -195,12 +202,8 @@ class SpectrumTracker(CurvatureCallback):
 
     @property
     @override
-    def state_key(self) -> str:
-        # Lightning keeps one state for each key. Two trackers with equal keys would both resume with that of the
-        # second.
-        return self._generate_state_key(
-            estimator=self._estimator, largest=self._largest, smallest=self._smallest, log_prefix=self._log_prefix
-        )
+    def identity(self) -> dict[str, Any]:
+        return {"estimator": self._estimator, "largest": self._largest, "smallest": self._smallest}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,6 +20,7 @@ _DESCRIPTION = "The curvature of a network's training loss, measured while it tr
 
 _EPILOG = f"""\
 start here:
+  pip install 'lyapunov_lightning[examples]'
   {PROGRAM} examples
   {PROGRAM} fit --config examples/configs/quickstart.yaml
 
@@ -63,7 +64,7 @@ def main(args: list[str] | None = None) -> "LightningCLI | None":
         if given and (given[0] in TRAINER_COMMANDS or given[0].startswith("--config") or given[0] == "-c"):
             return _run_lightning(given, args)
         options = _parser().parse_args(given)
-        write_examples(options.dest)
+        write_examples(options.dest, everything=options.all)
     except Exception as error:
         cause = own_error(error)
         if cause is None:
@@ -107,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, does in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=does)
-    does = "write the example configurations, with their models and data, into a folder"
+    does = "write six example configurations, one for each callback, with their models and data, into a folder"
     examples = commands.add_parser("examples", help=does, description=does)
     examples.add_argument("dest", nargs="?", default=".", help="where to make the folder `examples`; here by default")
+    examples.add_argument("--all", action="store_true", help="all examples, with the papers' figures and tables")
     return parser

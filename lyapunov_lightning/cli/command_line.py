@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-import lyapunov_lightning.callbacks  # noqa: F401  # known by their short names once they are imported
-from lyapunov_lightning.cli.errors import PROGRAM, explained, fail
+from lyapunov_lightning import callbacks  # known by their short names once they are imported
+from lyapunov_lightning.cli.errors import PROGRAM, explained, fail, own_error
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
@@ -37,10 +37,12 @@ class MeasuringTrainer(Trainer):
     ) -> "SpectrumResult":
         """Print a table of the ends of the Hessian's spectrum, and draw them.
 
+        The table alone goes to the output: progress is shown on the error stream.
+
         Args:
             model: The model whose training loss is measured.
             datamodule: The data on whose training dataloader it is measured.
-            ckpt_path: The checkpoint to measure; the model as the configuration makes it if not given.
+            ckpt_path: The checkpoint to measure; without it the model as the configuration makes it, which is said.
             largest: How many of the largest eigenvalues.
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
@@ -59,6 +61,11 @@ class MeasuringTrainer(Trainer):
         # A path with a protocol is opened by fsspec, which is the only one to know whether it exists.
         if ckpt_path is not None and "://" not in ckpt_path and not Path(ckpt_path).exists():
             raise FileNotFoundError(f"There is no checkpoint {ckpt_path}.")
+        if ckpt_path is None and self.is_global_zero:
+            sys.stderr.write(
+                f"{PROGRAM}: no --ckpt_path is given, so the weights are those that the configuration makes, before any"
+                " training.\n"
+            )
         result = measure(
             model,
             datamodule,
@@ -73,7 +80,7 @@ class MeasuringTrainer(Trainer):
         # Every rank has the whole result, and one picture is enough.
         if self.is_global_zero:
             picture, *_ = result.plot().save(out)
-            print(f"\n{result.summary()}\n\nThe picture: {picture}")
+            print(f"{result.summary()}\n\nThe picture: {picture}")
         return result
 
 
@@ -121,3 +128,34 @@ class CommandLine(LightningCLI):
         trainer["callbacks"] = None
         trainer["logger"] = False
         trainer["enable_checkpointing"] = False
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # Its cause: jsonargparse tells of all types that the Trainer takes as callbacks.
+            cause = own_error(error)
+            owner = None if cause is None else self._owner_of(str(cause))
+            if owner is None:
+                raise
+            raise ValueError(f"{owner}: {cause}") from error
+
+    def _owner_of(self, message: str) -> str | None:
+        """The callback of this package whose arguments are refused with a message.
+
+        The error itself may come from a value that is made before the callback, such as its `HessianConfig`.
+
+        """
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        given = config["trainer"]["callbacks"]
+        parts = [part for part in (given if isinstance(given, list) else [given]) if part is not None]
+        for part in parts:
+            name = str(part["class_path"]).rpartition(".")[2]
+            if name in callbacks.__all__:
+                try:
+                    getattr(callbacks, name)(**part["init_args"].as_dict())
+                except ValueError as error:
+                    if str(error) == message:
+                        return name
+        return None

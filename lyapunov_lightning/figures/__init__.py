@@ -21,13 +21,14 @@ from lyapunov_lightning.figures.spectrum import (
     subspace_figure,
 )
 from lyapunov_lightning.figures.stability import sharpness_figure, stability_ratio_figure
-from lyapunov_lightning.figures.style import Picture
+from lyapunov_lightning.figures.style import Picture, drawn_on
 
 __all__ = [
     "Picture",
     "alignment_figure",
     "curvature_fit_figure",
     "density_figure",
+    "drawn_on",
     "eigenvalues_figure",
     "expected_change_figure",
     "frozen_figure",

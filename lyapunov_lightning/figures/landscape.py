@@ -251,7 +251,7 @@ def loss_surface_figure(
         key(panel)
         return picture
     picture = new_picture(6.4, 5.0, title)
-    surface: Any = picture.add_subplot(projection="3d")
+    surface: Any = picture.space()
     known = curvatures[np.isfinite(curvatures)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     # Every n-th with n rounded up, so that there are never more than the most; rounded down, 119 scans would all be

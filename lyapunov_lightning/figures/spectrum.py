@@ -211,7 +211,9 @@ def spectrum_overview_figure(
     columns = count if count < 4 else (count + 1) // 2 if count < 7 else 3
     rows = -(-count // max(columns, 1))
     picture = new_picture(max(WIDTH if columns > 1 else 5.0, 3.6 * columns), 3.1 * max(rows, 1), title)
-    panels = iter(picture.add_subplot(max(rows, 1), columns, place + 1) for place in range(count))
+    given = [] if picture.given is None else [picture.given]
+    places = range(len(given), count)
+    panels = iter([*given, *(picture.add_subplot(max(rows, 1), columns, place + 1) for place in places)])
     if len(values):
         _draw_ranks(next(panels), floats(values), floats(value_errors), num_largest)
     if density is not None:

@@ -1,6 +1,6 @@
 """The sharpness of a run against the stability limit of its optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,6 @@ def sharpness_figure(
     _known_curve(upper, times, values, color=RED, linewidth=1.7, label=label, zorder=3)
     along = floats(batch_sharpness) if len(batch_sharpness) else np.full(len(times), np.nan)
     _known_curve(upper, times, along, color=OCHRE, linewidth=1.7, label="batch sharpness", zorder=3)
-    binding = np.fmax(_joined(times, values), _joined(times, along))
-    if len(stability_ratio):
-        binding = floats(stability_ratio) * limits
     if np.isfinite(limits).any():
         dashed: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--", "label": "stability limit"}
         # Across the whole panel and not only between the first and the last measurement: a constant limit holds before
@@ -96,20 +93,23 @@ def sharpness_figure(
             upper.axhline(limits[0], **dashed)
         else:
             _known_curve(upper, times, limits, **dashed)
-        # Without either of the two there is nothing to compare, and nothing shaded.
-        _shade_above(upper, times, binding, limits)
     _fit_from_zero(upper, np.concatenate([values, along, limits]))
+    binding = np.fmax(_joined(upper, times, values), _joined(upper, times, along))
+    if len(stability_ratio):
+        # At most what is drawn: a ratio may count an eigenvalue that was measured some steps before.
+        binding = np.fmin(binding, floats(stability_ratio) * limits)
+    _shade_above(upper, times, binding, limits)
     upper.set_ylabel("curvature")
     if len(crossings):
-        mark_lower_edge(upper, crossings, "went above the limit again")
+        mark_lower_edge(upper, crossings, "above it again")
     if met_at is not None:
         _mark_meeting(upper, met_at, times, binding)
-    key(upper)
+    rows = key(upper)
     if _is_known(learning_rate_limit):
         _draw_rates(lower[0], times, floats(learning_rate), floats(learning_rate_limit))
     if losses is not None:
         draw_loss(lower[-1], losses)
-    with_fixed_margins(picture, panels)
+    with_fixed_margins(picture, panels, rows)
     return picture
 
 
@@ -125,34 +125,57 @@ def _known_curve(panel: Axes, times: Floats, values: Floats, **options: Any) -> 
         curve(panel, times[known], values[known], **options)
 
 
-def _joined(times: Floats, values: Floats) -> Floats:
+def _scale(panel: Axes) -> tuple[Callable[[Floats], Floats], Callable[[Floats], Floats]]:
+    """To where lines of the panel are straight, and back. What is not positive has no place on a logarithmic axis."""
+    if panel.get_yscale() != "log":
+        return (lambda values: values), (lambda places: places)
+    return (lambda values: np.log(np.where(values > 0, values, np.nan))), np.exp
+
+
+def _joined(panel: Axes, times: Floats, values: Floats) -> Floats:
     """The values on the line that is drawn through the known ones; NaN before the first and after the last."""
-    known = np.isfinite(values)
+    there, back = _scale(panel)
+    places = there(values)
+    known = np.isfinite(places)
     if not known.any():
         return values
-    return np.interp(times, times[known], values[known], left=np.nan, right=np.nan)
+    joined = back(np.interp(times, times[known], places[known], left=np.nan, right=np.nan))
+    return np.where(known, values, joined)
 
 
 def _shade_above(panel: Axes, times: Floats, values: Floats, limits: Floats) -> None:
-    """Shade between a curve and its limit where the curve is above."""
-    known = np.isfinite(values) & np.isfinite(limits)
-    times, values, limits = times[known], values[known], limits[known]
-    panel.fill_between(
-        times, limits, values, where=values > limits, interpolate=True, color=RED, alpha=0.15, linewidth=0
-    )
+    """Shade between a curve and its limit where the curve is above, on a panel whose axes have their scales."""
+    there, back = _scale(panel)
+    upper, lower = there(values), there(limits)
+    known = np.isfinite(upper) & np.isfinite(lower)
+    times, upper, lower = times[known], upper[known], lower[known]
+    # Where the curve meets the limit between two measurements: Matplotlib would look for it as on a linear axis, and
+    # shade beside the curve on any other.
+    gap = upper - lower
+    before = np.flatnonzero(gap[:-1] * gap[1:] < 0)
+    share = gap[before] / (gap[before] - gap[before + 1])
+
+    def completed(numbers: Floats) -> Floats:
+        at = numbers[before] + share * (numbers[before + 1] - numbers[before])
+        return np.insert(numbers, before + 1, at)
+
+    times, lower, gap = completed(times), completed(lower), np.insert(gap, before + 1, 0.0)
+    if (gap > 0).any():
+        upper = lower + gap
+        panel.fill_between(times, back(lower), back(upper), where=gap >= 0, color=RED, alpha=0.15, linewidth=0)
 
 
 def _draw_rates(panel: Axes, times: Floats, rates: Floats, limits: Floats) -> None:
     """The learning rate, and where it would have been at the limit."""
     _known_curve(panel, times, rates, color=BLUE, linewidth=1.7, label="learning rate", zorder=3)
     _known_curve(panel, times, limits, color=INK, linewidth=1.2, linestyle="--", label="its limit")
-    _shade_above(panel, times, rates, limits)
     # A rate of 0, at the beginning of a warm-up, has no place on a logarithmic axis, which the others need.
     positive = np.concatenate([rates, limits])
     if is_wide(positive[positive > 0]):
         log_axis(panel, "y")
     else:
         panel.set_ylim(bottom=0.0)
+    _shade_above(panel, times, rates, limits)
     panel.set_ylabel("learning rate")
     key(panel)
 
@@ -223,23 +246,13 @@ def draw_loss(panel: Axes, losses: Curve, colour: str = BLUE) -> None:
 
 
 def _mark_meeting(panel: Axes, step: float, times: Floats, values: Floats) -> None:
-    """A dot on the curve and a label where a curve that rises to the limit leaves room."""
+    """A dot where the curve met the limit. The key says what it is: text beside it would lie on one of the curves."""
     known = np.isfinite(values)
     if not known.any():
         return
     height = float(np.interp(step, times[known], values[known]))
-    panel.plot([step], [height], "o", color=RED, markersize=6, markeredgecolor="white", zorder=5)
-    low, high = panel.get_xlim()
-    # Text to the right of a late dot would leave the panel, and above an early one it would lie on the rising curve.
-    late = step > low + 0.6 * (high - low)
     is_first = step <= times[known][0]
-    text = "at the limit from the start" if is_first else f"meets the limit at step {number_label(step)}"
-    write(
-        panel,
-        text,
-        (step, height),
-        xytext=(9, 9) if is_first else (-8, 9) if late else (9, -15),
-        ha="right" if late and not is_first else "left",
-        color=RED,
-        zorder=5,
+    label = "at the limit from the start" if is_first else f"meets it at step {number_label(step)}"
+    panel.plot(
+        [step], [height], "o", color=RED, markersize=6, markeredgecolor="white", zorder=5, label=label, clip_on=False
     )

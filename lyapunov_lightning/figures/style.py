@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
@@ -16,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import NullLocator
 
 from lyapunov_lightning.figures.ticks import Floats, linear_axis
@@ -44,8 +45,13 @@ MOST_NAMES = 6
 TICK_SIZE = 9.0
 """The font size of tick labels and small text, in points."""
 
-_LEFT, _RIGHT, _BELOW, _ABOVE = 0.95, 0.12, 0.5, 0.45
-"""Margins of a figure whose layout is not measured, in inches."""
+_LEFT, _RIGHT, _BELOW, _ABOVE, _ROW = 0.95, 0.12, 0.5, 0.45, 0.19
+"""Margins of a figure whose layout is not measured, and the height of a row of its key, in inches."""
+
+_CARD_WIDTH, _CARD_HEIGHT, _CARD_DPI = 4.4, 0.8, 200
+"""The width of a figure for a logger's card, in inches, the share of its height, and its resolution: TensorBoard shows
+it about 350 pixels wide, so that texts of 9 points are 10 pixels high. In pictures of 7 inches they were 6, and could
+not be read."""
 
 _SAVED_DPI = 200
 _SHOWN_DPI = 150
@@ -109,6 +115,51 @@ def house_style() -> Iterator[None]:
         yield
 
 
+_GIVEN: ContextVar[Axes | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def drawn_on(ax: Axes) -> Iterator[None]:
+    """Draw the first panel of each figure on axes of one's own, in place of a new figure.
+
+    What a function of this package returns is then of no further use. Legends stand above the axes, as always.
+
+    Args:
+        ax: The axes.
+
+    Example::
+
+        >>> from matplotlib.figure import Figure
+        >>> from lyapunov_lightning.figures import drawn_on, sharpness_figure
+        >>> left, right = Figure().subplots(1, 2)
+        >>> with drawn_on(right):
+        ...     _ = sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0])
+        >>> right.get_ylabel()
+        'curvature'
+
+    """
+    if not isinstance(ax, Axes):
+        raise ValueError(f"`ax` should be Axes of Matplotlib, got {ax!r}.")
+    token = _GIVEN.set(ax)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+_ON_CARD: ContextVar[bool] = ContextVar("on_card", default=False)
+
+
+@contextmanager
+def sized_for_cards() -> Iterator[None]:
+    """Make figures of a size at which their texts can be read on the small cards of loggers."""
+    token = _ON_CARD.set(True)
+    try:
+        yield
+    finally:
+        _ON_CARD.reset(token)
+
+
 class Picture(Figure):
     """A Matplotlib figure that a notebook shows by itself, and that is saved for paper and screen at once.
 
@@ -126,8 +177,33 @@ class Picture(Figure):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.given = _GIVEN.get()
         with house_style():
             super().__init__(*args, **kwargs)
+
+    def subplots(self, *args: Any, **kwargs: Any) -> Any:
+        """As Matplotlib's own, with the first panel on the axes that were given, if any were."""
+        panels = super().subplots(*args, **kwargs)
+        if self.given is None:
+            return panels
+        if isinstance(panels, Axes):
+            return self.given
+        panels = panels.copy()
+        panels.flat[0] = self.given
+        return panels
+
+    def space(self) -> Any:
+        """One panel of three dimensions.
+
+        Raises:
+            ValueError: If axes were given that have two.
+
+        """
+        if self.given is None:
+            return self.add_subplot(projection="3d")
+        if self.given.name != "3d":
+            raise ValueError("`ax` should have three dimensions for this figure: `subplot_kw={'projection': '3d'}`.")
+        return self.given
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw it in its own style: Matplotlib makes ticks when they are first drawn, with the settings of then."""
@@ -178,7 +254,13 @@ def new_picture(width: float, height: float, title: str = "", *, is_measured: bo
 
     """
     layout = "constrained" if is_measured else None
+    # What is wider has several columns of panels, whose texts would run into each other.
+    on_card = _ON_CARD.get() and width <= WIDTH
+    if on_card:
+        width, height = min(width, _CARD_WIDTH), _CARD_HEIGHT * height
     picture = Picture(figsize=(width, height + (0.3 if title else 0.0)), layout=layout)
+    if on_card:
+        picture.set_dpi(_CARD_DPI)
     if title:
         picture.suptitle(title, fontsize=11.5, color=INK, x=0.01, ha="left")
     return picture
@@ -197,12 +279,13 @@ def stacked(picture: Picture, heights: Sequence[float], steps_label: str = "step
     for panel in panels:
         linear_axis(panel, "y")
     linear_axis(panels[0], "x", whole=True)
-    panels[-1].set_xlabel(steps_label)
-    picture.align_ylabels(panels)
+    for panel in {panels[-1], picture.given} - {None}:
+        panel.set_xlabel(steps_label)
+    picture.align_ylabels([panel for panel in panels if panel is not picture.given])
     return panels  # type: ignore[no-any-return]
 
 
-def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
+def with_fixed_margins(picture: Picture, panels: Sequence[Axes], rows: int = 1) -> None:
     """Lay out stacked panels, with a legend above each, by margins that are known beforehand.
 
     For figures that are drawn while a training waits: it takes half the time of a layout that measures every text, and
@@ -211,14 +294,17 @@ def with_fixed_margins(picture: Picture, panels: Sequence[Axes]) -> None:
     Args:
         picture: Made by `new_picture` without a measured layout, with everything drawn.
         panels: Its panels.
+        rows: How many rows the key of the first panel has.
 
     """
     width, height = picture.get_size_inches()
-    above = _ABOVE + (0.3 if picture.get_suptitle() else 0.0)
+    above = _ABOVE + (0.3 if picture.get_suptitle() else 0.0) + _ROW * max(rows - 1, 0)
     picture.subplots_adjust(
         left=_LEFT / width, right=1 - _RIGHT / width, bottom=_BELOW / height, top=1 - above / height, hspace=0.35
     )
     for panel in panels:
+        if panel is picture.given:
+            continue  # which has margins of its own
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_minor_locator(NullLocator())
         panel.yaxis.set_label_coords((0.2 - _LEFT) / (width - _LEFT - _RIGHT), 0.5)
@@ -246,23 +332,29 @@ def curve(panel: Axes, steps: Any, values: Any, **options: Any) -> Line2D:
     return line
 
 
-def key(panel: Axes, **options: Any) -> None:
-    """The legend above the panel, where it covers no data, in a row if it fits; none where nothing has a name."""
+def key(panel: Axes, **options: Any) -> int:
+    """The legend above the panel, where it covers no data, in a row if it fits; none where nothing has a name.
+
+    Returns:
+        How many rows it has.
+
+    """
     handles = options.get("handles", panel.get_legend_handles_labels()[0])
     if not handles:
-        return
+        return 0
     figure, grid = panel.get_figure(root=True), panel.get_gridspec()
     # In points, 72 to the inch, without the 0.9 inch that the labels of the axis take at the left.
     room = 72 * ((figure.get_figwidth() if figure else WIDTH) - 0.9) / (grid.ncols if grid else 1)
     columns = next((n for n in range(len(handles), 1, -1) if _width_of_key(handles, n) < room), 1)
     panel.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), ncols=columns, **options)
+    return -(-len(handles) // columns)
 
 
 def _width_of_key(handles: Sequence[Any], columns: int) -> float:
     """About how wide a legend of so many columns is, in points: an entry has its text, a line and gaps."""
     # Estimated: the true width is known after drawing, and laying a figure out takes half a second. A letter is about
-    # 0.6 of the font size wide.
-    widths = [TICK_SIZE * (0.6 * len(str(handle.get_label())) + 4.0) for handle in handles]
+    # 0.5 of the font size wide.
+    widths = [TICK_SIZE * (0.52 * len(str(handle.get_label())) + 4.0) for handle in handles]
     return float(sum(max(column) for column in np.array_split(widths, columns)))
 
 
@@ -348,6 +440,8 @@ def colour_bar(
 ) -> None:
     """The key of a colour map at the side of the panels."""
     mappable = ScalarMappable(Normalize(low, high), IN_TIME)
+    if picture.given is not None:
+        panels = picture.given
     bar = picture.colorbar(mappable, ax=panels, aspect=30, **{"pad": 0.02, "shrink": 0.95, **options})
     linear_axis(bar.ax, "y", whole=whole)
     bar.set_label(label)

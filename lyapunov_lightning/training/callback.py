@@ -3,18 +3,19 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.curvature.arguments import made_of
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fault_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
 from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
-from lyapunov_lightning.training.config import Data, HessianConfig
+from lyapunov_lightning.training.config import Data, HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
 from lyapunov_lightning.training.fsdp import put_away
@@ -29,7 +30,7 @@ from lyapunov_lightning.training.lightning_names import (
 from lyapunov_lightning.training.reporting.files import RunFiles
 from lyapunov_lightning.training.reporting.recording import Charts, Record, Recorder
 from lyapunov_lightning.training.reporting.series import SeriesFile
-from lyapunov_lightning.training.results import Result, Results
+from lyapunov_lightning.training.results import Result, ResultList, Results
 from lyapunov_lightning.training.schedule import Schedule, ScheduleState
 from lyapunov_lightning.training.sharded.vector_states import (
     VERSION,
@@ -42,6 +43,8 @@ from lyapunov_lightning.training.sharded.vector_states import Stateful as Statef
 from lyapunov_lightning.training.sharing import EigenRequest, SearchStart, SharedMeasurements, Step
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lyapunov_lightning.figures import Picture
 
 Figures = dict[str, "Callable[[], Picture]"]
@@ -58,8 +61,8 @@ class CurvatureCallback(Callback):
 
     Args:
         every_n_steps: Measure at the first opportunity after every n optimizer steps.
-        schedule: Any other schedule.
-        hessian: Which Hessian.
+        schedule: Any other schedule, or a mapping of its fields.
+        hessian: Which Hessian, or a mapping of its fields.
         log_prefix: Put in front of every tag.
         data: On which data the callback measures, where `hessian` leaves this open.
         method: How products are computed, for a callback that leaves no choice.
@@ -87,8 +90,8 @@ class CurvatureCallback(Callback):
     def __init__(
         self,
         every_n_steps: int | None,
-        schedule: Schedule | None,
-        hessian: HessianConfig,
+        schedule: ScheduleLike | None,
+        hessian: HessianLike,
         log_prefix: str | None,
         *,
         data: Data = "fixed",
@@ -100,10 +103,9 @@ class CurvatureCallback(Callback):
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if not isinstance(hessian, HessianConfig):
-            raise ValueError(f"`hessian` should be a HessianConfig, got {hessian!r}.")
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise ValueError(f"`schedule` should be a Schedule, got {schedule!r}.")
+        hessian = made_of(HessianConfig, "hessian", hessian)
+        if schedule is not None:
+            schedule = made_of(Schedule, "schedule", schedule)
         if every_n_steps is not None:
             if schedule is not None:
                 raise ValueError("`every_n_steps` is itself a schedule, so `schedule` should be None.")
@@ -128,11 +130,32 @@ class CurvatureCallback(Callback):
         self._space: VectorSpace | None = None
         self._is_restored = False
         self._is_examined = False
+        self._is_set_up = False
         self._wrong: list[str] = []
 
     @property
-    def results(self) -> list[Any]:
-        """What was measured so far: one frozen result for each measurement, in very long runs for every second one."""
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses equal keys when the Trainer is made, with an error that does not know the remedy. Until
+        # `setup`, which does, and before which no state is saved or restored, no two are equal.
+        return self._key if self._is_set_up else f"{self._key} {id(self)}"
+
+    @property
+    def _key(self) -> str:
+        return self._generate_state_key(**self.identity, log_prefix=self._log_prefix)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the callback from others of its class in a checkpoint, besides its prefix."""
+        return {}
+
+    @property
+    def results(self) -> ResultList[Any]:
+        """What was measured so far: one frozen result for each measurement, in very long runs for every second one.
+
+        ``results.to_pandas()`` is a table of them.
+
+        """
         return self._results.items
 
     @property
@@ -159,14 +182,21 @@ class CurvatureCallback(Callback):
         """
         raise NotImplementedError
 
-    def plot(self, name: str | None = None) -> "Picture":
+    @overload
+    def plot(self, name: str | None = None, *, ax: None = None) -> "Picture": ...
+
+    @overload
+    def plot(self, name: str | None = None, *, ax: "Axes") -> "Axes": ...
+
+    def plot(self, name: str | None = None, *, ax: "Axes | None" = None) -> "Picture | Axes":
         """Draw what was measured so far.
 
         Args:
             name: Which of the callback's figures, for a callback that has several; the first one if None.
+            ax: Axes of Matplotlib on which to draw the first panel of the figure alone; a new figure if None.
 
         Returns:
-            A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it.
+            A matplotlib Figure. ``.save("picture")`` writes it as PNG and SVG; a notebook shows it. With `ax` these.
 
         Raises:
             MeasurementError: If nothing that could be drawn was measured yet.
@@ -182,7 +212,13 @@ class CurvatureCallback(Callback):
         name = next(iter(figures)) if name is None else name
         if name not in figures:
             raise ValueError(f"`name` should be one of {', '.join(figures)}, got {name!r}.")
-        return figures[name]()
+        if ax is None:
+            return figures[name]()
+        from lyapunov_lightning.figures import drawn_on
+
+        with drawn_on(ax):
+            figures[name]()
+        return ax
 
     def charts(self) -> Charts:
         """The curves that belong on one chart, for TensorBoard's custom scalars."""
@@ -205,9 +241,17 @@ class CurvatureCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Here as well as in `on_train_start`: what is wrong with the strategy is then said before it moves, wraps or
         # shards the model.
+        self._is_set_up = True
+        peers = _peers(trainer)
+        twin = next((peer for peer in peers if peer is not self and peer._key == self._key), None)
+        if twin is not None:
+            name = type(self).__name__
+            raise MisconfigurationException(
+                f"Two `{name}` of this Trainer would log under the same tags and share one state in checkpoints. Give"
+                f" one of them a `log_prefix` of its own, such as `{name}(log_prefix='second')`."
+            )
         if stage == "fit":
             check_objective(type(self).__name__, trainer, pl_module, self.config)
-            peers = _peers(trainer)
             check_files({id(peer): (type(peer).__name__, peer._recorder.files) for peer in peers}.values())
             if peers[0] is self:
                 announce(trainer, [peer._description(trainer) for peer in peers])

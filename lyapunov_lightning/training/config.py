@@ -1,14 +1,14 @@
 """What is measured and when: values that can be compared, shared and written in YAML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lyapunov_lightning.curvature.arguments import check_choice, check_int
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.training.schedule import Schedule
 
-__all__ = ["Data", "HessianConfig", "LossFn", "Mode", "Schedule"]
+__all__ = ["Data", "HessianConfig", "HessianLike", "LossFn", "Mode", "Schedule", "ScheduleLike"]
 
 Data = Literal["batch", "fixed"]
 Mode = Literal["train", "eval"]
@@ -27,8 +27,8 @@ class HessianConfig:
             gives them, the same throughout. None is the callback's default: ``"batch"`` for `CurvatureProbe` and
             `QuasiNewtonLRController`, ``"fixed"`` for the others.
         num_batches: Size of the fixed data in batches, for each rank.
-        fraction: Size of the fixed data as a share of an epoch's batches, if `num_batches` is not given. None is 0.05
-            for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.
+        fraction: Size of the fixed data as a share of an epoch's batches, in place of `num_batches`. If neither is
+            given it is 0.05 for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.
         mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss. None is ``"train"`` for the
             callbacks and ``"eval"`` for `lyapunov_lightning.measure`.
         method: How Hessian-vector products are computed: ``"double_backward"`` and ``"forward_over_reverse"`` are
@@ -51,7 +51,7 @@ class HessianConfig:
             there is one warning with the reason, and products are plain. For exact products whose graphs are kept.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or contradicts another one.
 
     Example::
 
@@ -87,7 +87,8 @@ class HessianConfig:
         if self.fraction is not None and (
             isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)) or not 0 < self.fraction <= 1
         ):
-            raise ValueError(f"`fraction` should be in (0, 1], got {self.fraction}.")
+            raise ValueError(f"`fraction` should be in (0, 1], got {self.fraction!r}.")
+        self._check_size()
         for name in ("loss_fn", "batch_size_fn"):
             function = getattr(self, name)
             if function is not None and not callable(function):
@@ -110,10 +111,32 @@ class HessianConfig:
             method: How products are computed, whatever the user chose; no change if None.
 
         """
+        data = self.data or data
+        has_size = self.num_batches is not None or self.fraction is not None
         return replace(
             self,
-            data=self.data or data,
-            fraction=self.fraction if self.fraction is not None else fraction,
+            data=data,
+            fraction=self.fraction if has_size or data == "batch" else fraction,
             mode=self.mode or mode,
             method=method or self.method,
         )
+
+    def _check_size(self) -> None:
+        """Make sure that there is one size of the data at most, and that it is of data that have one."""
+        given = {"num_batches": self.num_batches, "fraction": self.fraction}
+        sizes = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if len(sizes) == 2:
+            raise ValueError(f"`num_batches` and `fraction` are two sizes of the same data, got {' and '.join(sizes)}.")
+        if sizes and self.data == "batch":
+            raise ValueError(
+                f"`{sizes[0]}` is a size of fixed data, and `data='batch'` is the batch of the step. Use"
+                " `data='fixed'`, or leave the size out."
+            )
+
+
+if TYPE_CHECKING:
+    HessianLike: TypeAlias = HessianConfig | Mapping[str, Any]
+    ScheduleLike: TypeAlias = Schedule | Mapping[str, Any]
+else:
+    # A command line reads the annotations: of a dataclass it knows the fields, and names a misspelt one.
+    HessianLike, ScheduleLike = HessianConfig, Schedule

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 _MOST_KEPT = 10_000
@@ -43,6 +44,44 @@ class Result:
 R = TypeVar("R", bound=Result)
 
 
+class ResultList(list[R]):
+    """Results in their order, which can be made a table.
+
+    Example::
+
+        >>> from lyapunov_lightning import CurvatureProbe
+        >>> len(CurvatureProbe().results.to_pandas())  # nothing was measured yet
+        0
+
+    """
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for each result, indexed by the step.
+
+        Its columns are the epoch, and every number under the tag by which it is logged; NaN where it was not measured.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+
+        """
+        pandas = pandas_for("results.to_pandas")
+        rows = [{"epoch": result.epoch, **result.scalars(), **result.table()} for result in self]
+        return pandas.DataFrame(rows, index=pandas.Index([result.step for result in self], name="step"))
+
+
+def pandas_for(owner: str) -> Any:
+    """Pandas, which few need.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, with who needs it and the remedy.
+
+    """
+    try:
+        return import_module("pandas")  # by name, so that type checkers do not ask for it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"`{owner}` needs pandas. Install it with `pip install pandas`.") from error
+
+
 class Results(Generic[R]):
     """The results of a callback in their order, kept across a resume.
 
@@ -53,7 +92,7 @@ class Results(Generic[R]):
 
     def __init__(self, kind: type[R]) -> None:
         self._kind = kind
-        self.items: list[R] = []
+        self.items: ResultList[R] = ResultList()
 
     def add(self, result: R) -> None:
         """Keep a result. Of very many every second one is dropped, so that those kept still span the whole run."""

@@ -53,7 +53,7 @@ class Schedule:
             if value is not None:
                 check_int(name, value, least)
         if self.max_overhead is not None and not 0 < self.max_overhead < 1:
-            raise ValueError(f"`max_overhead` should be in (0, 1), got {self.max_overhead}.")
+            raise ValueError(f"`max_overhead` should be in (0, 1), got {self.max_overhead!r}.")
         object.__setattr__(self, "at_steps", checked_steps("at_steps", self.at_steps))
         if self.thin_to is not None and not (self.every_n_steps and self.thin_to >= self.every_n_steps):
             raise ValueError(
@@ -78,9 +78,9 @@ def checked_steps(name: str, steps: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"`{name}` should be a list of steps, got {steps!r}.")
     for step in steps:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"`{name}` should hold non-negative ints, got {steps}.")
+            raise ValueError(f"`{name}` should hold non-negative ints, got {steps!r}.")
     if len(set(steps)) < len(steps):
-        raise ValueError(f"`{name}` should hold each step once, got {steps}.")
+        raise ValueError(f"`{name}` should hold each step once, got {steps!r}.")
     return tuple(sorted(steps))
 
 

@@ -279,7 +279,7 @@ class SharedMeasurements:
             PeerFailureError: If another rank cannot build its part.
 
         """
-        config = replace(config, data="batch")
+        config = replace(config, data="batch", num_batches=None, fraction=None)
         if batches is None and config in self._shared:
             return self._shared[config].operator
         with failing_together(step.trainer):

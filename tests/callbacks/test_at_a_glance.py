@@ -77,6 +77,7 @@ def test_the_summary_is_said_and_shown_at_the_end(console, tmp_path, lr, kind, s
     [text] = events.Tensors("curvature/summary/text_summary")
     assert sentence in text.tensor_proto.string_val[0].decode()
     assert events.Tags()["images"] == ["curvature/at_a_glance"]
+    assert events.Images("curvature/at_a_glance")[-1].width == 880  # the size for cards
 
 
 def test_the_summary_is_said_though_the_figure_was_drawn_before(console):
@@ -165,6 +166,21 @@ def test_a_run_without_logger_leaves_a_picture_and_says_where(console, tmp_path)
     trained(CurvatureProbe(4, log_prefix="mine"), default_root_dir=tmp_path)
     assert (tmp_path / "mine-curvature-at_a_glance.png").is_file()
     assert f"CurvatureProbe (mine): drawn in {tmp_path}" in console.text
+
+
+@pytest.mark.pictures
+def test_a_further_run_leaves_the_picture_of_an_earlier_one_as_it_was(console, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        recording, "_DRAWING_SHARE", math.inf
+    )  # after each epoch: the pictures of a run replace another
+    trained(CurvatureProbe(4), default_root_dir=tmp_path)
+    first = (tmp_path / "curvature-at_a_glance.png").read_bytes()
+    probe = CurvatureProbe(8)
+    for number in (1, 2):
+        trained(probe, default_root_dir=tmp_path)
+        assert f"drawn in {tmp_path / f'curvature-at_a_glance.{number}.png'}" in console.text
+    assert (tmp_path / "curvature-at_a_glance.png").read_bytes() == first
+    assert len([*tmp_path.glob("*.png")]) == 3
 
 
 def test_an_outlet_that_fails_is_warned_of_and_the_run_goes_on(tmp_path):
@@ -290,6 +306,15 @@ def test_every_callback_has_results_plots_and_says_what_it_is(name):
         figure = callback.plot(figure_name)
         assert isinstance(figure, Figure)
         assert any(panel.lines or panel.collections or panel.patches for panel in figure.axes), figure_name
+        own = Figure().subplots(1, 2)[1]
+        assert callback.plot(figure_name, ax=own) is own
+        assert own.get_ylabel() == figure.axes[0].get_ylabel()
+        assert [len(line.get_xdata()) for line in own.lines] == [len(line.get_xdata()) for line in figure.axes[0].lines]
+        assert own.lines or own.collections
+    table = results.to_pandas()
+    assert [*table.index] == [result.step for result in results]
+    assert table["epoch"].tolist() == [result.epoch for result in results]
+    assert table.iloc[-1].dropna().drop("epoch").to_dict() == {**results[-1].scalars(), **results[-1].table()}
     with pytest.raises(ValueError, match=r"`name` should be one of .*, got 'nonsense'"):
         callback.plot("nonsense")
     assert callback._repr_png_().startswith(b"\x89PNG")

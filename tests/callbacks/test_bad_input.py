@@ -11,12 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
+from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, callbacks
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.checks import check_objective
 from tests.modules import MemoryLogger, SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
@@ -36,8 +36,10 @@ from tests.training_runs import train
             {"every_n_steps": 5, "schedule": Schedule(first_n_steps=3)},
             "`every_n_steps` is itself a schedule, so `schedule` should be None.",
         ),
-        ({"schedule": 5}, "`schedule` should be a Schedule, got 5."),
-        ({"hessian": {"mode": "eval"}}, "`hessian` should be a HessianConfig, got {'mode': 'eval'}."),
+        ({"schedule": 5}, "`schedule` should be a Schedule, or a mapping of its fields, got 5."),
+        ({"hessian": "eval"}, "`hessian` should be a HessianConfig, or a mapping of its fields, got 'eval'."),
+        ({"every_n_steps": "10"}, "`every_n_steps` should be a positive int, got '10'."),
+        ({"tol": "1e-3"}, "`tol` should be a positive float, got '1e-3'."),
         ({"estimator": "arpack"}, "`estimator` should be one of lanczos, lyapunov, power, critical, got 'arpack'."),
         ({"end": "top"}, "`end` should be one of largest, smallest, both, got 'top'."),
         ({"end": None}, "`end` should be one of largest, smallest, both, got None."),
@@ -65,6 +67,26 @@ def test_arguments_are_checked_whichever_the_estimator() -> None:
 
 
 # Modules and trainers.
+
+
+@pytest.mark.parametrize(
+    "name", ["CurvatureProbe", "SpectrumTracker", "NegativeCurvatureTracker", "LossAlongEigvecScanner"]
+)
+def test_two_of_a_kind_without_a_prefix_are_refused_with_the_remedy(name: str) -> None:
+    kind = getattr(callbacks, name)
+    with pytest.raises(MisconfigurationException, match=rf"^Two `{name}`.*`{name}\(log_prefix='second'\)`\.$"):
+        train(SmallRegressor(), kind(1), EarlyStopping("loss"), kind(2), max_steps=1)
+
+
+def test_two_of_a_kind_with_prefixes_keep_their_states_apart(tmp_path: Path) -> None:
+    def two() -> list[CurvatureProbe]:
+        return [CurvatureProbe(2), CurvatureProbe(3, log_prefix="second")]
+
+    first, second = two(), two()
+    train(SmallRegressor(), *first, max_steps=6).save_checkpoint(tmp_path / "end.ckpt")
+    train(SmallRegressor(), *second, max_steps=6, ckpt_path=tmp_path / "end.ckpt")
+    assert [[result.step for result in probe.results] for probe in second] == [[0, 2, 4], [0, 3]]
+
 
 Fit = Callable[..., pl.Trainer]
 

@@ -244,7 +244,7 @@ def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_descent_is_no_flag() -> None:
-    with pytest.raises(ValueError, match=r"^`descent` should be a Descent or None, got True\."):
+    with pytest.raises(ValueError, match=r"^`descent` should be a Descent, or a mapping of its fields, got True\."):
         NegativeCurvatureTracker(descent=True)  # type: ignore[arg-type]
 
 

@@ -380,11 +380,14 @@ def test_there_is_no_figure_of_what_was_not_measured(tmp_path: Path) -> None:
             {"online_schedule": EVERY_STEP},
             "`online_schedule` is of no use with `estimator='lanczos'`. Use 'online'.",
         ),
-        ({"online_schedule": 3, "estimator": "online"}, "`online_schedule` should be a Schedule, got 3."),
+        (
+            {"online_schedule": 3, "estimator": "online"},
+            "`online_schedule` should be a Schedule, or a mapping of its fields, got 3.",
+        ),
         ({"every_n_steps": 3, "schedule": EVERY_STEP}, "`every_n_steps` is itself a schedule"),
         ({"estimator": "oja"}, "`estimator` should be one of lanczos, online, got 'oja'."),
         ({"tol": 0}, "`tol` should be a positive float, got 0."),
-        ({"hessian": {"fraction": 1.0}}, "`hessian` should be a HessianConfig, got {'fraction': 1.0}."),
+        ({"hessian": 1.0}, "`hessian` should be a HessianConfig, or a mapping of its fields, got 1.0."),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

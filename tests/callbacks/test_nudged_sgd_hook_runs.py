@@ -313,12 +313,12 @@ def test_results_are_what_is_logged(tmp_path: Path) -> None:
         ({"gamma": math.inf}, "`gamma` should be a finite non-negative float, got inf."),
         ({"gamma": math.nan}, "`gamma` should be a finite non-negative float, got nan."),
         ({"gamma": True}, "`gamma` should be a finite non-negative float, got True."),
-        ({"schedule": "epoch"}, "`schedule` should be a Schedule, got 'epoch'."),
+        ({"schedule": "epoch"}, "`schedule` should be a Schedule, or a mapping of its fields, got 'epoch'."),
         ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
         ({"variant": "top"}, "`variant` should be one of nudge, top_only, no_top, got 'top'."),
         ({"frozen": "yes"}, "`frozen` should be a bool, got 'yes'."),
         ({"tol": 0}, "`tol` should be a positive float, got 0."),
-        ({"hessian": {}}, "`hessian` should be a HessianConfig, got {}."),
+        ({"hessian": []}, "`hessian` should be a HessianConfig, or a mapping of its fields, got []."),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -415,7 +415,7 @@ trainer:
     cli = LightningCLI(SmallRegressor, args=arguments, run=False, save_config_callback=None)
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, NudgedSGDHook))
     assert first.schedule == Schedule(every_n_epochs=1)
-    assert first.config == HessianConfig("fixed", 3, fraction=0.05, mode="eval")
+    assert first.config == HessianConfig("fixed", 3, mode="eval")
     assert (first._k, first._inside, first._outside, first._frozen) == (2, 0.0, 1.0, False)
     assert second.schedule == Schedule(every_n_steps=20, first_n_steps=5)
     assert second.config == HessianConfig("fixed", fraction=0.05, mode="train")

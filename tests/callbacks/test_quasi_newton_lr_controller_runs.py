@@ -121,7 +121,7 @@ def test_states_of_the_first_version_are_read(rule: str) -> None:
 def test_order_and_company_of_the_callbacks_do_not_matter(rule: str, estimator: str) -> None:
     def outcome(order: Sequence[int], with_readers: bool) -> tuple[Tensor, dict[int, float]]:
         acting: list[Callback] = [
-            QuasiNewtonLRController(rule=rule, hessian=HALF),
+            QuasiNewtonLRController(rule=rule),
             NudgedSGDHook(k=2, gamma=0.1, hessian=HALF),
             NegativeCurvatureTracker(3, 1, estimator=estimator, descent=Descent(), hessian=HALF),
             EarlyStopping("quasi_newton/learning_rate", patience=1000, check_on_train_epoch_end=True),
@@ -295,11 +295,11 @@ trainer:
     cli = LightningCLI(SmallRegressor, args=arguments, run=False, save_config_callback=None)
     first, second = (found for found in cli.trainer.callbacks if isinstance(found, QuasiNewtonLRController))
     assert first.schedule == Schedule(every_n_steps=3)
-    assert first.config == HessianConfig("batch", fraction=0.05, mode="eval", method="finite_difference")
+    assert first.config == HessianConfig("batch", mode="eval", method="finite_difference")
     assert first._steering.pace.bounds == LRBounds(max_lr=0.5, window=20)
     assert first._rule_name == "inverse_sharpness"
     assert second.schedule == Schedule(every_n_steps=10, first_n_steps=20)
-    assert second.config == HessianConfig("batch", fraction=0.05, mode="train")
+    assert second.config == HessianConfig("batch", mode="train")
     assert second._steering.pace.bounds == LRBounds()
 
 
@@ -311,7 +311,7 @@ trainer:
     [
         ({"rule": "newton"}, "`rule` should be one of along_update, inverse_sharpness, got 'newton'."),
         ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
-        ({"bounds": {"max_lr": 1.0}}, "`bounds` should be LRBounds, got {'max_lr': 1.0}."),
+        ({"bounds": 1.0}, "`bounds` should be a LRBounds, or a mapping of its fields, got 1.0."),
         ({"annealing": 1.1}, "`annealing` should be in [0, 1], got 1.1."),
         ({"annealing": math.nan}, "`annealing` should be in [0, 1], got nan."),
     ],

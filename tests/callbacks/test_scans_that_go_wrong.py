@@ -151,7 +151,7 @@ def test_optimizer_without_a_learning_rate_is_told_of(tmp_path: Path) -> None:
         ({"units": "metres"}, "`units` should be one of gradient, norm, got 'metres'"),
         ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0"),
         ({"every_n_steps": 2, "schedule": Schedule(every_n_steps=2)}, "`every_n_steps` is itself a schedule"),
-        ({"hessian": {"mode": "eval"}}, "`hessian` should be a HessianConfig"),
+        ({"hessian": "eval"}, "`hessian` should be a HessianConfig"),
         ({"tol": 0}, "`tol` should be a positive float, got 0"),
     ],
 )

@@ -2,8 +2,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from lyapunov_lightning.figures import sharpness_figure, stability_ratio_figure
+from lyapunov_lightning.figures import curvature_fit_figure, sharpness_figure, stability_ratio_figure
+from lyapunov_lightning.figures.style import sized_for_cards
 from tests.figures.looking import check_picture
 
 STEPS = list(range(0, 200, 10))
@@ -25,8 +27,8 @@ def test_all_of_a_run():
     )
     check_picture(picture)
     upper, lower = picture.axes
-    assert labels(upper) == ["top curvature", "stability limit", "went above the limit again"]
-    assert [text.get_text() for text in upper.texts] == ["meets the limit at step 90"]
+    assert labels(upper) == ["top curvature", "stability limit", "above it again", "meets it at step 90"]
+    assert not upper.texts  # which would lie on the curves
     assert dots(upper) == [(90, 5.0)]
     assert upper.get_ylim()[0] == 0
     assert (upper.get_yscale(), lower.get_yscale()) == ("linear", "log")
@@ -62,6 +64,53 @@ def test_the_axis_is_logarithmic_where_the_values_span_far():
     assert sharpness_figure([0, 1], [0.1, 2.0], [2.0, 2.0]).axes[0].get_yscale() == "linear"
     assert sharpness_figure([0, 1], [0.1, 2.0], [20.0, 20.0]).axes[0].get_yscale() == "log"
     assert sharpness_figure([0, 1], [-0.1, 2.0], [20.0, 20.0]).axes[0].get_yscale() == "linear"
+
+
+def shade(panel):
+    """The corners of what is shaded."""
+    return np.concatenate([path.vertices for shaded in panel.collections for path in shaded.get_paths()])
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["linear", "logarithmic"])
+def test_the_shade_stays_between_the_curve_and_its_limit_on_any_axis(spread):
+    steps = np.arange(0.0, 200, 10)
+    values = 5 * np.exp(np.log(2 * spread) * np.sin(steps / 25))
+    # A ratio of eigenvalues that were measured some steps before lies beside the curve.
+    picture = sharpness_figure(
+        steps, values, [5.0] * 20, stability_ratio=np.roll(values, 2) / 5, learning_rate=[0.1] * 20,
+        learning_rate_limit=0.5 / values,
+    )  # fmt: skip
+    upper, lower = picture.axes
+    assert upper.get_yscale() == ("linear" if spread == 1 else "log")
+    scaled = np.log if spread > 1 else np.asarray
+    corners = shade(upper)
+    assert (
+        scaled(corners[:, 1]) <= np.maximum(np.interp(corners[:, 0], steps, scaled(values)), scaled(5)) + 1e-9
+    ).all()
+    assert (corners[:, 1] >= 5 - 1e-9).all()
+    assert corners[:, 1].max() > 6
+    scaled = np.log if lower.get_yscale() == "log" else np.asarray
+    corners = shade(lower)
+    assert (corners[:, 1] <= 0.1 + 1e-9).all()
+    assert (
+        scaled(corners[:, 1]) >= np.minimum(np.interp(corners[:, 0], steps, scaled(0.5 / values)), scaled(0.1)) - 1e-9
+    ).all()
+
+
+def test_on_a_card_texts_are_large_enough_to_be_read():
+    limits = [0.5 / value for value in RISING]
+    with sized_for_cards():
+        picture = sharpness_figure(
+            STEPS, RISING, [5.0] * 20, batch_sharpness=[value / 2 for value in RISING], losses=LOSS, met_at=90,
+            crossings=[120], learning_rate=[0.1] * 20, learning_rate_limit=limits, title="A run",
+        )  # fmt: skip
+        of_two_columns = curvature_fit_figure(torch.ones(2, 2), {"0.1": torch.ones(2, 2), "1": torch.ones(2, 2)})
+    dots_of_a_text = 9 / 72 * picture.get_dpi()
+    assert dots_of_a_text * 350 / (picture.get_figwidth() * picture.get_dpi()) >= 9.9  # pixels in TensorBoard's card
+    check_picture(picture)
+    check_picture(of_two_columns)
+    assert of_two_columns.get_figwidth() > 7
+    assert sharpness_figure([0], [1.0], [2.0]).get_figwidth() == 7
 
 
 def test_without_a_limit_nothing_is_drawn_of_it():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lyapunov_lightning import figures
-from lyapunov_lightning.figures import Picture, eigenvalues_figure, sharpness_figure
+from lyapunov_lightning.figures import Picture, drawn_on, eigenvalues_figure, loss_surface_figure, sharpness_figure
 from lyapunov_lightning.figures.style import COLOURS, _apart, curve, floats, house_style, key, new_picture, rank_names
 from tests.figures.looking import check_picture, draw
 
@@ -136,6 +136,34 @@ def test_the_key_takes_as_many_rows_as_it_needs():
         key(panel)
     check_picture(panel.get_figure())
     check_picture(picture)
+
+
+def test_axes_of_ones_own_get_the_first_panel_and_nothing_else_changes():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    place, minor = right.get_position().bounds, type(right.xaxis.get_minor_locator())
+    with drawn_on(right):
+        sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0], losses=([0, 1, 2], [2.0, 1.0, 0.5]), title="T")
+    alone = sharpness_figure([0, 10, 20], [1.0, 3.0, 4.1], [4.0, 4.0, 4.0]).axes[0]
+    assert [line.get_label() for line in right.lines] == [line.get_label() for line in alone.lines]
+    assert (right.get_xlabel(), right.get_ylabel()) == ("step", "curvature")
+    assert (right.get_position().bounds, type(right.xaxis.get_minor_locator())) == (place, minor)
+    assert figure.axes == [left, right]
+    assert not left.lines
+    draw(figure)
+    assert sharpness_figure([0, 10], [1.0, 3.0], [4.0, 4.0]).axes[0] is not right  # once the block is over
+
+
+def test_axes_that_are_none_are_refused():
+    surface = ([float(t) for t in range(6)], [-1, 0, 1], torch.ones(6, 3), torch.arange(6.0))
+    with pytest.raises(ValueError, match="`ax` should have three dimensions"), drawn_on(Figure().subplots()):
+        loss_surface_figure(*surface)
+    space = Figure().add_subplot(projection="3d")
+    with drawn_on(space):
+        loss_surface_figure(*surface)
+    assert len(space.lines) == 6
+    with pytest.raises(ValueError, match="`ax` should be Axes of Matplotlib, got 3"), drawn_on(3):
+        pass
 
 
 def test_there_is_no_key_without_names():

@@ -2,8 +2,10 @@
 
 import io
 import math
+import sys
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from lyapunov_lightning.training import results
@@ -24,6 +26,12 @@ def test_results_go_through_a_checkpoint():
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert second.items == first.items
+
+
+def test_a_table_without_pandas_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"`results.to_pandas` needs pandas. .* `pip install pandas`"):
+        Results(Found).items.to_pandas()
 
 
 def test_a_very_long_run_stays_in_view(monkeypatch):

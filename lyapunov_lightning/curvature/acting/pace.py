@@ -63,11 +63,11 @@ class LRBounds:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr < math.inf:
-            raise ValueError(f"`min_lr` should be a finite non-negative float, got {self.min_lr}.")
+            raise ValueError(f"`min_lr` should be a finite non-negative float, got {self.min_lr!r}.")
         if not self.min_lr < self.max_lr:
-            raise ValueError(f"`min_lr` should be below `max_lr`, got {self.min_lr} and {self.max_lr}.")
+            raise ValueError(f"`min_lr` should be below `max_lr`, got {self.min_lr!r} and {self.max_lr}.")
         if not self.max_growth > 1:
-            raise ValueError(f"`max_growth` should be above 1, got {self.max_growth}.")
+            raise ValueError(f"`max_growth` should be above 1, got {self.max_growth!r}.")
         check_int("window", self.window, least=1)
 
 

@@ -111,7 +111,7 @@ class HessianOperator(MeanOperator):
         if method not in get_args(Method):
             raise ValueError(f"`method` should be one of {', '.join(get_args(Method))}, got {method!r}.")
         if step is not None and not step > 0:
-            raise ValueError(f"`step` should be a positive float, got {step}.")
+            raise ValueError(f"`step` should be a positive float, got {step!r}.")
         super().__init__(parameters, max_graph_bytes, reduce)
         batches = list(batches)
         if not isinstance(loss, Objective):

@@ -38,7 +38,7 @@ class MeanOperator(SymmetricOperator):
 
     def __init__(self, parameters: Any, max_graph_bytes: int, reduce: Callable[[Tensor], None] | None) -> None:
         if max_graph_bytes < 0:
-            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes}.")
+            raise ValueError(f"`max_graph_bytes` should be a non-negative int, got {max_graph_bytes!r}.")
         self.parameters, names = parameters_of(parameters)
         layout = FlatLayout(self.parameters)
         # On the device of the parameters: NCCL sums tensors on its own devices only.

@@ -188,7 +188,9 @@ def lanczos(
     if max_matvecs is None:
         max_matvecs = 100 + 50 * target.count
     elif max_matvecs < target.count:
-        raise ValueError(f"`max_matvecs` should be at least `largest + smallest` = {target.count}, got {max_matvecs}.")
+        raise ValueError(
+            f"`max_matvecs` should be at least `largest + smallest` = {target.count}, got {max_matvecs!r}."
+        )
     capacity = _capacity(space, target, max_basis_vectors, max_basis_bytes)
     generator = torch.Generator().manual_seed(seed)
     with space.together():
@@ -251,7 +253,7 @@ def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None,
         if max_basis_vectors < target.count + 2:
             raise ValueError(
                 f"`max_basis_vectors` should be at least `largest + smallest + 2` = {target.count + 2},"
-                f" got {max_basis_vectors}."
+                f" got {max_basis_vectors!r}."
             )
         return min(max_basis_vectors, space.size)
     return least_basis_vectors(space, target.largest, target.smallest, max_basis_bytes)

@@ -135,7 +135,7 @@ class LyapunovIteration:
 
         """
         if self._map == "sgd" and not lr > 0:
-            raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
+            raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr!r}.")
         space = space_like(gradient_here) if space is None else space
         q = self._perturbation_like(gradient_here, space)
         # One-sided, as the paper defines the exponent by the growth of one perturbation; a central difference would
@@ -326,7 +326,7 @@ class LyapunovSpectrum:
         self, num_perturbations: int, *, map: LyapunovMap = "ascent", delta_q: float = 5e-2, seed: int = 0
     ) -> None:
         if num_perturbations < 1:
-            raise ValueError(f"`num_perturbations` should be a positive int, got {num_perturbations}.")
+            raise ValueError(f"`num_perturbations` should be a positive int, got {num_perturbations!r}.")
         _check_perturbation(map, delta_q)
         self._count = num_perturbations
         self._map = map
@@ -360,7 +360,7 @@ class LyapunovSpectrum:
 
         """
         if self._map == "sgd" and not lr > 0:
-            raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr}.")
+            raise ValueError(f"`lr` should be a positive float for the map 'sgd', got {lr!r}.")
         space = space_like(gradient_here) if space is None else space
         directions = self._directions(gradient_here, space)
         step = self.beta if self._map == "ascent" else -lr
@@ -482,4 +482,4 @@ def _check_perturbation(map: LyapunovMap, delta_q: float) -> None:
     if map not in ("ascent", "sgd"):
         raise ValueError(f"`map` should be 'ascent' or 'sgd', got {map!r}.")
     if not delta_q > 0:
-        raise ValueError(f"`delta_q` should be a positive float, got {delta_q}.")
+        raise ValueError(f"`delta_q` should be a positive float, got {delta_q!r}.")

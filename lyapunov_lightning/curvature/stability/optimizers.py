@@ -67,7 +67,7 @@ class Stability:
 
         """
         if not 0 < agreement <= 1:
-            raise ValueError(f"`agreement` should be in (0, 1], got {agreement}.")
+            raise ValueError(f"`agreement` should be in (0, 1], got {agreement!r}.")
         # Groups whose momenta differ have no metric in common for all agreements. Each is compared with its own limit
         # in the classical metric, and the smallest limit counts, which is on the safe side.
         limits = (ratio * map.limit(agreement, self.decay) for map, ratio in self.maps)

@@ -68,13 +68,13 @@ class SpectralDensity:
 
         """
         if num_points < 4:
-            raise ValueError(f"`num_points` should be an int of at least 4, got {num_points}.")
+            raise ValueError(f"`num_points` should be an int of at least 4, got {num_points!r}.")
         low, high = float(self.nodes.min()), float(self.nodes.max())
         if width is None:
             span = high - low or max(abs(high), 1.0) * 1e-3
             width = 4 * span / max(num_points - 43, 1)
         elif not 0 < width < math.inf:
-            raise ValueError(f"`width` should be a positive float, got {width}.")
+            raise ValueError(f"`width` should be a positive float, got {width!r}.")
         step = (high - low + 10 * width) / (num_points - 3)
         reach = 5 * width + step
         grid = torch.linspace(low - reach, high + reach, num_points, dtype=torch.float64)
@@ -126,7 +126,7 @@ def spectral_density(
     """
     check_probes(num_probes)
     if num_steps < 1:
-        raise ValueError(f"`num_steps` should be a positive int, got {num_steps}.")
+        raise ValueError(f"`num_steps` should be a positive int, got {num_steps!r}.")
     space = space_of(operator)
     generator = torch.Generator().manual_seed(seed)
     with space.together():

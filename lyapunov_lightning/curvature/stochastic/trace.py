@@ -272,4 +272,4 @@ def check_probes(num_probes: int) -> None:
 
     """
     if num_probes < 2:
-        raise ValueError(f"`num_probes` should be an int of at least 2, got {num_probes}.")
+        raise ValueError(f"`num_probes` should be an int of at least 2, got {num_probes!r}.")

@@ -81,7 +81,7 @@ class OnlineEigenpair:
 
     def __init__(self, cycle: int = 4, seed: int = 0) -> None:
         if isinstance(cycle, bool) or not isinstance(cycle, int) or cycle < _SHORTEST_CYCLE:
-            raise ValueError(f"`cycle` should be an int of at least {_SHORTEST_CYCLE}, got {cycle}.")
+            raise ValueError(f"`cycle` should be an int of at least {_SHORTEST_CYCLE}, got {cycle!r}.")
         self._cycle = cycle
         self._seed = seed
         self._rows: Tensor | None = None

@@ -61,6 +61,11 @@ def sweep(folder: Path, pattern: str) -> None:
         left.unlink(missing_ok=True)
 
 
+def unused(path: Path) -> Path:
+    """The path itself where nothing is there yet, else its `free_name`."""
+    return free_name(path) if path.exists() or path.is_symlink() else path
+
+
 def free_name(path: Path) -> Path:
     """The first of ``NAME.1.csv``, ``NAME.2.csv``, ... that is not taken."""
     number = 1

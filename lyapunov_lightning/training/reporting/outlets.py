@@ -21,8 +21,8 @@ _TextOutlet = Callable[[Any, str, str, int], None]
 
 
 def show_figure(
-    trainer: Trainer, tag: str, figure: "Figure", step: int, folder: Path, guard: Guard = nullcontext
-) -> Path | None:
+    trainer: Trainer, tag: str, figure: "Figure", step: int, path: Path, guard: Guard = nullcontext
+) -> bool:
     """Hand a figure to every logger that takes figures; write it to a file if no logger does, or all of them fail.
 
     Args:
@@ -30,11 +30,11 @@ def show_figure(
         tag: Its name, ``group/name``.
         figure: The figure.
         step: The step at which it is shown.
-        folder: The folder of the file.
+        path: The file, which replaces that of an earlier step.
         guard: Makes a context in which each of the loggers may fail.
 
     Returns:
-        The file, if one was written: ``group-name.png``, which replaces that of an earlier step.
+        Whether the file was written.
 
     """
     outlets = [(outlet, logger) for logger in trainer.loggers if (outlet := _outlet(logger, _FIGURES)) is not None]
@@ -43,11 +43,14 @@ def show_figure(
         with guard():
             outlet(logger, tag, figure, step)
             is_shown = True
-    if is_shown:
-        return None
-    path = folder / f"{tag.replace('/', '-')}.png"
-    write_figure(figure, path)
-    return path
+    if not is_shown:
+        write_figure(figure, path)
+    return not is_shown
+
+
+def takes_figures(trainer: Trainer) -> bool:
+    """Whether a logger shows figures."""
+    return any(_outlet(logger, _FIGURES) is not None for logger in trainer.loggers)
 
 
 def write_figure(figure: "Figure", path: Path) -> None:

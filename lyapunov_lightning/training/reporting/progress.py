@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.operators.watched import WatchedOperator
@@ -125,18 +125,18 @@ class _TqdmBar(_Bar):
         kind: The class of the bar.
         process_position: Where the trainer's own bars begin, as for ``TQDMProgressBar``.
         description: The label of the bar.
+        file: The stream.
 
     """
 
-    def __init__(self, kind: Any, process_position: int, description: str) -> None:
+    def __init__(self, kind: Any, process_position: int, description: str, file: TextIO) -> None:
         self._bar = kind(
             desc=description,
             unit=" products",
             position=2 * process_position + 1,  # Lightning's own bars have the line above it
             leave=False,
             dynamic_ncols=True,
-            # Where Lightning writes its own bars: on two streams the positions of the lines would not fit together.
-            file=sys.stdout,
+            file=file,
         )
 
     def show(self, count: int) -> None:
@@ -152,9 +152,11 @@ def _open_bar(trainer: Trainer, description: str, alone: bool) -> _Bar:
     if isinstance(own, either("callbacks.RichProgressBar")) and own.is_enabled and own.progress is not None:
         return _RichBar(own.progress, description)
     if isinstance(own, either("callbacks.TQDMProgressBar")) and own.is_enabled:
-        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description)
+        # Where Lightning writes its own bars: on two streams the positions of the lines would not fit together.
+        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description, sys.stdout)
     if alone and own is None and trainer.is_global_zero:
-        return _TqdmBar(_kind_of_bar(trainer), 0, description)
+        # Beside no other bar: what is printed on the output is then the result alone, and can go to a file.
+        return _TqdmBar(_kind_of_bar(trainer), 0, description, sys.stderr)
     return _Bar()
 
 

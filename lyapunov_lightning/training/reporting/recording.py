@@ -7,7 +7,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 from lyapunov_lightning.curvature.errors import PeerFailureError
 from lyapunov_lightning.training.lightning_names import Trainer, either, rank_zero_info, rank_zero_only
 from lyapunov_lightning.training.reporting.backlog import Backlog
-from lyapunov_lightning.training.reporting.files import RunFiles
-from lyapunov_lightning.training.reporting.outlets import show_figure, show_text
+from lyapunov_lightning.training.reporting.files import RunFiles, unused
+from lyapunov_lightning.training.reporting.outlets import show_figure, show_text, takes_figures
 from lyapunov_lightning.training.reporting.series import SeriesFile
 from lyapunov_lightning.training.reporting.telling import described, warn
 from lyapunov_lightning.training.results import Result
@@ -91,7 +91,7 @@ class Recorder:
         self._folder = Path()
         self._backlogs: defaultdict[int, Backlog[tuple[dict[str, float], int]]] = defaultdict(Backlog)
         self._started, self._drawing_seconds, self._next_seconds = 0.0, 0.0, _FIRST_DRAWING_SECONDS
-        self._pictures: list[Path] = []
+        self._pictures: dict[str, Path] = {}  # by their tags
 
     def start(self, trainer: Trainer, *, is_first: bool = True) -> None:
         """Begin a run: open the files, and warn of a run that has no logger.
@@ -102,7 +102,7 @@ class Recorder:
 
         """
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks have to ask together
-        self._started, self._drawing_seconds, self._pictures = time.perf_counter(), 0.0, []
+        self._started, self._drawing_seconds, self._pictures = time.perf_counter(), 0.0, {}
         self._backlogs.clear()
         for files in self.files if trainer.is_global_zero else []:
             with self._writing():
@@ -211,11 +211,12 @@ class Recorder:
         with self._showing():
             functions = figures()
         for name, drawn in (functions or {}).items():
-            with self._showing():
+            with self._showing(), _size(trainer):
                 tag = f"{self._prefix}{self._group}/{name}"
-                path = show_figure(trainer, tag, drawn(), _logged_step(trainer), self._folder, self._showing)
-                if path is not None and path not in self._pictures:
-                    self._pictures.append(path)
+                # That of this run, if it has one: the picture of an earlier run stays.
+                path = self._pictures.get(tag) or unused(self._folder / f"{tag.replace('/', '-')}.png")
+                if show_figure(trainer, tag, drawn(), _logged_step(trainer), path, self._showing):
+                    self._pictures[tag] = path
                 num_shown += 1
         self._next_seconds = time.perf_counter() - started  # about what the next one takes
         self._drawing_seconds += self._next_seconds
@@ -257,7 +258,7 @@ class Recorder:
                 " the callback's `results`."
             )
         if self._pictures:
-            self.say(f"drawn in {', '.join(map(str, self._pictures))}")
+            self.say(f"drawn in {', '.join(map(str, self._pictures.values()))}")
 
     def say(self, text: str) -> None:
         """Say something on the console of the first rank."""
@@ -363,6 +364,16 @@ class Recorder:
                 torch.cuda.empty_cache()  # or blocks of its sizes would stay reserved, and the training fail
         except Exception:  # memory has run out, even for the sentence
             warn("A measurement failed, and training goes on without it. There was no memory to say why.")
+
+
+def _size(trainer: Trainer) -> AbstractContextManager[None]:
+    """For the small cards of loggers where one takes figures, and for a file where none does."""
+    if not takes_figures(trainer):
+        return nullcontext()
+    # Here: Matplotlib takes long to import, and a run may draw nothing.
+    from lyapunov_lightning.figures.style import sized_for_cards
+
+    return sized_for_cards()
 
 
 def _log(logger: Any, entry: tuple[dict[str, float], int]) -> None:

@@ -471,7 +471,7 @@ class WithHooks(Learner):
 
 @pytest.mark.parametrize("data", ["batch", "fixed"])
 def test_transfer_hooks_are_applied_once_to_every_batch(fit, data):
-    probe_data = ProbeData(HessianConfig(data, fraction=1.0))
+    probe_data = ProbeData(HessianConfig(data, fraction=1.0 if data == "fixed" else None))
     raw = torch.stack([Numbered(4)[index] for index in range(4)])
 
     def check(trainer: pl.Trainer, module: Learner, batch: Any, batch_idx: int) -> None:

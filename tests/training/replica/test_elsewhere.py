@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lyapunov_lightning import CurvatureProbe, HessianConfig
+from lyapunov_lightning import CurvatureProbe
 from lyapunov_lightning.training.replica import elsewhere
 from tests.training.live import RememberingLogger
 
@@ -212,7 +212,7 @@ MENDED = [
 @pytest.mark.parametrize("use", MENDED)
 def test_training_goes_on_with_its_own_objects_and_all_is_measured(use):
     plain, expected, _ = trained(use, [])
-    probe = CurvatureProbe(2, hessian=HessianConfig(num_batches=2))
+    probe = CurvatureProbe(2)
     module, parameters, said = trained(use, [probe])
     assert said == []
     assert all(torch.equal(one, other) for one, other in zip(expected, parameters, strict=True))
@@ -224,7 +224,7 @@ def test_training_goes_on_with_its_own_objects_and_all_is_measured(use):
 @pytest.mark.parametrize("use", [in_an_array, in_a_generator])
 def test_what_cannot_be_taken_back_is_as_good_as_the_original_and_nothing_more_is_measured(use):
     plain, expected, _ = trained(use, [])
-    probe = CurvatureProbe(2, hessian=HessianConfig(num_batches=2))
+    probe = CurvatureProbe(2)
     module, parameters, said = trained(use, [probe])
     assert all(torch.equal(one, other) for one, other in zip(expected, parameters, strict=True))
     assert module.thing.calls == plain.thing.calls

@@ -1,6 +1,5 @@
 """Figures and texts reach every logger that takes them, and a file where none does."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +60,7 @@ def trainer() -> Any:
 def test_tensorboard_shows_both(trainer, tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer.loggers = [logger]
-    assert show_figure(trainer, "curvature/at_a_glance", picture(), 7, tmp_path / "files") is None
+    assert show_figure(trainer, "curvature/at_a_glance", picture(), 7, tmp_path / "files" / "one.png") is False
     show_text(trainer, "curvature/summary", "All is well.", 8)
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir, {"images": 0, "tensors": 0}).Reload()
@@ -95,7 +94,7 @@ def test_services_get_both_in_their_own_way(trainer, tmp_path, kind, figure_call
     logger = without_service(kind)
     trainer.loggers = [logger]
     figure = picture()
-    assert show_figure(trainer, "curvature/at_a_glance", figure, 7, tmp_path) is None
+    assert show_figure(trainer, "curvature/at_a_glance", figure, 7, tmp_path / "one.png") is False
     show_text(trainer, "curvature/summary", "All is well.", 8)
     (name, arguments, options), said = logger.client.made
     shown = tuple("the figure" if argument is figure else argument for argument in arguments)
@@ -112,9 +111,9 @@ def test_services_get_both_in_their_own_way(trainer, tmp_path, kind, figure_call
 def test_a_file_is_written_where_no_logger_takes_figures(trainer, tmp_path, loggers):
     folder = tmp_path / "run"
     trainer.loggers = {"none": [], "csv": [CSVLogger(tmp_path)], "unknown": [RememberingLogger()]}[loggers]
-    path = show_figure(trainer, "curvature/at_a_glance", picture(), 7, folder)
-    assert path == folder / "curvature-at_a_glance.png"
-    assert show_figure(trainer, "curvature/at_a_glance", picture(), 9, folder) == path
+    path = folder / "curvature-at_a_glance.png"
+    assert show_figure(trainer, "curvature/at_a_glance", picture(), 7, path) is True
+    assert show_figure(trainer, "curvature/at_a_glance", picture(), 9, path) is True
     assert list(folder.iterdir()) == [path]
     assert path.read_bytes().startswith(b"\x89PNG")
     show_text(trainer, "curvature/summary", "All is well.", 8)  # has no place to go, and is said on the console
@@ -124,6 +123,6 @@ def test_a_file_is_written_where_no_logger_takes_figures(trainer, tmp_path, logg
 def test_a_logger_that_takes_figures_leaves_no_file_beside_one_that_does_not(trainer, tmp_path):
     service = without_service(CometLogger)
     trainer.loggers = [CSVLogger(tmp_path), service]
-    assert show_figure(trainer, "a/b", picture(), 0, Path(tmp_path) / "files") is None
+    assert show_figure(trainer, "a/b", picture(), 0, tmp_path / "files" / "one.png") is False
     assert len(service.client.made) == 1
     assert not (tmp_path / "files").exists()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.operators.watched import WatchedOperator
-from lyapunov_lightning.training.lightning_names import Callback, in_library_of
+from lyapunov_lightning.training.lightning_names import Callback
 from lyapunov_lightning.training.reporting import progress as progress_module
 from lyapunov_lightning.training.reporting.progress import progress
 
@@ -267,12 +267,19 @@ def test_nothing_is_shown_in_the_first_two_seconds(fit, library, rich_bar, monke
     capsys.readouterr()
 
 
-def test_standard_output_is_looked_up_when_the_bar_opens(library, monkeypatch):
-    """A bar that is bound to the output of import time would escape redirection."""
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", stream)
-    kind = in_library_of(library.Trainer(accelerator="cpu", logger=False), "callbacks.progress.tqdm_progress.Tqdm")
-    bar = progress_module._TqdmBar(kind, 0, "CurvatureProbe")
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_bar_goes_to_the_stream_of_the_moment(library, monkeypatch, alone):
+    """Beside the trainer's own to the output, as they do, and without one to the error stream."""
+    streams = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+    for name, stream in streams.items():  # a bar that is bound to the stream of import time would escape redirection
+        monkeypatch.setattr(sys, name, stream)
+    own = [] if alone else [library.callbacks.TQDMProgressBar()]
+    trainer = library.Trainer(
+        accelerator="cpu", logger=False, callbacks=own, enable_progress_bar=not alone, enable_model_summary=False
+    )
+    bar = progress_module._open_bar(trainer, "CurvatureProbe", alone)
     bar.show(1)
     bar.close()
-    assert "CurvatureProbe" in stream.getvalue()
+    assert [name for name, stream in streams.items() if "CurvatureProbe" in stream.getvalue()] == [
+        "stderr" if alone else "stdout"
+    ]
