@@ -210,10 +210,11 @@ PUBLIC = {
     " LineScan LineSearch LinearOperator LyapunovEstimate LyapunovIteration LyapunovSpectrum"
     " LyapunovSpectrumEstimate MeasurementError Moments NonFiniteCurvatureError OnlineEigenpair"
     " OnlineEstimate OperatorCheck PeerFailureError QuadraticFit SpectralDensity SymmetricOperator Window"
-    " check_operator first_minimum lanczos power_iteration quadratic_fit scan_line spectral_density"
+    " check_operator conjugate_gradient first_minimum lanczos power_iteration quadratic_fit scan_line spectral_density"
     " stochastic_moments",
     "curvature.diagnosis": "Diagnosis Reading diagnose loss_spikes",
     "curvature.errors": "CurvatureWarning MeasurementError NonFiniteCurvatureError",
+    "curvature.solvers": "InverseProduct NonPositiveDirection conjugate_gradient",
     "curvature.stability": "Stability stability_of",
     "curvature.tracking": "ExtremeTracker",
     "figures": "Picture alignment_figure curvature_fit_figure density_figure eigenvalues_figure"

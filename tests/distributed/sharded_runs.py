@@ -26,7 +26,13 @@ from lyapunov_lightning import (
     measure,
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-from lyapunov_lightning.curvature import lanczos, power_iteration, spectral_density, stochastic_moments
+from lyapunov_lightning.curvature import (
+    conjugate_gradient,
+    lanczos,
+    power_iteration,
+    spectral_density,
+    stochastic_moments,
+)
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.checks import check_objective
 from lyapunov_lightning.training.fsdp import put_away
@@ -328,6 +334,8 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     pairs = lanczos(operator, largest=3, smallest=2, tol=tol)
     vectors = torch.stack([space.whole(row) for row in pairs.vectors])
     moments = stochastic_moments(operator, num_probes=4, known=pairs)
+    damping = 1 + float(pairs.values.abs().max())
+    inverse = conjugate_gradient(operator, direction, damping=damping, tol=1e-3)
     return {
         "products": torch.stack([space.whole(operator.matvec(d)) for d in (direction, pairs.vectors[0])]),
         "direction": space.whole(direction),
@@ -339,6 +347,7 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
         "after few products": lanczos(operator, largest=3, smallest=2, max_matvecs=FEW).values,
         "vectors": vectors,
         "power": power_iteration(operator, tol=1e-1).values,
+        "inverse": (space.whole(inverse.solution), damping, inverse.residual, inverse.converged),
         "trace": (moments.trace.value, moments.frobenius_norm.value),
         "density": spectral_density(operator, num_probes=2, num_steps=6).nodes,
         "components": operator.mean_over_batches(

@@ -105,6 +105,17 @@ def test_estimates_over_the_spectrum_come_from_the_random_vectors_of_one_process
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+def test_inverse_products_have_the_residual_that_they_say(numbers, name):
+    found, hessian, tolerance = numbers[0][name]["found"], one_process(numbers, name), TOLERANCE.get(name, 1e-10)
+    solution, damping, residual, converged = found["inverse"]
+    b, solution = found["direction"].double(), solution.double()
+    true = float((b - hessian @ solution - damping * solution).norm())
+    assert converged
+    assert residual <= 1e-3 * float(b.norm())
+    assert true == pytest.approx(residual, abs=tolerance * damping * float(solution.norm()))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_gradients_of_the_batches_are_averaged_over_the_ranks(numbers, name):
     found, hessian = numbers[0][name]["found"], one_process(numbers, name)
     vectors = found["vectors"][:2].double()
