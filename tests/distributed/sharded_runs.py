@@ -33,6 +33,7 @@ from lyapunov_lightning.curvature import (
     spectral_density,
     stochastic_moments,
 )
+from lyapunov_lightning.curvature.directions.plane import Plane
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.checks import check_objective
 from lyapunov_lightning.training.fsdp import put_away
@@ -76,7 +77,15 @@ CALLBACKS: dict[str, Any] = {
     "negative": lambda: NegativeCurvatureTracker(2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8),
     "descent": lambda: NegativeCurvatureTracker(2, 1, hessian=STEP, descent=Descent(0.1, 0.05), tol=1e-8),
     "scanner": lambda: LossAlongEigvecScanner(
-        2, random=1, hessian=FIXED, tol=1e-8, units="norm", points=5, scales=[1.0], sgd_steps=[1.0]
+        2,
+        random=1,
+        hessian=FIXED,
+        tol=1e-8,
+        units="norm",
+        points=5,
+        scales=[1.0],
+        sgd_steps=[1.0],
+        plane=Plane("random", points=3),
     ),
     "controller": lambda: QuasiNewtonLRController(),
     "inverse_sharpness": lambda: QuasiNewtonLRController(rule="inverse_sharpness"),
@@ -327,6 +336,9 @@ def looked_at(rank: int, look: Any, module: Any = None, **options: Any) -> dict[
 FEW = 10
 """Products of a search that is broken off, before its values are those of any search."""
 
+PLANE = [(0.01, 0.0), (-0.01, 0.2)]
+"""Points on the plane of a random direction and the first eigenvector."""
+
 
 def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     space = operator.space
@@ -342,6 +354,7 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
         "gradient": space.whole(operator.gradient()),
         "displaced gradient": space.whole(operator.gradient(0.01 * direction)),
         "values": operator.values_along(direction, [0.0, 0.01, -0.02]),
+        "plane": operator.values_along(torch.stack([direction, pairs.vectors[0]]), PLANE),
         "value": operator.value(0.01 * direction),
         "pairs": (pairs.values, pairs.residuals, bool(pairs.converged.all())),
         "after few products": lanczos(operator, largest=3, smallest=2, max_matvecs=FEW).values,

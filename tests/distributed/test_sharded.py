@@ -71,6 +71,7 @@ def test_products_gradients_and_losses_are_those_of_one_process(numbers, name):
     assert close(found["gradient"], hessian.gradient(), tolerance)
     assert close(found["displaced gradient"], hessian.gradient(0.01 * direction), tolerance)
     assert close(found["values"], hessian.values_along(direction, [0.0, 0.01, -0.02]), tolerance)
+    assert close(found["plane"], hessian.values_along(torch.stack([direction, first]), runs.PLANE), tolerance)
     assert found["value"] == pytest.approx(hessian.value(0.01 * direction), rel=tolerance)
 
 
