@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from scipy.optimize import minimize_scalar
@@ -323,6 +324,17 @@ def test_the_plane_keeps_the_first_eigenvectors_and_the_training_walks_on_it(tmp
 def test_planes_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossAlongEigvecScanner(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("written", "plane"),
+    [("random", Plane("random")), ({"directions": "gradient", "points": 11}, Plane("gradient", 11)), (None, None)],
+)
+def test_in_a_configuration_a_plane_is_a_name_or_a_mapping(written: Any, plane: Plane | None) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(LossAlongEigvecScanner, "scanner")
+    made = parser.instantiate_classes(parser.parse_object({"scanner": {"plane": written}})).scanner
+    assert made._plane == plane
 
 
 def test_the_table_has_what_is_logged_and_further_numbers(tmp_path: Path) -> None:
