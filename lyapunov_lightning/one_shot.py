@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lyapunov_lightning.curvature.arguments import check_int, made_of
+from lyapunov_lightning.curvature.directions.plane import (
+    Plane,
+    PlaneDirections,
+    ScannedPlane,
+    as_plane,
+    plane_axes,
+    scan_plane,
+)
 from lyapunov_lightning.curvature.directions.scanning import Direction, noisy_start, parameter_norm, scan_direction
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.linear import LinearOperator
@@ -56,6 +64,7 @@ def measure(
     smallest: int = 0,
     density: bool = False,
     lines: int = 0,
+    plane: Plane | PlaneDirections | None = None,
     hessian: HessianLike | None = None,
     ckpt_path: str | None = None,
     trainer: Trainer | None = None,
@@ -74,6 +83,8 @@ def measure(
         smallest: How many of the smallest.
         density: Whether to estimate the density of all eigenvalues too, for 320 products.
         lines: Along how many eigenvectors of each end to evaluate the loss.
+        plane: A plane to evaluate the loss on, at 441 points by default: ``"eigenvectors"``, the first two of those
+            that are asked for; ``"gradient"`` with the first one; ``"random"``; or a `Plane`.
         hessian: Which Hessian, or a mapping of its fields. By default that of all of the data in evaluation mode, so
             without dropout.
         ckpt_path: A checkpoint whose weights are measured in place of the module's.
@@ -103,8 +114,11 @@ def measure(
     check_int("largest", largest, least=0)
     check_int("smallest", smallest, least=0)
     check_int("lines", lines, least=0)
-    if largest + smallest == 0 and not density:
-        raise ValueError("`largest` and `smallest` should not both be 0 where no `density` is asked for.")
+    over = as_plane(plane)
+    if largest + smallest == 0 and not density and over is None:
+        raise ValueError("`largest` and `smallest` should not both be 0 where no `density` or `plane` is asked for.")
+    if over is not None:
+        over.check_eigenvectors(largest + smallest)
     if not isinstance(module, either("LightningModule")):
         raise TypeError(f"`module` should be a LightningModule, got {type(module).__name__}.")
     config = HessianConfig() if hessian is None else made_of(HessianConfig, "hessian", hessian)
@@ -127,7 +141,7 @@ def measure(
         copier.memo.note(module._trainer, None)
     twin = copier(module)
     twin.predict_step = _predict_nothing  # Lightning asks for one, or for a `forward`
-    once = _Once(data, config, largest, smallest, density, lines, twin)
+    once = _Once(data, config, largest, smallest, density, lines, over, twin)
     try:
         with _alone(trainer, once):
             # Not `fit`, which would make optimizers and train, and not `validate` or `test`, for which the module may
@@ -165,6 +179,7 @@ class _Once(Callback):
         smallest: int,
         density: bool,
         lines: int,
+        plane: Plane | None,
         module: Any,
     ) -> None:
         super().__init__()
@@ -173,6 +188,7 @@ class _Once(Callback):
         self._largest, self._smallest = largest, smallest
         self._density = density
         self._lines = lines
+        self._plane = plane
         self._modes = {inner: inner.training for inner in module.modules()}
         self._started = time.perf_counter()
         self.result: SpectrumResult | None = None
@@ -224,6 +240,7 @@ class _Once(Callback):
             num_batches=num_batches,
             density=spectrum,
             lines=lines,
+            plane=self._over_plane(hessian, gradient, pairs),
             matvecs=hessian.num_matvecs,
             seconds=time.perf_counter() - self._started,
         )
@@ -272,6 +289,16 @@ class _Once(Callback):
                 improvement=search.improvement if search.bracketed else None,
             )
         return found
+
+    def _over_plane(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> ScannedPlane | None:
+        """The loss over a plane, if one is asked for."""
+        if self._plane is None:
+            return None
+        names = direction_names(self._largest, self._smallest)
+        axes = plane_axes(
+            hessian, self._plane.directions, pairs=pairs, names=names, gradient=gradient, seed=self._config.seed
+        )
+        return scan_plane(hessian, axes, self._plane)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.directions.plane import ScannedPlane
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
 from lyapunov_lightning.training.reporting.files import replaced
 from lyapunov_lightning.training.results import pandas_for
@@ -62,6 +63,7 @@ class SpectrumResult:
         num_batches: On how many batches was measured, all ranks together.
         density: The distribution of all eigenvalues, if asked for.
         lines: The loss along eigenvectors: ``"1"`` ... of the upper end, ``"min_1"`` ... of the lower end.
+        plane: The loss over a plane, if asked for.
         matvecs: Hessian-vector products spent.
         seconds: Wall-clock time spent on all of it.
 
@@ -81,6 +83,7 @@ class SpectrumResult:
     num_batches: int
     density: SpectralDensity | None = None
     lines: Mapping[str, ScannedLine] = field(default_factory=dict)
+    plane: ScannedPlane | None = None
     matvecs: int = 0
     seconds: float = 0.0
 
@@ -128,6 +131,12 @@ class SpectrumResult:
             if line.minimum is not None and line.improvement is not None:
                 depth = f"a minimum lies {line.minimum:.3g} away, {line.improvement:.3g} below"
             lines += [*([""] if name == next(iter(self.lines)) else []), f"along {name}: {depth}"]
+        if self.plane is not None:
+            first, second = self.plane.names
+            lines += [
+                "",
+                f"over the plane of {first} and {second}: the lowest loss lies {self.plane.improvement:.3g} below",
+            ]
         spent = f"{_counted(self.matvecs, 'Hessian-vector product')}, {self.seconds:.2g} seconds"
         return "\n".join([*lines, "", spent])
 
@@ -168,6 +177,21 @@ class SpectrumResult:
             title=f"{self.module}, loss {self.loss:.4g}",
         )
 
+    def plot_plane(self, *, surface: bool = False) -> "Picture":
+        """Draw the loss over the plane, as contours or as a surface.
+
+        Raises:
+            ValueError: If none was measured.
+
+        """
+        from lyapunov_lightning.figures import plane_contour_figure, plane_surface_figure
+
+        if self.plane is None:
+            raise ValueError("No plane was measured. Ask for one, such as `measure(..., plane='random')`.")
+        draw = plane_surface_figure if surface else plane_contour_figure
+        plane = self.plane
+        return draw(plane.coordinates, plane.losses, plane.names, title=f"{self.module}, loss over a plane")
+
     def to_pandas(self) -> Any:
         """The eigenvalues as a ``pandas.DataFrame`` with one row each, indexed by their names: ``1`` ..., ``min_1`` ...
 
@@ -183,9 +207,10 @@ class SpectrumResult:
         """Write all of it to a file that `load` reads. The file is a dictionary, which ``torch.load`` can read too."""
         # Plain dictionaries and tensors: ``torch.load(weights_only=True)`` refuses classes, and without it a file from
         # elsewhere could run code.
-        state = {name: value for name, value in vars(self).items() if name not in ("density", "lines")}
+        state = {name: value for name, value in vars(self).items() if name not in ("density", "lines", "plane")}
         state["density"] = None if self.density is None else vars(self.density)
         state["lines"] = {name: asdict(line) for name, line in self.lines.items()}
+        state["plane"] = None if self.plane is None else vars(self.plane)
         with replaced(Path(path)) as partial:
             torch.save(state, partial)
 
@@ -204,7 +229,9 @@ class SpectrumResult:
             _check_tensors(state)
             density = None if state["density"] is None else SpectralDensity(**state["density"])
             lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
-            result = cls(**{**state, "density": density, "lines": lines})
+            kept = state.get("plane")  # which files of before there were planes lack
+            plane = None if kept is None else ScannedPlane(**kept)
+            result = cls(**{**state, "density": density, "lines": lines, "plane": plane})
             result._check()
         except OSError:
             raise
@@ -228,6 +255,8 @@ class SpectrumResult:
         for line in self.lines.values():
             if not line.distances.ndim == 1 or not line.distances.shape == line.losses.shape == line.model.shape:
                 raise ValueError("a line has unequal numbers of distances and losses")
+        if self.plane is not None and self.plane.losses.shape != 2 * self.plane.coordinates.shape:
+            raise ValueError("a plane has other numbers of coordinates and losses")
 
     def _names(self) -> list[str]:
         return direction_names(self.num_largest, len(self.values) - self.num_largest)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from examples import edge_under_noise, edge_whatever_the_batch, stories
+from examples import edge_under_noise, edge_whatever_the_batch, influence, stories
 from examples.data import Cifar10, Digits
 from examples.gauss_newton import drawn, half_squares, measured
 from lyapunov_lightning import callbacks
@@ -75,6 +75,38 @@ def test_ends_of_the_hessian_and_its_relatives_are_those_of_the_dense_matrices()
     assert [found.rest_min, found.rest] == pytest.approx(rest, rel=1e-2)
     assert found.rest_min < found.hessian_min < 0
     assert len(drawn([found, found], "Twice").axes) == 2
+
+
+def test_the_influence_of_a_sample_is_that_of_retraining_without_it() -> None:
+    """Ridge regression: without sample i the minimum moves by its influence over 1 - hᵢ, hᵢ being its leverage."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.randn(40, width, generator=generator, dtype=torch.float64) for width in (4, 1))
+    test = (torch.randn(9, 4, generator=generator, dtype=torch.float64), torch.zeros(9, 1, dtype=torch.float64))
+    objective = influence.Objective(
+        lambda weights, samples: (samples[0] @ weights - samples[1]).square().sum(dim=1) / 2, (inputs, targets), 0.1
+    )
+
+    def minimum(without: int | None = None) -> torch.Tensor:
+        kept = torch.ones(40, 1, dtype=torch.float64)
+        kept[without if without is not None else [], 0] = 0
+        matrix = inputs.T @ (kept * inputs) / 40 + 0.1 * torch.eye(4, dtype=torch.float64)
+        return torch.linalg.solve(matrix, inputs.T @ (kept * targets) / 40)
+
+    weights = objective.fitted(torch.zeros(4, 1, dtype=torch.float64))
+    assert torch.allclose(weights, minimum(), atol=1e-9)
+    rises, found = influence.influences(objective, weights, test)
+    assert found.converged
+    inverse = torch.linalg.inv(inputs.T @ inputs / 40 + 0.1 * torch.eye(4, dtype=torch.float64))
+    leverages = ((inputs @ inverse) * inputs).sum(dim=1) / 40
+    slope = test[0].T @ (test[0] @ minimum()) / 9
+    moves = torch.cat([minimum(index) - minimum() for index in range(40)], dim=1)
+    assert torch.allclose(rises / (1 - leverages), (slope.T @ moves)[0], rtol=1e-6, atol=1e-12)
+    # The fit without a sample comes to the closed form, and the test loss moves as was predicted, but for the leverage.
+    few = range(6)
+    changes = influence.retrained(objective, weights, test, few)
+    before, *after = (float(objective.losses(minimum(index), test).mean()) for index in (None, *few))
+    assert changes == pytest.approx([loss - before for loss in after], abs=1e-9)
+    assert changes == pytest.approx(rises[:6].tolist(), rel=0.2, abs=0.1 * float(rises.abs().max()))
 
 
 @pytest.mark.parametrize("agreement", edge_under_noise.AGREEMENTS)

@@ -211,15 +211,17 @@ PUBLIC = {
     " LineScan LineSearch LinearOperator LyapunovEstimate LyapunovIteration LyapunovSpectrum"
     " LyapunovSpectrumEstimate MeasurementError Moments NonFiniteCurvatureError OnlineEigenpair"
     " OnlineEstimate OperatorCheck PeerFailureError QuadraticFit SpectralDensity SymmetricOperator Window"
-    " check_operator first_minimum lanczos power_iteration quadratic_fit scan_line spectral_density"
+    " check_operator conjugate_gradient first_minimum lanczos power_iteration quadratic_fit scan_line spectral_density"
     " stochastic_moments",
     "curvature.diagnosis": "Diagnosis Reading diagnose loss_spikes",
     "curvature.errors": "CurvatureWarning MeasurementError NonFiniteCurvatureError",
+    "curvature.solvers": "InverseProduct NonPositiveDirection conjugate_gradient",
     "curvature.stability": "Stability stability_of",
     "curvature.tracking": "ExtremeTracker",
     "figures": "Picture alignment_figure curvature_fit_figure density_figure eigenvalues_figure"
     " expected_change_figure frozen_figure improvement_figure learning_rate_figure loss_profiles_figure"
-    " loss_surface_figure negative_figure optimal_step_figure sharpness_figure spectrum_overview_figure"
+    " loss_surface_figure negative_figure optimal_step_figure plane_contour_figure plane_surface_figure"
+    " sharpness_figure spectrum_overview_figure"
     " stability_ratio_figure subspace_figure",
     "training.callback": "CurvatureCallback",
     "training.config": "HessianConfig Schedule",

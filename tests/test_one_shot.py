@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lyapunov_lightning import HessianConfig, SpectrumResult, measure
+from lyapunov_lightning.curvature.directions.plane import Plane
 from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from tests.modules import (
@@ -56,6 +57,41 @@ class Partial(SmallRegressor):
 def test_a_batch_whose_loss_is_not_finite_fails_the_measurement() -> None:
     with pytest.raises(NonFiniteCurvatureError):
         measure(Partial(), regression_loader(24))
+
+
+def test_the_loss_over_a_plane_is_that_at_its_points_and_is_saved(tmp_path: Any) -> None:
+    module = SmallRegressor()
+    inputs, targets, _ = regression_data().tensors
+    found = measure(module, regression_loader(), largest=2, plane=Plane("eigenvectors", points=3, reach=0.2))
+    plane = found.plane
+    assert plane is not None
+    assert plane.names == ("1", "2")
+    start = nn.utils.parameters_to_vector(module.parameters()).detach()
+    for i, x in enumerate(plane.coordinates.tolist()):
+        for j, y in enumerate(plane.coordinates.tolist()):
+            moved = copy.deepcopy(module).eval()
+            place = start + start.norm() * (x * found.vectors[0] + y * found.vectors[1])
+            nn.utils.vector_to_parameters(place, moved.parameters())
+            with torch.no_grad():
+                loss = nn.functional.mse_loss(moved(inputs), targets)
+            assert float(plane.losses[i, j]) == pytest.approx(float(loss), rel=1e-5)
+    found.save(tmp_path / "found.pt")
+    again = SpectrumResult.load(tmp_path / "found.pt").plane
+    assert again is not None
+    assert torch.equal(again.losses, plane.losses)
+    assert "over the plane of 1 and 2: the lowest loss lies" in found.summary()
+    assert found.plot_plane().axes[0].get_xlabel() == "along eigenvector 1, share of ‖θ‖"
+    assert hasattr(found.plot_plane(surface=True).axes[0], "zaxis")
+
+
+def test_a_plane_needs_no_eigenvalues_and_is_drawn_only_where_there_is_one() -> None:
+    assert (
+        measure(SmallRegressor(), regression_loader(24), largest=0, plane=Plane("random", points=3)).plane is not None
+    )
+    with pytest.raises(ValueError, match="takes 2 eigenvectors"):
+        measure(SmallRegressor(), regression_loader(24), plane="eigenvectors")
+    with pytest.raises(ValueError, match="No plane was measured"):
+        measure(SmallRegressor(), regression_loader(24)).plot_plane()
 
 
 class Stream(IterableDataset):

@@ -56,6 +56,14 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a field is missing": {"loss": ...},
     "no density": {"density": {"nodes": 1}},
     "lines are a list": {"lines": [1, 2]},
+    "a plane with other numbers": {
+        "plane": {
+            "names": ("1", "2"),
+            "coordinates": torch.zeros(3),
+            "losses": torch.zeros(3, 2),
+            "lengths": (1.0, 1.0),
+        }
+    },
 }
 
 

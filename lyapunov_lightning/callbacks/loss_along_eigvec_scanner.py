@@ -12,6 +12,14 @@ from typing_extensions import override
 from lyapunov_lightning.callbacks.results.scan import ScanResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive
 from lyapunov_lightning.curvature.directions.landscape import LineScan, Window
+from lyapunov_lightning.curvature.directions.plane import (
+    Plane,
+    PlaneDirections,
+    ScannedPlane,
+    as_plane,
+    plane_axes,
+    scan_plane,
+)
 from lyapunov_lightning.curvature.directions.scanning import (
     SURFACE,
     Direction,
@@ -27,6 +35,7 @@ from lyapunov_lightning.curvature.directions.scanning import (
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.stability import learning_rate
+from lyapunov_lightning.curvature.tracking.fixed_plane import FixedPlane
 from lyapunov_lightning.figures import (
     curvature_fit_figure,
     expected_change_figure,
@@ -34,11 +43,14 @@ from lyapunov_lightning.figures import (
     loss_profiles_figure,
     loss_surface_figure,
     optimal_step_figure,
+    plane_contour_figure,
+    plane_surface_figure,
 )
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, non_default
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.reporting.recording import Charts
 from lyapunov_lightning.training.results import Row, finite
+from lyapunov_lightning.training.sharded.vector_states import Stateful
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
 _GRADIENT_BATCHES = 10
@@ -101,6 +113,9 @@ class LossAlongEigvecScanner(CurvatureCallback):
         units: The unit of the scales: ``"gradient"`` for the gradient's component as in the paper, ``"norm"`` for
             distances in parameter space.
         sgd_steps: The multiples ``alpha`` of an SGD step; an empty list to leave out everything in this unit.
+        plane: A plane to evaluate the loss on as well: ``"eigenvectors"``, ``"gradient"`` or ``"random"``, or a
+            `Plane`, which explains them. Its axes are those of the first scan, so that the training leaves a path on
+            it; of the parameters two coordinates a scan are kept.
         tol: Relative residual at which an eigenvalue counts as converged.
         save_dir: Where to write ``scan.csv``, if given.
         log_prefix: Put in front of every tag, so that several scanners live side by side.
@@ -139,6 +154,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         points: int = 11,
         units: Units = "gradient",
         sgd_steps: Sequence[float] = (0.5, 1.0),
+        plane: Plane | PlaneDirections | None = None,
         tol: float = 1e-3,
         save_dir: str | None = None,
         log_prefix: str | None = None,
@@ -147,14 +163,17 @@ class LossAlongEigvecScanner(CurvatureCallback):
         counts = {"largest": largest, "smallest": smallest, "random": random}
         for name, value in counts.items():
             check_int(name, value, least=0)
-        if not any(counts.values()):
-            raise ValueError("`largest`, `smallest` and `random` should not all be 0.")
+        if not any(counts.values()) and plane is None:
+            raise ValueError("`largest`, `smallest` and `random` should not all be 0 where no `plane` is asked for.")
         if isinstance(points, bool) or not isinstance(points, int) or points < 3:
             raise ValueError(f"`points` should be an int of at least 3, got {points!r}.")
         check_choice("units", units, Units)
         check_positive("tol", tol)
         _check_multiples("scales", scales)
         _check_multiples("sgd_steps", sgd_steps)
+        self._plane = as_plane(plane)
+        if self._plane is not None:
+            self._plane.check_eigenvectors(largest + smallest)
         super().__init__(
             every_n_steps,
             schedule,
@@ -169,6 +188,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
         self._points = points
         self._units: Units = units
         self._sgd_steps = tuple(map(float, sgd_steps))
+        self._fixed_plane = FixedPlane()
         self._last: dict[str, DirectionScan] = {}  # for one figure; a resumed run has none before its first scan
 
     @property
@@ -180,6 +200,8 @@ class LossAlongEigvecScanner(CurvatureCallback):
             "random": self._random,
             "scales": self._scales,
             "sgd_steps": self._sgd_steps,
+            # Not where there is none: callbacks without a plane find the state that they had before there were any.
+            **({} if self._plane is None else {"plane": self._plane}),
         }
 
     @override
@@ -197,21 +219,27 @@ class LossAlongEigvecScanner(CurvatureCallback):
         steps = [result.step for result in results]
         # One of each kind: there is a row of panels for each, and twenty directions would make a picture of 54 inches.
         first_of_each = {name: self._last[name] for name in ("1", "min_1", "random_1") if name in self._last}
-        figures: Figures = {
-            "optimal_step": partial(
-                optimal_step_figure, curvatures, _matrix(r.optimal_steps for r in results), steps=steps
-            ),
-            "improvement": partial(
-                improvement_figure, curvatures, _matrix(r.best_improvements for r in results), steps=steps
-            ),
-        }
+        figures: Figures = {}
+        if self._largest + self._smallest + self._random:  # else there is a plane, and no line
+            optimal, improvements = (
+                _matrix(getattr(result, name) for result in results) for name in ("optimal_steps", "best_improvements")
+            )
+            figures["optimal_step"] = partial(optimal_step_figure, curvatures, optimal, steps=steps)
+            figures["improvement"] = partial(improvement_figure, curvatures, improvements, steps=steps)
         if first_of_each:  # in a resumed run from its first scan on
             profiles = {f"{name}: λ = {scan.curvature:.3g}": scan.line.windows for name, scan in first_of_each.items()}
             figures = {"profiles": partial(loss_profiles_figure, profiles), **figures}
-        if self._scales:
+        if self._scales and figures:
             fits = torch.stack([_matrix(result.curvature_fits) for result in results])
             by_scale = {f"{scale:g}": fits[..., place] for place, scale in enumerate(self._scales)}
             figures["curvature_fit"] = partial(curvature_fit_figure, curvatures, by_scale, steps=steps)
+        last = results[-1] if results else None
+        if last is not None and last.plane_losses:
+            coordinates = torch.tensor(last.plane_coordinates, dtype=torch.float64)
+            losses, title = _matrix(last.plane_losses), f"Loss over a plane at step {last.step}"
+            path = path_to(results)
+            figures["plane"] = partial(plane_contour_figure, coordinates, losses, last.plane_axes, path, title=title)
+            figures["plane_surface"] = partial(plane_surface_figure, coordinates, losses, last.plane_axes, title=title)
         # A scan without a learning rate has no surface, and a matrix of rows of two lengths cannot be made.
         with_steps = [result for result in results if result.surface]
         if with_steps:
@@ -249,6 +277,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
                 max_bracket=_MAX_BRACKET,
             )
         self._last = scans
+        plane, position = self._on_plane(hessian, step, pairs, gradient)
         lines = [scan.line for scan in scans.values()]
         # A search that ran into the end of its range has found no minimum, however low the loss is there.
         minima = [line.search if line.search.bracketed else None for line in lines]
@@ -273,7 +302,14 @@ class LossAlongEigvecScanner(CurvatureCallback):
             noise=start.noise,
             residual=float(pairs.residuals.max()) if pairs else None,
             converged=float(pairs.converged.double().mean()) if pairs else None,
-            forward_passes=passes + (in_steps.num_evaluations if in_steps else 0),
+            plane_axes=plane.names if plane else (),
+            plane_coordinates=tuple(plane.coordinates.tolist()) if plane else (),
+            plane_losses=tuple(tuple(map(finite, row)) for row in plane.losses.tolist()) if plane else (),
+            plane_step=self._fixed_plane.step,
+            plane_position=position,
+            forward_passes=passes
+            + (in_steps.num_evaluations if in_steps else 0)
+            + (plane.losses.numel() if plane else 0),
             # A random direction's curvature is one product; an eigenvector's is its eigenvalue.
             matvecs=self._random + (pairs.num_matvecs if pairs else 0),
         )
@@ -281,11 +317,38 @@ class LossAlongEigvecScanner(CurvatureCallback):
     def _directions(self, hessian: LossHessian, pairs: Eigenpairs | None) -> Iterator[tuple[str, Direction]]:
         """The directions to scan, by name, eigenvectors first."""
         if pairs is not None:
-            names = [*map(str, range(1, self._largest + 1)), *(f"min_{i}" for i in range(1, self._smallest + 1))]
-            yield from zip(names, map(Direction, pairs.values.tolist(), pairs.vectors), strict=True)
+            yield from zip(self._eigenvector_names(), map(Direction, pairs.values.tolist(), pairs.vectors), strict=True)
         # The same ones at every scan, drawn from the configured seed: between two scans only the loss has changed.
         for i, direction in enumerate(random_directions(hessian, self._random, self.config.seed), 1):
             yield f"random_{i}", direction
+
+    def _on_plane(
+        self, hessian: LossHessian, step: Step, pairs: Eigenpairs | None, gradient: Tensor
+    ) -> tuple[ScannedPlane | None, tuple[float, ...]]:
+        """The loss over the plane, and where the parameters are on it; None and nothing if there is no plane."""
+        plane = self._plane
+        if plane is None:
+            return None, ()
+        axes = self._fixed_plane.axes(
+            hessian,
+            step.index,
+            lambda: plane_axes(
+                hessian,
+                plane.directions,
+                pairs=pairs,
+                names=self._eigenvector_names(),
+                gradient=gradient,
+                seed=self.config.seed,
+            ),
+        )
+        return scan_plane(hessian, axes, plane), axes.position(hessian)
+
+    def _eigenvector_names(self) -> list[str]:
+        return [*map(str, range(1, self._largest + 1)), *(f"min_{i}" for i in range(1, self._smallest + 1))]
+
+    @override
+    def _stateful(self) -> dict[str, Stateful]:
+        return {**super()._stateful(), **({} if self._plane is None else {"plane": self._fixed_plane})}
 
     def _in_sgd_steps(self, hessian: LossHessian, step: Step, vector: Tensor, loss: float) -> StepScan | None:
         """The loss along a direction in steps of SGD; None if there is no learning rate."""
@@ -307,6 +370,14 @@ class LossAlongEigvecScanner(CurvatureCallback):
         # In units of the gradient's component a direction without slope has no windows, and its row is still as long.
         rows = ({window.scale: finite(read(window)) for window in line.windows} for line in lines)
         return tuple(tuple(row.get(scale) for scale in self._scales) for row in rows)
+
+
+def path_to(results: Sequence[ScanResult]) -> list[tuple[float, float]]:
+    """Where the training was on the plane of its last scan, in coordinates from the last parameters."""
+    last = results[-1]
+    x, y = last.plane_position
+    on_it = [result.plane_position for result in results if result.plane_step == last.plane_step]
+    return [(one - x, other - y) for one, other in on_it]
 
 
 def _check_multiples(name: str, values: Sequence[float]) -> None:

@@ -16,6 +16,7 @@ from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_o
 from lyapunov_lightning.curvature.operators.gauss_newton import EmpiricalFisherOperator, GaussNewtonOperator
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
+from lyapunov_lightning.curvature.solvers.inverse import InverseProduct, NonPositiveDirection, conjugate_gradient
 from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.solvers.lyapunov import (
     LyapunovEstimate,
@@ -42,6 +43,7 @@ __all__ = [
     "Estimate",
     "GaussNewtonOperator",
     "HessianOperator",
+    "InverseProduct",
     "LineScan",
     "LineSearch",
     "LinearOperator",
@@ -52,6 +54,7 @@ __all__ = [
     "MeasurementError",
     "Moments",
     "NonFiniteCurvatureError",
+    "NonPositiveDirection",
     "OnlineEigenpair",
     "OnlineEstimate",
     "OperatorCheck",
@@ -62,6 +65,7 @@ __all__ = [
     "SymmetricOperator",
     "Window",
     "check_operator",
+    "conjugate_gradient",
     "first_minimum",
     "lanczos",
     "power_iteration",

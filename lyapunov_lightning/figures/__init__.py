@@ -13,6 +13,7 @@ from lyapunov_lightning.figures.landscape import (
 )
 from lyapunov_lightning.figures.learning_rate import learning_rate_figure
 from lyapunov_lightning.figures.negative import frozen_figure, negative_figure
+from lyapunov_lightning.figures.plane import plane_contour_figure, plane_surface_figure
 from lyapunov_lightning.figures.spectrum import (
     alignment_figure,
     density_figure,
@@ -38,6 +39,8 @@ __all__ = [
     "loss_surface_figure",
     "negative_figure",
     "optimal_step_figure",
+    "plane_contour_figure",
+    "plane_surface_figure",
     "sharpness_figure",
     "spectrum_overview_figure",
     "stability_ratio_figure",

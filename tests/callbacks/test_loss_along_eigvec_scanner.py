@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from scipy.optimize import minimize_scalar
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from lyapunov_lightning import HessianConfig, LossAlongEigvecScanner, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks import loss_along_eigvec_scanner
+from lyapunov_lightning.callbacks.loss_along_eigvec_scanner import path_to
 from lyapunov_lightning.curvature import HessianOperator
+from lyapunov_lightning.curvature.directions.plane import Plane
 from tests.callbacks.identity import Outcome, assert_identical, train
 from tests.callbacks.scan_runs import Saddle, curve, every_step, fit, tags
 from tests.modules import BusyModule, SmallRegressor, Watcher, dense_hessian, regression_data
@@ -53,6 +56,7 @@ class Reference(Watcher):
             grads = torch.autograd.grad(batch_loss, leaf)
             gradients.append(torch.cat([g.reshape(-1) for g in grads]))
         self.steps[trainer.global_step] = {
+            "place": flat,
             "along": lambda vector, t: float(loss(flat + t * vector)),
             "values": eigenvalues,
             "vectors": vectors.T,
@@ -226,8 +230,21 @@ def run_without(**options: Any) -> Outcome:
         ({"method": "finite_difference"}, WITHOUT_METRICS),
         ({"data": "batch"}, {"precision": "bf16-mixed", **WITHOUT_METRICS}),
         ({"smallest": 0, "scales": (1.0,)}, {"accumulate": 4, **WITHOUT_METRICS}),
+        ({"smallest": 0, "scales": (), "sgd_steps": (), "plane": Plane("gradient", points=3)}, WITHOUT_METRICS),
+        ({"largest": 0, "smallest": 0, "sgd_steps": (), "plane": Plane("random", points=3)}, WITHOUT_METRICS),
     ],
-    ids=["ends", "random", "random-only", "steps-only", "eval", "differences", "bf16", "accumulated"],
+    ids=[
+        "ends",
+        "random",
+        "random-only",
+        "steps-only",
+        "eval",
+        "differences",
+        "bf16",
+        "accumulated",
+        "plane",
+        "filters",
+    ],
 )
 def test_scanner_leaves_the_run_bit_identical(tmp_path: Path, scanner: dict[str, Any], options: dict[str, Any]) -> None:
     own = {"points": 3, "sgd_steps": (1.0,), "tol": 1e-2, "num_batches": 1, "save_dir": str(tmp_path), **scanner}
@@ -240,7 +257,9 @@ def test_scanner_leaves_the_run_bit_identical(tmp_path: Path, scanner: dict[str,
 def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
     def scanner(folder: str) -> LossAlongEigvecScanner:
         schedule = Schedule(every_n_steps=2)
-        return every_step(smallest=0, random=1, scales=(1.0,), schedule=schedule, save_dir=str(tmp_path / folder))
+        plane = Plane("random", points=3)
+        options = {"smallest": 0, "random": 1, "scales": (1.0,), "plane": plane, "schedule": schedule}
+        return every_step(**options, save_dir=str(tmp_path / folder))
 
     straight_scanner, resumed_scanner = scanner("straight"), scanner("resumed")
     straight = fit(tmp_path, straight_scanner, max_epochs=3).logger
@@ -258,6 +277,64 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
     tables = [pd.read_csv(tmp_path / folder / "scan.csv") for folder in ("straight", "resumed")]
     values = [table[table.name != "scan_details/seconds"].reset_index(drop=True) for table in tables]
     pd.testing.assert_frame_equal(*values)
+
+
+def test_the_plane_keeps_the_first_eigenvectors_and_the_training_walks_on_it(tmp_path: Path) -> None:
+    reference = Reference()
+    scanner = every_step(scales=(), sgd_steps=(), plane=Plane("eigenvectors", points=3, reach=0.1))
+    logger = fit(tmp_path, reference, scanner, max_epochs=1).logger
+    results, first = scanner.results, reference.steps[0]
+    axes = [first["vectors"][-1], first["vectors"][0]]
+    place, length = first["place"], float(first["place"].norm())
+    for result in results:
+        known = reference.steps[result.step]
+        assert (result.plane_axes, result.plane_step) == (("1", "min_1"), 0)
+        # An eigenvector may point to either side, so the four corners are compared as a set.
+        corners = [result.plane_losses[i][j] for i in (0, 2) for j in (0, 2)]
+        offsets = [0.1 * length * (x * axes[0] + y * axes[1]) for x in (-1, 1) for y in (-1, 1)]
+        assert sorted(corners) == pytest.approx(sorted(known["along"](offset, 1.0) for offset in offsets), rel=1e-5)
+        assert result.plane_losses[1][1] == pytest.approx(known["along"](axes[0], 0.0), rel=1e-6)
+        walked = torch.stack(axes) @ (known["place"] - place) / length
+        found = [now - then for now, then in zip(result.plane_position, results[0].plane_position, strict=True)]
+        assert [abs(each) for each in found] == pytest.approx(walked.abs().tolist(), abs=1e-6)
+        lowest = min(min(row) for row in result.plane_losses)
+        improvement = logger.curve("scan/plane_improvement")[result.step]
+        assert improvement == pytest.approx(result.plane_losses[1][1] - lowest)
+        assert result.table()["scan/path_1"] == result.plane_position[0]
+    assert results[-1].forward_passes >= 9
+    path = path_to(results)
+    assert path[-1] == (0, 0)
+    drawn = scanner.plot("plane").axes[0].lines[0]
+    assert drawn.get_xydata() == pytest.approx(np.array(path))
+    assert "plane_surface" in scanner.figures()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plane": "sideways"}, "`plane.directions` should be one of"),
+        (
+            {"smallest": 0, "plane": "eigenvectors"},
+            r"takes 2 eigenvectors, and `largest \+ smallest` is 1. Ask for more",
+        ),
+        ({"largest": 0, "smallest": 0, "plane": "gradient"}, "takes 1 eigenvector, and"),
+        ({"largest": 0, "smallest": 0}, "should not all be 0 where no `plane`"),
+    ],
+)
+def test_planes_that_cannot_be_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossAlongEigvecScanner(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("written", "plane"),
+    [("random", Plane("random")), ({"directions": "gradient", "points": 11}, Plane("gradient", 11)), (None, None)],
+)
+def test_in_a_configuration_a_plane_is_a_name_or_a_mapping(written: Any, plane: Plane | None) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(LossAlongEigvecScanner, "scanner")
+    made = parser.instantiate_classes(parser.parse_object({"scanner": {"plane": written}})).scanner
+    assert made._plane == plane
 
 
 def test_the_table_has_what_is_logged_and_further_numbers(tmp_path: Path) -> None:

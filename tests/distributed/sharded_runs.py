@@ -26,7 +26,14 @@ from lyapunov_lightning import (
     measure,
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
-from lyapunov_lightning.curvature import lanczos, power_iteration, spectral_density, stochastic_moments
+from lyapunov_lightning.curvature import (
+    conjugate_gradient,
+    lanczos,
+    power_iteration,
+    spectral_density,
+    stochastic_moments,
+)
+from lyapunov_lightning.curvature.directions.plane import Plane
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.training.checks import check_objective
 from lyapunov_lightning.training.fsdp import put_away
@@ -74,7 +81,16 @@ READING: dict[str, Any] = {
         2, 2, hessian=FIXED, freeze_at=[1], estimator="online", tol=1e-8, **options
     ),
     "scanner": lambda **options: LossAlongEigvecScanner(
-        2, random=1, hessian=FIXED, tol=1e-8, units="norm", points=5, scales=[1.0], sgd_steps=[1.0], **options
+        2,
+        random=1,
+        hessian=FIXED,
+        tol=1e-8,
+        units="norm",
+        points=5,
+        scales=[1.0],
+        sgd_steps=[1.0],
+        plane=Plane("random", points=3),
+        **options,
     ),
 }
 
@@ -340,6 +356,9 @@ PAIRS = {"largest": 2, "smallest": 1}
 FEW = 6
 """Products of a search that is broken off, before its values are those of any search."""
 
+PLANE = [(0.01, 0.0), (-0.01, 0.2)]
+"""Points on the plane of a random direction and the first eigenvector."""
+
 
 def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     space = operator.space
@@ -347,17 +366,21 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     pairs = lanczos(operator, **PAIRS, tol=tol)
     vectors = torch.stack([space.whole(row) for row in pairs.vectors])
     moments = stochastic_moments(operator, num_probes=2, known=pairs)
+    damping = 1 + float(pairs.values.abs().max())
+    inverse = conjugate_gradient(operator, direction, damping=damping, tol=1e-3)
     return {
         "products": torch.stack([space.whole(operator.matvec(d)) for d in (direction, pairs.vectors[0])]),
         "direction": space.whole(direction),
         "gradient": space.whole(operator.gradient()),
         "displaced gradient": space.whole(operator.gradient(0.01 * direction)),
         "values": operator.values_along(direction, [0.0, 0.01, -0.02]),
+        "plane": operator.values_along(torch.stack([direction, pairs.vectors[0]]), PLANE),
         "value": operator.value(0.01 * direction),
         "pairs": (pairs.values, pairs.residuals, bool(pairs.converged.all())),
         "after few products": lanczos(operator, **PAIRS, max_matvecs=FEW).values,
         "vectors": vectors,
         "power": power_iteration(operator, tol=1e-1).values,
+        "inverse": (space.whole(inverse.solution), damping, inverse.residual, inverse.converged),
         "trace": (moments.trace.value, moments.frobenius_norm.value),
         "density": spectral_density(operator, num_probes=2, num_steps=6).nodes,
         "components": operator.mean_over_batches(

@@ -14,6 +14,7 @@ from lyapunov_lightning.curvature import (
     HessianOperator,
     OnlineEigenpair,
     ScaledOperator,
+    conjugate_gradient,
     lanczos,
     power_iteration,
     spectral_density,
@@ -25,7 +26,7 @@ from lyapunov_lightning.curvature.operators.checks import check_operator
 from lyapunov_lightning.curvature.stochastic.trace import stochastic_diagonal
 from lyapunov_lightning.curvature.vectors.ranks import Ranks
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-from tests.distributed.operator_runs import counted_collectives, shards, small_network
+from tests.distributed.operator_runs import counted_collectives, of_network, shards, small_network
 from tests.distributed.ranks import check
 
 SIZE = 24
@@ -106,6 +107,10 @@ def following(operator: Any, steps: int) -> Run:
     return lambda: [running.step(operator) for _ in range(steps)]
 
 
+DAMPING = 2.0
+"""More than the modulus of any negative eigenvalue of the small network's Hessian."""
+
+RIGHT = torch.ones(SIZE, dtype=torch.float64)
 START = torch.ones(2, SIZE).cumsum(dim=1)
 
 SOLVERS: dict[str, tuple[str, Callable[[Any], Run]]] = {
@@ -123,6 +128,11 @@ SOLVERS: dict[str, tuple[str, Callable[[Any], Run]]] = {
     "power for the smallest": (
         "simple",
         lambda operator: lambda: power_iteration(operator, end="smallest", max_matvecs=12),
+    ),
+    "inverse": ("simple", lambda operator: lambda: conjugate_gradient(operator, RIGHT, damping=1.5)),
+    "inverse of an indefinite operator": (
+        "simple",
+        lambda operator: lambda: conjugate_gradient(operator, RIGHT, tol=1e-9),
     ),
     "online": ("simple", lambda operator: following(operator, 12)),
     "density": ("simple", lambda operator: lambda: spectral_density(operator, num_probes=2, num_steps=6)),
@@ -172,6 +182,18 @@ def solver_collectives(rank: int) -> dict[str, Any]:
     return found
 
 
+@check
+def inverse_products(rank: int) -> dict[str, Any]:
+    """Of the damped Hessian of a loss whose data the ranks share unequally, and of the Hessian as it is."""
+    hessian = of_network(shards("unequal", torch.float64)[rank], reduce=dist.all_reduce)
+    b = hessian.gradient()
+    return {
+        "b": b,
+        "damped": vars(conjugate_gradient(hessian, b, damping=DAMPING, tol=1e-8)),
+        "plain": vars(conjugate_gradient(hessian, b, tol=1e-12)),
+    }
+
+
 # A rank that computes otherwise.
 
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -181,7 +203,11 @@ def plain(result: Any) -> Any:
     """What was found, without the vectors, and these."""
     if isinstance(result, list):
         return [plain(part) for part in result]
-    return {name: value for name, value in vars(result).items() if name not in ("vector", "vectors", "start")}
+    vectors = ("vector", "vectors", "start", "solution")
+    found = {name: value for name, value in vars(result).items() if name not in vectors}
+    if found.get("non_positive") is not None:
+        found["non_positive"] = plain(found["non_positive"])
+    return found
 
 
 @check

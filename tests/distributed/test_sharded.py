@@ -71,6 +71,7 @@ def test_products_gradients_and_losses_are_those_of_one_process(numbers, name):
     assert close(found["gradient"], hessian.gradient(), tolerance)
     assert close(found["displaced gradient"], hessian.gradient(0.01 * direction), tolerance)
     assert close(found["values"], hessian.values_along(direction, [0.0, 0.01, -0.02]), tolerance)
+    assert close(found["plane"], hessian.values_along(torch.stack([direction, first]), runs.PLANE), tolerance)
     assert found["value"] == pytest.approx(hessian.value(0.01 * direction), rel=tolerance)
 
 
@@ -102,6 +103,17 @@ def test_estimates_over_the_spectrum_come_from_the_random_vectors_of_one_process
     tolerance = 1e-4 if name == "shards" else 1e-6
     assert close(found["trace"], (moments.trace.value, moments.frobenius_norm.value), tolerance)
     assert close(found["density"], spectral_density(hessian, num_probes=2, num_steps=6).nodes, tolerance)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_inverse_products_have_the_residual_that_they_say(numbers, name):
+    found, hessian, tolerance = numbers[0][name]["found"], one_process(numbers, name), TOLERANCE.get(name, 1e-10)
+    solution, damping, residual, converged = found["inverse"]
+    b, solution = found["direction"].double(), solution.double()
+    true = float((b - hessian @ solution - damping * solution).norm())
+    assert converged
+    assert residual <= 1e-3 * float(b.norm())
+    assert true == pytest.approx(residual, abs=tolerance * damping * float(solution.norm()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.distributed import solver_runs as runs
-from tests.distributed.references import same
+from tests.distributed.operator_runs import of_network, shards
+from tests.distributed.references import same, union_of
 
 NETWORKS = ["lanczos of a scaled Hessian", "online of Gauss-Newton"]
 MESSAGE = 64
@@ -30,7 +31,7 @@ def test_a_product_is_one_sum_with_few_short_messages_beside_it(outcomes, name):
     assert lengths.count(runs.SIZE + 1) == first["products"] > 0
     messages = lengths.count(MESSAGE)
     assert messages == len(lengths) - first["products"]
-    assert messages <= (3 if name.startswith(("power", "online")) else 2) * first["products"] + 3
+    assert messages <= (3 if name.startswith(("power", "online", "inverse")) else 2) * first["products"] + 3
 
 
 @pytest.mark.parametrize("dtype", runs.NOISE)
@@ -53,6 +54,30 @@ def test_eigenpairs_of_ranks_that_differ_in_the_last_digits_are_right(outcomes, 
     assert (first["vectors"] - second["vectors"]).norm() <= 100 * runs.NOISE[dtype]
     if name != "power for the smallest":  # which is given few products
         assert first["found"]["converged"].all()
+
+
+def test_inverse_products_over_unequal_shards_are_those_of_a_dense_solve_on_all_data(outcomes):
+    first, second = outcomes("inverse_products")
+    assert same([first["b"], first["damped"]["solution"]], [second["b"], second["damped"]["solution"]])
+    batches = [batch for of_rank in shards("unequal", torch.float64) for batch in of_rank]
+    assert len({len(labels) for _, labels in batches}) > 1
+    hessian = of_network([union_of(batches)])
+    dense, b = hessian.to_dense(), hessian.gradient()
+    assert torch.allclose(first["b"], b, rtol=0, atol=1e-12)
+    damped = dense + runs.DAMPING * torch.eye(len(b), dtype=torch.float64)
+    least = float(torch.linalg.eigvalsh(damped)[0])
+    found = first["damped"]
+    assert least > 0
+    assert found["converged"]
+    assert found["non_positive"] is None
+    error = found["solution"] - torch.linalg.solve(damped, b)
+    assert float(error.norm()) <= found["residual"] / least + 1e-12
+    # Without damping this Hessian is indefinite, and both ranks end at the same direction.
+    directions = [outcome["plain"]["non_positive"] for outcome in (first, second)]
+    vector = directions[0].vector
+    assert torch.equal(vector, directions[1].vector)
+    assert float(vector @ dense @ vector) == pytest.approx(directions[0].curvature, abs=1e-10)
+    assert directions[0].curvature < 0
 
 
 def test_an_online_eigenpair_is_right_after_a_rank_has_failed(outcomes):

@@ -31,6 +31,14 @@ class ScanResult(Result):
         expected_changes: The mean change of the loss at each of these multiples.
         sgd_step: The mean length of an SGD step along the first direction.
         surface: The loss at -5 ... 5 of these steps.
+        plane_axes: The names of the two axes of the plane, as of directions; ``gradient`` for what of the gradient is
+            orthogonal to the first axis.
+        plane_coordinates: The coordinates on each axis at which the loss was evaluated, as shares of the norm that the
+            parameters had at `plane_step`; 0 is where they are now.
+        plane_losses: The loss there, one row for each coordinate on the first axis.
+        plane_step: The step at which the axes were taken.
+        plane_position: The coordinates of the parameters themselves, projected on the plane through the origin. Their
+            differences are the path of the training on it, as long as `plane_step` is the same.
         loss: The loss at the parameters before the step.
         noise: The standard deviation of its rounding errors. The search treats losses as equal that differ by less than
             four of these.
@@ -39,7 +47,7 @@ class ScanResult(Result):
             along its vector whether or not that has converged.
         forward_passes: Evaluations of the loss on the measured data, each with a forward pass for every batch. A
             direction takes ``points`` for each scale, and 5 to 30 for the line search, at most 100; each of
-            ``sgd_steps`` takes up to 10, and the surface 11.
+            ``sgd_steps`` takes up to 10, and the surface 11; a plane takes the square of its points.
         matvecs: Hessian-vector products spent.
 
     """
@@ -57,6 +65,11 @@ class ScanResult(Result):
     expected_changes: Row = ()
     sgd_step: float | None = None
     surface: Row = ()
+    plane_axes: tuple[str, ...] = ()
+    plane_coordinates: tuple[float, ...] = ()
+    plane_losses: tuple[Row, ...] = ()
+    plane_step: int | None = None
+    plane_position: tuple[float, ...] = ()
     loss: float
     noise: float
     residual: float | None = None
@@ -69,6 +82,15 @@ class ScanResult(Result):
         """The first minimum along each direction as a multiple of the gradient's component; ``1/λ`` of a quadratic."""
         steps = zip(self.unit_steps, self.gradient_components, strict=True)
         return tuple(None if step is None else finite(step / slope) for step, slope in steps)
+
+    @property
+    def plane_improvement(self) -> float | None:
+        """How far the lowest loss on the plane lies below that in its middle, where the parameters are."""
+        middle = len(self.plane_coordinates) // 2
+        here = self.plane_losses[middle][middle] if self.plane_losses else None
+        return (
+            None if here is None else here - min(loss for row in self.plane_losses for loss in row if loss is not None)
+        )
 
     @property
     @override
@@ -84,6 +106,7 @@ class ScanResult(Result):
         for alpha, change in zip(self.sgd_steps, self.expected_changes, strict=False):
             found[f"scan/expected_change_{alpha:g}"] = change
         found |= {
+            "scan/plane_improvement": self.plane_improvement,
             "scan_details/loss": self.loss,
             "scan_details/noise": self.noise,
             "scan_details/residual": self.residual,
@@ -106,5 +129,6 @@ class ScanResult(Result):
                 found[f"scan/model_gap_{scale:g}_{name}"] = self.model_gaps[index][place]
             found[f"scan/bracketed_{name}"] = float(self.unit_steps[index] is not None)
             found[f"scan/unit_step_{name}"] = self.unit_steps[index]
+        found |= {f"scan/path_{axis}": place for axis, place in enumerate(self.plane_position, 1)}
         found |= {f"scan/surface_{k}": loss for k, loss in zip(SURFACE, self.surface, strict=False)}
         return known(found)

@@ -14,6 +14,21 @@ from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, FixedBatches, Total
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 
+Distances = Sequence[float] | Sequence[Sequence[float]]
+"""Where on a line to evaluate a loss, or on a plane: a number for each of its directions."""
+
+
+def displacements(direction: Tensor, distances: Distances) -> Iterator[Tensor]:
+    """The points of a line, or of a plane, one after the other, see `MeanLoss.values_along`."""
+    for distance in distances:
+        if isinstance(distance, Sequence):
+            displacement = distance[0] * direction[0]
+            for multiple, row in zip(distance[1:], direction[1:], strict=True):
+                displacement.add_(row, alpha=multiple)
+            yield displacement
+        else:
+            yield distance * direction
+
 
 class MeanLoss:
     """The mean of a loss over all samples of fixed batches, on all ranks.
@@ -62,12 +77,13 @@ class MeanLoss:
             self._add_values(total, [displacement])
         return float(total.sum)
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The mean loss at several points of a line through the present parameters.
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The mean loss at several points of a line, or a plane, through the present parameters.
 
         Args:
-            direction: The line's direction, of shape ``(size,)``.
-            distances: Where on the line to evaluate the loss, in multiples of `direction`.
+            direction: The line's direction, of shape ``(size,)``; or the directions of a plane, ``(k, size)``.
+            distances: Where on the line to evaluate the loss, in multiples of `direction`; on a plane the k multiples
+                for each point.
 
         Returns:
             A float64 vector on the CPU, one number for each distance.
@@ -77,7 +93,7 @@ class MeanLoss:
             return torch.zeros(0, dtype=torch.float64)
         # One message for all points, so that the ranks do not wait for each other at each of them.
         with self.batches.mean(len(distances), self._sum_dtype) as total:
-            self._add_values(total, (distance * direction for distance in distances))
+            self._add_values(total, displacements(direction, distances))
         return total.sum.to("cpu", torch.float64)
 
     def gradient(self, displacement: Tensor | None = None) -> Tensor:

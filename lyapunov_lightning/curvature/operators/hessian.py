@@ -9,6 +9,7 @@ from torch import Tensor
 from lyapunov_lightning.curvature.loss.compiled import Programs
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
 from lyapunov_lightning.curvature.loss.fixed_batches import Objective, numbers_of_samples
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.loss.products import (
     DoubleBackward,
     FiniteDifference,
@@ -176,15 +177,16 @@ class HessianOperator(MeanOperator):
         with torch.inference_mode(False):
             return self._loss.value(displacement)
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The mean loss at several points of a line through the present parameters.
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The mean loss at several points of a line, or a plane, through the present parameters.
 
         One point is evaluated after the other, so that the memory is that of one displaced copy of the parameters, and
         each sees the same random numbers; the ranks of a distributed measurement meet once for all points.
 
         Args:
-            direction: The line's direction, of shape ``(size,)``.
-            distances: Where on the line to evaluate the loss, in multiples of `direction`.
+            direction: The line's direction, of shape ``(size,)``; or the directions of a plane, ``(k, size)``.
+            distances: Where on the line to evaluate the loss, in multiples of `direction`; on a plane the k multiples
+                for each point.
 
         Returns:
             A float64 vector on the CPU, one number for each distance.

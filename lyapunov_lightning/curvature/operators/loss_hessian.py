@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
@@ -47,8 +48,8 @@ class LossHessian(LinearOperator, Protocol):
     def value(self, displacement: Tensor | None = None) -> float:
         """The loss, at a displacement from the present parameters."""
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The loss at several points of a line through the present parameters."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The loss at several points of a line, or a plane, through the present parameters."""
 
     def mean_over_batches(
         self, vectors: Tensor, statistic: Statistic, size: int, max_batches: int | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import SymmetricOperator
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, Statistic
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
@@ -69,8 +70,8 @@ class OffloadedHessian(SymmetricOperator):
         """The loss, at a displacement from the present parameters."""
         return self._hessian.value(None if displacement is None else self._there(displacement))
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The loss at several points of a line through the present parameters."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The loss at several points of a line, or a plane, through the present parameters."""
         return self._hessian.values_along(self._there(direction), distances)
 
     def mean_over_batches(

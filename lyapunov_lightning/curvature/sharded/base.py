@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import SymmetricOperator
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
@@ -107,8 +108,8 @@ class ShardedHessian(SymmetricOperator):
         return float(self.values_along(self.space.zeros() if displacement is None else displacement, [distance]))
 
     @abstractmethod
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The mean loss at several points of a line through the present parameters, see `HessianOperator`."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The mean loss at several points of a line or a plane through the parameters, see `HessianOperator`."""
 
     @abstractmethod
     def mean_over_batches(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import SymmetricOperator
 from lyapunov_lightning.curvature.loss.difference_step import first_step, fitting_step
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck, check_operator
 from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
 from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace
@@ -29,8 +30,8 @@ class ShardedMeanLoss(Protocol):
     def gradient(self, displacement: Tensor | None, batches: Sequence[int] | None = None) -> Tensor:
         """This rank's part of the gradient at a displacement from the present parameters, over some or all batches."""
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The loss at some points of a line through the present parameters."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The loss at some points of a line, or a plane, through the present parameters."""
 
 
 class ShardDifferences(SymmetricOperator):
@@ -88,8 +89,8 @@ class ShardDifferences(SymmetricOperator):
         distance = 0.0 if displacement is None else 1.0
         return float(self.values_along(self.space.zeros() if displacement is None else displacement, [distance]))
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The mean loss at several points of a line through the present parameters, see `HessianOperator`."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The mean loss at several points of a line or a plane through the parameters, see `HessianOperator`."""
         with self.space.together():
             return self._loss.values_along(direction, distances)
 

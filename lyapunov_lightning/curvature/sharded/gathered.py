@@ -5,13 +5,14 @@ Hessian of its own samples as if it were alone, and gets its part of the sum ove
 at its beginning and one scatter at its end, and between these a rank can do anything, even fail.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lyapunov_lightning.curvature.errors import MeasurementError
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
 from lyapunov_lightning.curvature.sharded.base import Compute, ShardedHessian
 
@@ -27,12 +28,13 @@ class GatheredHessian(ShardedHessian):
     way = "on gathered parameters"
 
     @override
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
         if not distances:
             return torch.zeros(0, dtype=torch.float64, device="cpu")
         with self.space.together():
             own = self._present()
-            whole = self.space.whole(direction)
+            rows = [self.space.whole(row) for row in direction.view(-1, self.space.length)]
+            whole = rows[0] if direction.ndim == 1 else torch.stack(rows)
             # Sums over samples with their number, since ranks may have unequal shares; a rank without any adds zeros.
             sums = torch.zeros(len(distances) + 1, dtype=torch.float64, device="cpu")
             if own is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.curvature.operators.loss_hessian import Statistic
 from lyapunov_lightning.curvature.sharded.base import Compute, ShardedHessian
@@ -89,7 +90,7 @@ class LayerwiseHessian(ShardedHessian):
         self._counts: dict[int | None, float] = {}
 
     @override
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
         with self.space.together():
             own = self._needed()
             with self._collectives.followed(("values", len(distances), self._num_batches)):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, FixedBatches
+from lyapunov_lightning.curvature.loss.mean_loss import Distances, displacements
 from lyapunov_lightning.curvature.sharded.collectives import Collectives
 from lyapunov_lightning.curvature.sharded.sharding import ShardedSpace, Sharding
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout, local_of
@@ -136,13 +137,13 @@ class ReshardedMeanLoss:
                 count += weight
         return total / count
 
-    def values_along(self, direction: Tensor, distances: Sequence[float]) -> Tensor:
-        """The mean loss at several points of a line through the present parameters."""
+    def values_along(self, direction: Tensor, distances: Distances) -> Tensor:
+        """The mean loss at several points of a line, or a plane, through the present parameters."""
         sums = torch.zeros(len(distances) + 1, dtype=torch.float64, device="cpu")
         # Sums over all distances and one exchange at the end. The count is that of one pass over the batches, so it
         # begins anew with each distance.
-        for place, distance in enumerate(distances):
-            shards = self._displaced(distance * direction)
+        for place, displacement in enumerate(displacements(direction, distances)):
+            shards = self._displaced(displacement)
             sums[-1] = 0.0
             for index in range(self.num_batches):
                 self._ranks.meet()
