@@ -15,10 +15,11 @@ from lyapunov_lightning.curvature.acting.pace import LRBounds
 from lyapunov_lightning.curvature.arguments import check_choice, made_of
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.figures import learning_rate_figure
+from lyapunov_lightning.figures.learning_rate import Measure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
-from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
+from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
 from lyapunov_lightning.training.optimizers.requirements import check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
@@ -121,7 +122,7 @@ class QuasiNewtonLRController(CurvatureCallback):
     def __init__(
         self,
         every_n_steps: int | None = None,
-        rule: RuleName = "along_update",
+        rule: RuleName = "batch_sharpness",
         *,
         schedule: ScheduleLike | None = None,
         hessian: HessianLike = HessianConfig(),
@@ -152,6 +153,8 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._update = LastUpdate()
         self._losses = LossSeries()
         self._phase: Phase = Idle()
+        self._is_first_step = True
+        self._is_stepping = False
         self._step_hook = StepHook()
 
     @property
@@ -173,10 +176,17 @@ class QuasiNewtonLRController(CurvatureCallback):
             self._rule.check(owner, optimizer)
         self._release()
         self._steering.start(trainer, optimizer)
+        self._is_first_step = True
+        if self._steering.end.has_no_end:
+            self._recorder.say(
+                "the length of the training is not known, so the learning rate does not fall towards its end, with"
+                " which goes much of what it gains on noisy data. Give the Trainer `max_steps`, or `max_epochs` and a"
+                " dataloader with a length."
+            )
         self._losses.start(trainer)
         # Vectors of a checkpoint are on the CPU, where a dot product with the first gradient would fail.
         self._update.to(trainer.strategy.root_device, list(trainable_parameters(pl_module).values()))
-        if self._rule.follows_updates:
+        if self._rule.begins_with_update:
             self._step_hook.attach(optimizer, partial(self._after_step, trainer, optimizer))
 
     @override
@@ -187,13 +197,15 @@ class QuasiNewtonLRController(CurvatureCallback):
     @override
     def figures(self) -> Figures:
         results: list[LearningRateResult] = self.results
+        measure: Measure = "step length" if self._rule.follows_updates else "stability ratio"
         restored = [result.step for before, result in pairwise(results) if result.restored > before.restored]
         return {
             "learning_rate": partial(
                 learning_rate_figure,
                 [result.step for result in results],
                 [result.learning_rate for result in results],
-                [result.step_length for result in results],
+                [r.step_length if self._rule.follows_updates else r.stability_ratio for r in results],
+                measure=measure,
                 losses=self._losses.series,
                 restored_at=restored,
             )
@@ -202,7 +214,7 @@ class QuasiNewtonLRController(CurvatureCallback):
     @override
     def measure(self, hessian: LossHessian, step: Step) -> LearningRateResult | None:
         is_first = not self._steering.has_begun
-        if is_first and self._rule.follows_updates:
+        if is_first and self._rule.begins_with_update:
             self._phase = FirstStepDue(hessian, step)
             return None
         proposal = self._propose(hessian, step, self._update.known, is_first)
@@ -215,7 +227,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         # Here and not before the step: NudgedSGDHook may have changed the gradient by then, and the slope would be that
         # of another loss.
         last = self._update.known
-        if last is None or isinstance(self._phase, FirstStepDue):
+        if last is None or isinstance(self._phase, FirstStepDue) or not self._rule.follows_updates:
             return
         # This hook comes before Lightning unscales: under fp16 ``.grad`` is 65,536 times the gradient at first.
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -228,6 +240,8 @@ class QuasiNewtonLRController(CurvatureCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._is_stepping = True
+        self._notice_others(trainer)
         # In the last hook before the optimizer reads its groups: what is set here acts in this very step.
         self._steering.set(trainer)
         if isinstance(self._phase, FirstStepDue):
@@ -245,6 +259,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         self._losses.see(trainer, outputs)
         loss = loss_in(outputs)
         phase = self._phase
+        is_stepping, self._is_stepping = self._is_stepping, False
         if not isinstance(phase, FirstStepDue):  # of an accumulated step, which ends in a later batch
             self._phase = Idle()
         if isinstance(phase, OnTrial):
@@ -262,10 +277,15 @@ class QuasiNewtonLRController(CurvatureCallback):
             # The parameters are those of an earlier step now, so the next gradient says nothing of where this update
             # ended.
             self._update.forget()
-        elif isinstance(phase, Stepping):
+            self._rule.forget()
+            return
+        if isinstance(phase, Stepping):
             lengths = self._rule.follow(SeenUpdate(*seen), phase.lr)
             if lengths is not None:
                 self._steering.follow(trainer, lengths)
+        ratio = self._rule.edge_ratio()
+        if ratio is not None and is_stepping:
+            self._steering.keep_off_the_edge(trainer, ratio)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -290,6 +310,27 @@ class QuasiNewtonLRController(CurvatureCallback):
         super()._keep(trainer, record)
         self._losses.collect(trainer)
 
+    def _notice_others(self, trainer: Trainer) -> None:
+        """Refuse a learning rate that is set by the user's code as well, or warn where that begins in mid-run.
+
+        Raises:
+            MisconfigurationException: At the first step.
+
+        """
+        changed = self._steering.rates.changed()
+        is_first, self._is_first_step = self._is_first_step, False
+        if changed is None:
+            return
+        cause = f"the learning rate was set to {changed:.3g} by other code, such as a warm-up in `optimizer_step`"
+        if is_first:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` sets the learning rate, and {cause}. Leave one of the two out: the callback"
+                " finds the first learning rate itself, and needs no warm-up."
+            )
+        self._recorder.warn_once(
+            "other rate", f"at step {trainer.global_step} {cause}. It is set again here. This is said once."
+        )
+
     def _release(self) -> None:
         """Drop what an interrupted step has left, the hook on its optimizer, and the copy of the training."""
         self._phase = Idle()
@@ -299,7 +340,17 @@ class QuasiNewtonLRController(CurvatureCallback):
     def _propose(self, hessian: LossHessian, step: Step, update: Update | None, is_first: bool) -> Proposal:
         counter = partial(progress, step.trainer, type(self).__name__)
         optimizer = step.trainer.optimizers[0]
-        return self._rule.measure(Situation(hessian, optimizer, update, is_first=is_first, progress=counter))
+        given = Situation(
+            hessian=hessian,
+            optimizer=optimizer,
+            update=update,
+            is_first=is_first,
+            progress=counter,
+            own=hessian if self.config.data == "batch" else self.shared.on_batches(step, self.config),
+            batches=step.own_batches,
+            hessian_on=partial(self.shared.on_batches, step, self.config),
+        )
+        return self._rule.measure(given)
 
     def _result(self, step: Step, proposal: Proposal) -> LearningRateResult:
         return LearningRateResult(
@@ -316,7 +367,7 @@ class QuasiNewtonLRController(CurvatureCallback):
         if isinstance(self._phase, OnTrial):
             first, self._phase = self._phase, Idle()
             self._find_first_lr(trainer, first)
-        else:
+        elif self._rule.follows_updates:
             self._update.end(self._steering.rates.highest)
 
     def _find_first_lr(self, trainer: Trainer, first: OnTrial) -> None:
@@ -336,5 +387,6 @@ class QuasiNewtonLRController(CurvatureCallback):
             # Even after an interrupt: the optimizer's momenta have taken part in this step already.
             first.observed.replay(displacement, lr / taken)
         rates.set(lr)
-        self._update.take(update, lr, first.hessian.parameters)
+        if self._rule.follows_updates:
+            self._update.take(update, lr, first.hessian.parameters)
         self._keep(trainer, record)

@@ -13,7 +13,7 @@ from tests.callbacks.identity import Outcome, assert_identical
 from tests.modules import MemoryLogger, SmallRegressor
 from tests.training_runs import train
 
-RULES = ("along_update", "inverse_sharpness")
+RULES = ("batch_sharpness", "along_update", "inverse_sharpness")
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

@@ -67,28 +67,43 @@ def test_a_resumed_run_goes_on_bit_by_bit(rule: str, name: str, tmp_path: Any) -
 
 
 def state_of_the_first_version(rule: str, length: int) -> dict[str, Any]:
-    """What a checkpoint held before rules were objects, after three steps of a model of so many parameters."""
+    """What a checkpoint holds, after three steps of a model of so many parameters."""
     vector = torch.linspace(-1, 1, length, dtype=torch.float64)
     is_papers = rule == "inverse_sharpness"
     common = {"step": 2, "epoch": 0.5, "learning_rate": 0.025, "annealing": 1.0, "restored": 0, "converged": True}
     along = {"proposed": 0.0025, "step_length": 10.0, "slope_along_update": 0.14, "curvature_along_update": 3.9}
     papers = {"lambda_max": 2.9, "inverse_h0": 0.59, "exponent": 0.96, "curvature_along_gradient": 1.8, "refuted": True}
-    result = {**common, **dict.fromkeys([*along, *papers, "trials"]), **(papers if is_papers else along)}
+    edge = {"stability_ratio": 0.5, "batch_sharpness": 40.0, "batch_agreement": 0.3}
+    found = {"along_update": along, "inverse_sharpness": papers, "batch_sharpness": edge}[rule]
+    result = {**common, **dict.fromkeys([*along, *papers, *edge, "trials"]), **found}
+    rules: dict[str, Any] = {
+        "inverse_sharpness": {
+            "iteration": {"beta": 2.0, "perturbation": vector / 100, "velocity": None},
+            "average": 2.8,
+        },
+        "along_update": {"averages": [0.47, 0.34, 15.0, 13.9], "count": 3, "is_known": True},
+        "batch_sharpness": {
+            "gauge": {"sharpness": {"seen": [[1.0, 2.0]], "compared": []}, "count": 1, "is_settled": True},
+            **{"largest": {"vector": vector}, "ratio": [20.0, 18.0, False], "count": 1, "is_whole": False},
+        },
+    }
     losses = [8.75, 0.5, 0.25]
     return {
         "schedule": {"passed": 2, "measured": 2},
         "results": {"items": [result]},
         "data": {"value": None},
-        "rule": {"iteration": {"beta": 2.0, "perturbation": vector / 100, "velocity": None}, "average": 2.8}
-        if is_papers
-        else {"averages": [0.47, 0.34, 15.0, 13.9], "count": 3, "is_known": True},
+        "rule": rules[rule],
         "pace": {"lr": 0.025, "ceiling": math.inf, "is_stopped": False, "highest": 0.026},
         "safeguard": {
-            "watch": {"first": losses, "losses": losses, "calm": losses, "counts": [0, 0, 3], "best": [math.inf, 0.0]},
+            "watch": {
+                **{"first": losses, "losses": losses, "counts": [0, 0, 3]},
+                "lately": {"losses": losses, "best": [math.inf, 0.0]},
+            },
             "restored": 1,
             "attempts": 2,
         },
         "rates": {"ratios": [1.0]},
+        "annealing": {"factor": 1.0, "step": 2},
         # A vector of None came with numbers that nothing reads.
         "update": {"vector": None, "lr": 0.02, "size": 26} if is_papers else {"vector": vector, "lr": 0.02, "size": 26},
         "losses": {"steps": [0, 1, 2], "values": losses, "counts": [1, 1]},
@@ -117,7 +132,7 @@ def test_states_of_the_first_version_are_read(rule: str) -> None:
     assert 0.025 / 1.25 < rates[0] < 0.025 * 1.08
 
 
-@pytest.mark.parametrize(("rule", "estimator"), [("along_update", "lanczos"), ("inverse_sharpness", "online")])
+@pytest.mark.parametrize(("rule", "estimator"), [("batch_sharpness", "lanczos"), ("inverse_sharpness", "online")])
 def test_order_and_company_of_the_callbacks_do_not_matter(rule: str, estimator: str) -> None:
     def outcome(order: Sequence[int], with_readers: bool) -> tuple[Tensor, dict[int, float]]:
         acting: list[Callback] = [
@@ -175,7 +190,9 @@ def test_groups_that_are_added_in_mid_run_are_followed(rule: str, name: str, rat
     reference = copy.deepcopy(module)
     controller = QuasiNewtonLRController(1, rule, force=True)
     finetuning = BackboneFinetuning(1, backbone_initial_ratio_lr=ratio, should_align=False)
-    trainer, logger = fit([controller, Rates(), finetuning], module, steps=18)
+    # Lightning's callback sets the rate of its group anew in every epoch: that is not overruled in silence.
+    with pytest.warns(CurvatureWarning, match="at step 12 the learning rate was set to .* by other code"):
+        trainer, logger = fit([controller, Rates(), finetuning], module, steps=18)
     assert trainer.global_step == 18
     lrs = logger.curve("quasi_newton/learning_rate")
     assert [len(lr) for lr in rates] == [1] * 6 + [2] * 12
@@ -214,7 +231,11 @@ def test_the_tracked_vector_grows_with_the_network() -> None:
 
 
 def test_results_are_what_is_logged() -> None:
-    for rule, num_tags in (("along_update", [8, 6, 8]), ("inverse_sharpness", [10] * 3)):
+    for rule, num_tags in (
+        ("batch_sharpness", [8, 6, 7]),
+        ("along_update", [8, 6, 8]),
+        ("inverse_sharpness", [10] * 3),
+    ):
         controller = QuasiNewtonLRController(None, rule, schedule=Schedule(every_n_steps=5), log_prefix="mine")
         _, logger = fit(controller, seeded())
         assert all(type(result) is LearningRateResult for result in controller.results)
@@ -309,7 +330,7 @@ trainer:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "newton"}, "`rule` should be one of along_update, inverse_sharpness, got 'newton'."),
+        ({"rule": "newton"}, "`rule` should be one of batch_sharpness, along_update, inverse_sharpness, got 'newton'."),
         ({"every_n_steps": 0}, "`every_n_steps` should be a positive int, got 0."),
         ({"bounds": 1.0}, "`bounds` should be a LRBounds, or a mapping of its fields, got 1.0."),
         ({"annealing": 1.1}, "`annealing` should be in [0, 1], got 1.1."),

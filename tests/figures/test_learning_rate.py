@@ -12,7 +12,13 @@ def test_all_of_a_run():
     steps = np.arange(100)
     lengths = [None, *(1 + 0.4 * rng.standard_normal(99))]
     picture = learning_rate_figure(
-        steps, 0.1 * np.exp(-steps / 20), lengths, losses=(steps, np.exp(-steps / 50)), restored_at=[30], title="A run"
+        steps,
+        0.1 * np.exp(-steps / 20),
+        lengths,
+        measure="step length",
+        losses=(steps, np.exp(-steps / 50)),
+        restored_at=[30],
+        title="A run",
     )
     check_picture(picture)
     rates, below, loss = picture.axes

@@ -9,15 +9,26 @@ from typing import Literal
 
 from lyapunov_lightning.callbacks.rules.along_update import AlongUpdate
 from lyapunov_lightning.callbacks.rules.base import Proposal, Rule, Situation
+from lyapunov_lightning.callbacks.rules.batch_sharpness import FollowBatchSharpness
 from lyapunov_lightning.callbacks.rules.inverse_sharpness import InverseSharpness
 
-RuleName = Literal["along_update", "inverse_sharpness"]
+RuleName = Literal["batch_sharpness", "along_update", "inverse_sharpness"]
 """The names in `RULES`, in words that type checkers and command lines read."""
 
 RULES: dict[RuleName, type[Rule]] = {
+    "batch_sharpness": FollowBatchSharpness,
     "along_update": AlongUpdate,
     "inverse_sharpness": InverseSharpness,
 }
 """What the argument ``rule`` of `QuasiNewtonLRController` may be."""
 
-__all__ = ["RULES", "AlongUpdate", "InverseSharpness", "Proposal", "Rule", "RuleName", "Situation"]
+__all__ = [
+    "RULES",
+    "AlongUpdate",
+    "FollowBatchSharpness",
+    "InverseSharpness",
+    "Proposal",
+    "Rule",
+    "RuleName",
+    "Situation",
+]

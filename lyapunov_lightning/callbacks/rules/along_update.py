@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from lyapunov_lightning.callbacks.rules.base import Proposal, Rule, Situation
-from lyapunov_lightning.curvature.acting.step_length import StepLength, longest_descent
-from lyapunov_lightning.training.optimizers.requirements import gain_of_momentum
+from lyapunov_lightning.callbacks.rules.first_rate import first_rate
+from lyapunov_lightning.curvature.acting.step_length import StepLength
 from lyapunov_lightning.training.optimizers.steering import StepLengths
 from lyapunov_lightning.training.optimizers.updates import SeenUpdate, slope_and_curvature
 
@@ -27,6 +27,7 @@ class AlongUpdate(Rule):
     every_n_steps: ClassVar[int] = 10
     first_n_steps: ClassVar[int] = 20  # most changes in these
     annealing: ClassVar[float] = 0.4
+    begins_with_update: ClassVar[bool] = True
     follows_updates: ClassVar[bool] = True
 
     def __init__(self, seed: int = 0) -> None:
@@ -35,30 +36,7 @@ class AlongUpdate(Rule):
 
     @override
     def measure(self, given: Situation) -> Proposal:
-        return self._first(given) if given.is_first else self._later(given)
-
-    def _first(self, given: Situation) -> Proposal:
-        """The first learning rate, from slope and curvature along the first update, tried on the loss."""
-        update, hessian = given.update, given.hessian
-        assert update is not None
-        slope, curvature = slope_and_curvature(hessian, update.vector, given.optimizer)
-        longest, trials = longest_descent(
-            lambda lr: hessian.value(update.vector * lr), hessian.value(), slope=slope, curvature=curvature
-        )
-        # An update uphill, or a loss that rises however short the step: the optimizer's own learning rate stays, and
-        # the next measured step is tried.
-        if longest is None:
-            return Proposal(None, {"converged": False, "trials": trials})
-        # With momentum m the steps grow to 1 / (1 - m) times the first one while the gradient lasts.
-        return Proposal(
-            _FIRST_LR_SHARE * longest / gain_of_momentum(given.optimizer),
-            {
-                "proposed": longest,
-                "slope_along_update": slope,
-                "curvature_along_update": curvature,
-                "trials": trials,
-            },
-        )
+        return first_rate(given, _FIRST_LR_SHARE) if given.is_first else self._later(given)
 
     def _later(self, given: Situation) -> Proposal:
         """Slope and curvature along the last update; the learning rate itself moves in `follow`."""
@@ -94,6 +72,10 @@ class AlongUpdate(Rule):
         assert at_least is not None
         may_grow = lr * seen.change <= _LARGEST_RELATIVE_STEP * seen.size
         return StepLengths(length, at_least, self._length.memory, may_grow)
+
+    @override
+    def forget(self) -> None:
+        self._length = StepLength()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a rule for the learning rate is, what it is given, and what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,8 +10,9 @@ import torch
 
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
-from lyapunov_lightning.training.optimizers.steering import StepLengths
+from lyapunov_lightning.training.optimizers.steering import EdgeRatio, StepLengths
 from lyapunov_lightning.training.optimizers.updates import SeenUpdate, Update
+from lyapunov_lightning.training.replica.objective import ProbeBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,9 @@ class Situation:
             follows updates, it is the one that the optimizer makes in this step, beginning at these parameters.
         is_first: Whether no learning rate was proposed yet.
         progress: A progress bar, for a measurement that takes long: a function to call after each gradient.
+        own: The Hessian of the loss on the step's own batches, whatever data are measured.
+        batches: These batches.
+        hessian_on: Makes the Hessian on other batches, at the same parameters.
 
     """
 
@@ -33,6 +37,9 @@ class Situation:
     update: Update | None
     is_first: bool
     progress: Callable[[], AbstractContextManager[Callable[[], None]]]
+    own: LossHessian
+    batches: Sequence[ProbeBatch]
+    hessian_on: Callable[[Sequence[ProbeBatch]], LossHessian]
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,11 @@ class Rule(ABC):
     method: ClassVar[Method | None] = None
     """How products are computed, for a rule that leaves no choice."""
 
+    begins_with_update: ClassVar[bool] = False
+    """Whether it needs the optimizer's first update to propose a first learning rate."""
+
     follows_updates: ClassVar[bool] = False
-    """Whether it needs the optimizer's updates: the first one to propose anything, each later one in `follow`."""
+    """Whether it needs each later update too, in `follow`."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -108,6 +118,13 @@ class Rule(ABC):
 
         """
         return None
+
+    def edge_ratio(self) -> EdgeRatio | None:
+        """How near the steps are to the edge of stability, if the rule goes by that; None if it is not known."""
+        return None
+
+    def forget(self) -> None:  # noqa: B027  (the paper's rule averages what it has seen)
+        """Forget what was measured since the training went astray: it has been brought back."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

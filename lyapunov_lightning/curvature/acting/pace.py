@@ -16,6 +16,19 @@ _GROW_BELOW_LENGTH, _GROW_BELOW_LENGTH_WHILE_FALLING = 1.4, 1.8
 _SHRINK_BEYOND_LENGTH, _SHRINK_BEYOND_LENGTH_WHILE_FALLING = 2.0, 4.0
 """Lengths beyond which steps become shorter. At 2 the loss at the end of a step is as high as at its beginning."""
 
+_NOISY_BAND, _NOISY_BAND_WHILE_FALLING = (0.5, 0.8), (1.0, 2.0)
+"""Ratios to the edge of stability below which steps become longer, and beyond which shorter, where batches differ: in
+general, and while the loss falls. In the midst of 24 small trainings in batches of 8 to 64, at their best constant
+rates, the ratio was 0.04 to 4, in the median 0.4 (`benchmarks/controller`)."""
+
+_EXACT_BAND = (0.8, 0.95)
+"""The same where they do not differ, so that the edge is known, and is gone back behind at once: full batches with
+momentum are lost within 20 steps at 1.05 times the edge."""
+
+_GROWTH_EXPONENT, _GROWTH_START = 2.0, 10
+"""A learning rate grows at most like the number of steps, counted from -10, to this power: to make it twice as large
+takes longer the later it is. On a plateau, where nothing is curved, it would else grow without end."""
+
 _WAY_PER_STEP, _WAY_PER_MEMORY = 0.15, 5.0
 """The share of the way to the wanted length, in the logarithm, that the learning rate makes in one step; and how many
 times the way it makes at most in as many steps as the length was averaged over: faster, it would run ahead of the
@@ -26,6 +39,9 @@ _INERTIA_OF_FULL_GROWTH = 10.0
 
 _MAX_SHRINKING = 1.25
 """The largest factor by which the learning rate falls in one step because steps are too long."""
+
+_MOST_RISE_OF_ANNEALING = 1.1
+"""The largest factor by which annealing is taken back in one step, where a resumed run is to be longer than it was."""
 
 _SHARE_WHEN_STOPPED = 0.01
 """What share of its learning rate is kept for the rest of a training in which every learning rate has failed."""
@@ -138,6 +154,35 @@ class Pace:
             lr = min(max(lr, _LEAST_SHARE_OF_HIGHEST * self._highest), self.lr)
         self._set(lr)
 
+    def keep_off_the_edge(
+        self, ratio: float, at_least: float, *, step: int, is_exact: bool, is_falling: bool, may_grow: bool
+    ) -> None:
+        """Make the steps longer or shorter, by how near they are to the edge of stability; once for each step.
+
+        Args:
+            ratio: The curvature that decides on stability, over the limit of the optimizer at this learning rate.
+            at_least: The least that the ratio may be, in view of the noise.
+            step: The optimizer step.
+            is_exact: Whether the ratio has no noise, as with full batches.
+            is_falling: Whether the loss falls by more than its noise.
+            may_grow: Whether longer steps are wanted.
+
+        """
+        if self.lr is None or self.is_stopped or not (math.isfinite(ratio) and math.isfinite(at_least)):
+            return
+        if is_exact:
+            longer, shorter = _EXACT_BAND
+        else:
+            longer, shorter = _NOISY_BAND_WHILE_FALLING if is_falling else _NOISY_BAND
+        if ratio < longer and may_grow:
+            fastest = min(math.log(self.bounds.max_growth), _GROWTH_EXPONENT / (step + _GROWTH_START))
+            move = fastest if ratio <= 0 else min(_WAY_PER_STEP * math.log(longer / ratio), fastest)
+            self._set(self.lr * math.exp(move))
+        elif at_least > shorter:
+            way, most = (1.0, math.inf) if is_exact else (_WAY_PER_STEP, math.log(_MAX_SHRINKING))
+            lr = self.lr * math.exp(-min(way * math.log(at_least / shorter), most))
+            self._set(min(max(lr, _LEAST_SHARE_OF_HIGHEST * self._highest), self.lr))
+
     def approach(self, proposal: float) -> None:
         """Fall to a proposed learning rate at once, or rise towards it by a bounded factor."""
         if self.is_stopped or not (math.isfinite(proposal) and proposal > 0):
@@ -182,6 +227,55 @@ class Pace:
     def _set(self, lr: float) -> None:
         self.lr = min(max(min(lr, self.ceiling), self.bounds.min_lr), self.bounds.max_lr)
         self._highest = max(self._highest, self.lr)
+
+
+class Annealing:
+    """The factor of `annealing` through a training whose length may change where it is resumed.
+
+    Args:
+        share: How large the part over which the learning rate falls is, in [0, 1].
+
+    Example::
+
+        >>> from lyapunov_lightning.curvature.acting.pace import Annealing
+        >>> falling = Annealing(0.5)
+        >>> falling.start(100)
+        >>> falling.at(99)
+        0.02
+        >>> falling.start(1000)  # ten times as long as it was to be
+        >>> round(falling.at(100), 6)
+        0.022
+
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._num_steps = math.inf
+        self._factor, self._step = 1.0, -1
+
+    def start(self, num_steps: float) -> None:
+        """Begin a run, or go on with one, of so many steps; infinite if that is not known."""
+        self._num_steps = num_steps
+
+    @property
+    def has_no_end(self) -> bool:
+        """Whether the learning rate was to fall at the end, and nobody knows when that is."""
+        return self._share > 0 and not math.isfinite(self._num_steps)
+
+    def at(self, step: int) -> float:
+        """The factor at a step; to be asked for at every step, as often as one likes."""
+        if step != self._step:
+            most = _MOST_RISE_OF_ANNEALING * self._factor
+            self._factor, self._step = min(annealing(self._share, step, self._num_steps), most), step
+        return self._factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last factor."""
+        return {"factor": self._factor, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._factor, self._step = float(state["factor"]), int(state["step"])
 
 
 def annealing(share: float, step: int, num_steps: float) -> float:

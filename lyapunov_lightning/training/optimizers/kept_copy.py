@@ -23,13 +23,18 @@ class _Copy:
 class KeptCopy:
     """A copy of the trainable parameters, the buffers and the optimizer's state from a step whose loss was good.
 
-    A copy is taken before the loss of its step is known. It replaces the copy before it once that loss was found to be
-    good, so that for the time of one step there are two copies.
+    A copy is taken before it is known whether the training is well there. It replaces the copy before it once that is
+    known, so that in between there are two copies.
     """
 
     def __init__(self) -> None:
         self._candidate: _Copy | None = None
         self._copy: _Copy | None = None
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether there is a copy to go back to."""
+        return self._copy is not None
 
     @torch.no_grad()
     def take(self, step: int, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:

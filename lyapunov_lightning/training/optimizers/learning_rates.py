@@ -17,6 +17,7 @@ class LearningRates:
         self._optimizer: torch.optim.Optimizer | None = None
         self._ratios: list[float] = []
         self._is_restored = False
+        self._left: list[float] = []
 
     def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Begin a run, with the present ratios between the learning rates, or with the ratios of the checkpoint."""
@@ -25,6 +26,14 @@ class LearningRates:
         self._is_restored = False
         self._optimizer = optimizer
         self._admit_new_groups()
+        self._left = self._present()
+
+    def changed(self) -> float | None:
+        """The highest learning rate that somebody else has set since they were last set or read here; None if none."""
+        present = self._present()
+        others = [now for now, left in zip(present, self._left, strict=False) if now != left]  # without new groups
+        self._left = present
+        return max(others, default=None)
 
     @property
     def highest(self) -> float:
@@ -40,6 +49,7 @@ class LearningRates:
                 group["lr"].fill_(highest * ratio)
             else:
                 group["lr"] = highest * ratio
+        self._left = self._present()
 
     def state_dict(self) -> dict[str, Any]:
         """The ratios."""

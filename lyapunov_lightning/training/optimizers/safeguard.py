@@ -9,8 +9,11 @@ from lyapunov_lightning.curvature.acting.loss_watch import LossWatch, Verdict
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer
 from lyapunov_lightning.training.optimizers.kept_copy import KeptCopy
 
-_STEPS_BETWEEN_COPIES = 10
-"""Steps between two copies of the training: at most so many are lost when it is brought back."""
+_PROVEN_AFTER = 20
+"""Steps that a copy waits until the losses since have proven it. A loss that is well says little of the state before it
+where losses are noisy: a matrix factorisation in batches of 32, whose rate was too high, had half of its losses well
+while its parameters went astray, and came back to such a state 30 times in 300 steps; from a proven copy it went on
+after the first time."""
 
 _HOPELESS_AFTER = 10
 """How often a training is lost without a good loss in between before it counts as hopeless."""
@@ -33,7 +36,8 @@ class Safeguard:
         self.num_restored = 0
         self._keeps_copies = keeps_copies
         self._copy = KeptCopy()
-        self._copied_at: int | None = None
+        self._copied_at: int | None = None  # of the copy that waits
+        self._is_proven_next = False
         self._times_lost = 0
 
     def start(self) -> None:
@@ -42,12 +46,13 @@ class Safeguard:
         self._copied_at = None
 
     def before_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the training at every tenth step; `after_batch` keeps the copy if the loss of its batch is good."""
+        """Copy the training, where no other copy is waiting to be proven."""
         step = trainer.global_step
         # With gradient accumulation there are several batches before one step: one copy is enough.
-        if self._keeps_copies and step % _STEPS_BETWEEN_COPIES == 0 and step != self._copied_at:
+        if self._keeps_copies and self._copied_at is None:
             self._copied_at = step
             self._copy.take(step, pl_module, trainer.optimizers[0])
+        self._is_proven_next = self._copied_at is not None and step + 1 - self._copied_at >= _PROVEN_AFTER
 
     def after_batch(self, loss: float, optimizer: torch.optim.Optimizer) -> tuple[Verdict, int | None]:
         """Judge the loss of a batch, after its step, and go back if the training is lost.
@@ -61,16 +66,24 @@ class Safeguard:
             # Whether or not there is a copy to go back to: the losses that went up are no measure for those to come.
             self.watch.go_back()
             self._times_lost += 1
+            self._copied_at = None
             restored = self._copy.restore(optimizer)
             self.num_restored += restored is not None
             return verdict, restored
         if verdict is Verdict.WELL:
             self._times_lost = 0
+        if self._copied_at is None:
+            return verdict, None
+        if not self._copy.is_confirmed and verdict is Verdict.WELL:
+            # The first one of a run, which is better than none.
+            self._copied_at = None
             self._copy.confirm()
-        else:
-            # A loss that is neither good nor lost yet may be the first of a divergence: a copy of it would be gone back
-            # to again and again.
-            self._copy.reject()
+        elif self._is_proven_next:
+            self._copied_at = None
+            if verdict is Verdict.WELL and self.watch.is_near_best:
+                self._copy.confirm()
+            else:
+                self._copy.reject()
         return verdict, None
 
     def is_hopeless(self, loss: float, restored: int | None) -> bool:

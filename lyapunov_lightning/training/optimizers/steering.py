@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lyapunov_lightning.curvature.acting.loss_watch import Verdict
-from lyapunov_lightning.curvature.acting.pace import LRBounds, Pace, annealing
+from lyapunov_lightning.curvature.acting.pace import Annealing, LRBounds, Pace
 from lyapunov_lightning.training.lightning_names import Trainer
 from lyapunov_lightning.training.optimizers.learning_rates import LearningRates
 from lyapunov_lightning.training.optimizers.requirements import gain_of_momentum
@@ -31,6 +31,21 @@ class StepLengths(NamedTuple):
     may_grow: bool
 
 
+class EdgeRatio(NamedTuple):
+    """The curvature that decides on stability over the optimizer's limit, at a learning rate of 1.
+
+    Attributes:
+        value: The ratio.
+        at_least: The least that it may be, in view of the noise.
+        is_exact: Whether it has no noise, as with full batches.
+
+    """
+
+    value: float
+    at_least: float
+    is_exact: bool
+
+
 class Steering:
     """Sets the learning rate of an optimizer at every step, and takes back what went wrong.
 
@@ -47,6 +62,7 @@ class Steering:
         rates: The learning rates of the optimizer's parameter groups.
         pace: What was proposed, within the bounds, before annealing.
         safeguard: The judgement of the losses, and the copies.
+        end: How the learning rate falls towards the end of the training.
 
     """
 
@@ -54,8 +70,7 @@ class Steering:
         self.rates = LearningRates()
         self.pace = Pace(bounds)
         self.safeguard = Safeguard(keeps_copies)
-        self._annealing_share = annealing
-        self._num_steps = math.inf
+        self.end = Annealing(annealing)
 
     def start(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         """Begin a run."""
@@ -65,15 +80,15 @@ class Steering:
         # and -1 for epochs of data without a length. Nobody knows the end of such a run, so it is never annealed; with
         # -1 steps all of it would be after the end, at a learning rate of 0.
         num_steps = trainer.estimated_stepping_batches
-        self._num_steps = num_steps if num_steps >= 0 else math.inf
+        self.end.start(num_steps if num_steps >= 0 else math.inf)
 
     def release(self) -> None:
         """Drop the copies of the training: at the end of a run, or where it breaks off."""
         self.safeguard.start()
 
-    def parts(self) -> dict[str, Pace | Safeguard | LearningRates]:
+    def parts(self) -> dict[str, Pace | Safeguard | LearningRates | Annealing]:
         """What a checkpoint keeps, by the names that it has there."""
-        return {"pace": self.pace, "safeguard": self.safeguard, "rates": self.rates}
+        return {"pace": self.pace, "safeguard": self.safeguard, "rates": self.rates, "annealing": self.end}
 
     @property
     def has_begun(self) -> bool:
@@ -82,7 +97,7 @@ class Steering:
 
     def annealing(self, trainer: Trainer) -> float:
         """The factor on the learning rate of the present step; it is 1 until the end of the training comes near."""
-        return annealing(self._annealing_share, trainer.global_step, self._num_steps)
+        return self.end.at(trainer.global_step)
 
     def lr(self, trainer: Trainer) -> float:
         """The learning rate of the present step, the highest of the parameter groups."""
@@ -116,6 +131,19 @@ class Steering:
             inertia=gain_of_momentum(trainer.optimizers[0]),
         )
 
+    def keep_off_the_edge(self, trainer: Trainer, ratio: EdgeRatio) -> None:
+        """Make the next steps longer or shorter, by how near they are to the edge of stability."""
+        if self.pace.lr is not None:
+            self.pace.keep_off_the_edge(
+                ratio.value * self.pace.lr,
+                ratio.at_least * self.pace.lr,
+                step=trainer.global_step,
+                is_exact=ratio.is_exact,
+                is_falling=self.safeguard.watch.is_falling,
+                # While the end of the training shortens the steps, short steps are no reason to make them longer.
+                may_grow=self.annealing(trainer) == 1,
+            )
+
     def see_loss(self, trainer: Trainer, loss: float, warn_once: Callable[[str, str], None]) -> Verdict:
         """Judge the loss of a batch, after its step, and act on the verdict.
 
@@ -133,8 +161,11 @@ class Steering:
             self.pace.pass_step()
         elif verdict is Verdict.RISING:
             self.pace.halve()
-        elif verdict is Verdict.LOST and not self.pace.is_stopped:
-            self._slow_down(trainer, loss, restored, warn_once)
+        elif verdict is Verdict.LOST:
+            if not self.pace.is_stopped:
+                self._slow_down(trainer, loss, restored, warn_once)
+            # At once: the copy that was restored held the learning rates of its own step.
+            self.rates.set(self.lr(trainer))
         return verdict
 
     def _slow_down(
@@ -165,5 +196,3 @@ class Steering:
         else:
             how = "" if restored is None else f" the training was brought back to step {restored}, and"
             warn_once("went back", f"{where}:{how} the learning rate was halved. This is said once.")
-        # At once: the copy that was restored held the learning rates of its own step.
-        self.rates.set(self.lr(trainer))

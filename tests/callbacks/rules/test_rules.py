@@ -2,7 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,14 +12,17 @@ from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResul
 from lyapunov_lightning.callbacks.rules import (
     RULES,
     AlongUpdate,
+    FollowBatchSharpness,
     InverseSharpness,
     Proposal,
     RuleName,
     Situation,
 )
+from lyapunov_lightning.curvature.errors import NonFiniteCurvatureError
 from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.optimizers.updates import SeenUpdate, Update
+from lyapunov_lightning.training.replica.objective import ProbeBatch
 
 CURVATURES = torch.tensor([4.0, 1.0], dtype=torch.float64)
 
@@ -41,7 +44,16 @@ class Bowl:
             return nullcontext(lambda: None)
 
         made = None if update is None else Update(update, lr)
-        return Situation(self.hessian, self.optimizer, made, is_first=is_first, progress=progress)
+        return Situation(
+            self.hessian,
+            self.optimizer,
+            made,
+            is_first=is_first,
+            progress=progress,
+            own=self.hessian,
+            batches=[],
+            hessian_on=lambda _: self.hessian,
+        )
 
 
 def test_the_table_has_the_names_that_the_command_line_reads() -> None:
@@ -49,15 +61,16 @@ def test_the_table_has_the_names_that_the_command_line_reads() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_first_learning_rate_is_a_share_of_the_way_to_the_bottom(momentum: float) -> None:
+@pytest.mark.parametrize(("rule", "share"), [(AlongUpdate, 0.3), (FollowBatchSharpness, 0.2)])
+def test_the_first_learning_rate_is_a_share_of_the_way_to_the_bottom(rule: Any, share: float, momentum: float) -> None:
     bowl = Bowl(momentum=momentum)
     update = -CURVATURES  # down the gradient at (1, 1)
-    proposal = AlongUpdate().measure(bowl.given(update, is_first=True))
+    proposal = rule().measure(bowl.given(update, is_first=True))
     bottom = float(update @ update / (update @ (CURVATURES * update)))
     assert proposal.found == pytest.approx(
         {"proposed": bottom, "slope_along_update": 17.0, "curvature_along_update": 65.0, "trials": 0}
     )
-    assert proposal.lr == pytest.approx(0.3 * (1 - momentum) * bottom)
+    assert proposal.lr == pytest.approx(share * (1 - momentum) * bottom)
 
 
 def test_an_update_uphill_proposes_nothing() -> None:
@@ -108,6 +121,91 @@ def test_without_positive_curvature_nothing_is_proposed(is_first: bool) -> None:
     assert proposal == Proposal(None, {"converged": not is_first})
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=str)
+def test_where_batches_agree_the_largest_eigenvalue_counts(options: dict[str, float]) -> None:
+    bowl, rule = Bowl(**options), FollowBatchSharpness()
+    for _ in range(3):
+        proposal = rule.measure(bowl.given())
+    limit = 2 * (1 + options.get("momentum", 0.0)) / 0.1
+    assert proposal.found["lambda_max"] == pytest.approx(4.0, rel=5e-3)
+    assert proposal.found["stability_ratio"] == pytest.approx(4.0 / limit, rel=5e-3)
+    ratio = rule.edge_ratio()
+    assert ratio is not None
+    assert ratio.is_exact
+    assert ratio.value == ratio.at_least == pytest.approx(10 * 4.0 / limit, rel=5e-3)
+
+
+class Batches:
+    """``cᵀx²/2`` at (1, 1), with curvatures ``c`` that are each batch's own."""
+
+    def __init__(self, curvatures: Tensor, **options: float) -> None:
+        self.x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.optimizer = torch.optim.SGD([self.x], lr=0.1, **options)
+        self.curvatures = curvatures
+
+    def hessian(self, index: int) -> HessianOperator:
+        curvatures = self.curvatures[index]
+        return HessianOperator(lambda _: (curvatures * self.x**2).sum() / 2, [self.x], [torch.zeros(1)])
+
+    def given(self, index: int) -> Situation:
+        own = self.hessian(index)
+        return Situation(
+            own,
+            self.optimizer,
+            None,
+            is_first=False,
+            progress=lambda: nullcontext(lambda: None),
+            own=own,
+            batches=[ProbeBatch(index, index, True)],
+            hessian_on=lambda batches: self.hessian(batches[0].batch),
+        )
+
+
+def test_under_noise_the_batch_sharpness_counts() -> None:
+    """Batches that each bend another coordinate: their sharpness is 4, and that of their mean 2."""
+    batches = Batches(torch.tensor([[4.0, 0.1], [0.1, 4.0]], dtype=torch.float64))
+    rule = FollowBatchSharpness()
+    for index in range(4):
+        proposal = rule.measure(batches.given(index % 2))
+    expected = (4.0**3 + 0.1**3) / (4.0**2 + 0.1**2)
+    assert proposal.found["batch_sharpness"] == pytest.approx(expected)
+    assert proposal.found["batch_agreement"] < 0.5
+    assert proposal.found["stability_ratio"] == pytest.approx(expected * 0.1 / 2)
+    ratio = rule.edge_ratio()
+    assert ratio is not None
+    assert not ratio.is_exact
+
+
+def test_what_was_measured_is_forgotten_when_the_training_is_brought_back() -> None:
+    bowl, rule = Bowl(), FollowBatchSharpness()
+    rule.measure(bowl.given())
+    assert rule.edge_ratio() is not None
+    rule.forget()
+    assert rule.edge_ratio() is None
+    along, seen = AlongUpdate(), SeenUpdate(-2.0, 17.0, 5.0, 1000.0)
+    along.measure(bowl.given(-CURVATURES))
+    assert along.follow(seen, 0.1) is not None
+    along.forget()
+    assert along.follow(seen, 0.1) is None
+
+
+def test_a_measurement_that_fails_leaves_no_ratio() -> None:
+    bowl, rule = Bowl(), FollowBatchSharpness()
+    rule.measure(bowl.given())
+    bowl.x.data.fill_(math.nan)
+    with pytest.raises(NonFiniteCurvatureError):
+        rule.measure(bowl.given())
+    assert rule.edge_ratio() is None
+
+
+def test_an_optimizer_whose_limit_nobody_knows_is_refused_with_the_remedy() -> None:
+    class Own(torch.optim.SGD):
+        """May do anything in its step."""
+
+    with pytest.raises(MisconfigurationException, match=r"limit of Own. Use `rule='along_update'`"):
+        FollowBatchSharpness().check("Controller", Bowl(Own).optimizer)
+
+
 def test_only_the_papers_rule_refuses_adam() -> None:
     sgd, adam = Bowl().optimizer, Bowl(torch.optim.Adam).optimizer
     for rule, optimizer in ((AlongUpdate(), sgd), (AlongUpdate(), adam), (InverseSharpness(), sgd)):
@@ -119,12 +217,13 @@ def test_only_the_papers_rule_refuses_adam() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_continues_from_its_state(name: RuleName) -> None:
     bowl, one, other = Bowl(), RULES[name](0), RULES[name](1)
-    for is_first in (True, False):
+    for is_first in (True, False, False, False):
         one.measure(bowl.given(-CURVATURES, is_first=is_first))
     seen = SeenUpdate(17.0, 17.0, 5.0, 101.0)
     one.follow(seen, 0.1)
     other.load_state_dict(one.state_dict())
     assert one.follow(seen, 0.1) == other.follow(seen, 0.1)
+    assert one.edge_ratio() == other.edge_ratio()
     first, second = (rule.measure(bowl.given(-CURVATURES)) for rule in (one, other))
     assert first == second
     assert set(first.found) <= set(LearningRateResult.__dataclass_fields__)

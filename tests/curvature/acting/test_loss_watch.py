@@ -74,6 +74,26 @@ def test_a_loss_that_creeps_up_rises_within_a_window_or_two_and_is_lost_if_it_go
     assert acted[1][0] <= 80
 
 
+def test_after_a_rise_losses_on_their_way_down_are_no_second_one() -> None:
+    watch = LossWatch()
+    seen(watch, falling(200))
+    verdicts: list[Verdict] = []
+    while Verdict.RISING not in verdicts:
+        verdicts += seen(watch, [1.3 + 0.02 * (-1) ** len(verdicts)])
+    # The window fills with higher losses at first, and then they fall, more slowly than a window takes.
+    recovering = [1 + 0.3 * math.exp(-step / 30) + 0.1 * sample for step, sample in enumerate(noise(60, 1))]
+    assert Verdict.LOST not in seen(watch, recovering)
+
+
+def test_where_it_was_brought_back_to_is_no_rise() -> None:
+    """Without noise every loss above the best one stands out: where the training goes on is above it."""
+    watch = LossWatch()
+    losses = [1 - 0.001 * step for step in range(100)]
+    assert set(seen(watch, losses)) == {Verdict.WELL}
+    watch.go_back()
+    assert set(seen(watch, losses[60:])) == {Verdict.WELL}
+
+
 def test_falling_is_told_from_standing_still() -> None:
     watch = LossWatch()
     seen(watch, falling(39))

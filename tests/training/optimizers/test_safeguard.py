@@ -32,22 +32,34 @@ class Training:
         return float(self.module.weight.detach())
 
 
-def test_the_training_goes_back_to_the_last_tenth_step_that_was_well() -> None:
+def test_the_training_goes_back_to_the_copy_that_the_losses_since_have_proven() -> None:
     training = Training()
-    for _ in range(25):
+    for _ in range(45):
         assert training.step(1.0) == (Verdict.WELL, None)
-    assert training.place == 25
-    assert training.step(math.nan) == (Verdict.LOST, 20)
-    assert training.place == 20
+    assert training.place == 45
+    assert training.step(math.nan) == (Verdict.LOST, 21)
+    assert training.place == 21
     assert training.safeguard.num_restored == 1
 
 
-def test_a_copy_at_a_loss_that_is_not_well_does_not_count() -> None:
+def test_the_first_copy_counts_until_another_one_is_proven() -> None:
     training = Training()
     for _ in range(20):
         training.step(1.0)
-    assert training.step(math.nan) == (Verdict.LOST, 10)  # which was the batch at step 20
-    assert training.place == 10
+    assert training.step(math.nan) == (Verdict.LOST, 0)
+    assert training.place == 0
+
+
+def test_a_copy_after_which_losses_were_higher_does_not_count() -> None:
+    """Each single loss is well: between the noise of those before, and slowly higher."""
+    training = Training()
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist()
+    for sample in noise[:22]:
+        training.step(2.0 + 0.2 * sample)
+    verdicts = [training.step(2.2 + 0.02 * step + 0.2 * noise[30 + step])[0] for step in range(25)]
+    assert set(verdicts) <= {Verdict.WELL, Verdict.SUSPECT, Verdict.RISING}
+    assert verdicts.count(Verdict.WELL) >= 20
+    assert training.step(math.nan) == (Verdict.LOST, 1)  # and not 21
 
 
 def test_without_copies_there_is_nothing_to_go_back_to() -> None:

@@ -109,6 +109,6 @@ def test_what_a_checkpoint_keeps_is_named() -> None:
     one.step(math.nan)
     for name, part in other.steering.parts().items():
         part.load_state_dict(one.steering.parts()[name].state_dict())
-    assert set(one.steering.parts()) == {"pace", "safeguard", "rates"}
+    assert set(one.steering.parts()) == {"pace", "safeguard", "rates", "annealing"}
     assert other.steering.lr(other.trainer) == one.steering.lr(one.trainer)
     assert other.steering.safeguard.num_restored == 1
