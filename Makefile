@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-portable lint docs papers dist-check wild chaos bench verdicts clean
+.PHONY: demo test test-portable lint docs papers dist-check wild chaos bench controller verdicts clean
 
 demo: $(STAMP)  ## train a small network on real digits and draw its sharpness
 	$(BIN)/python -m examples.quickstart
@@ -44,6 +44,9 @@ chaos: $(STAMP)  ## kills, full disks, no memory, broken loggers, states and ran
 
 bench: .bench/.installed  ## what it costs beside other packages, in one table and one picture; ROOT for CIFAR-10
 	.bench/bin/python -W ignore -m benchmarks --write --root $(or $(ROOT),data)
+
+controller: .bench/.installed  ## the controller beside rates that were tuned in hindsight; what was trained is kept
+	.bench/bin/python -W ignore -m benchmarks.controller
 
 verdicts: $(STAMP)  ## is it true what is said of the learning rate; ROOT for the data, FRESH=1 to begin anew
 	$(BIN)/python -W ignore -m benchmarks.verdicts --root $(or $(ROOT),data) $(if $(FRESH),--fresh)

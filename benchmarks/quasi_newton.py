@@ -150,8 +150,8 @@ LOWEST: dict[tuple[str, ...], float] = {
 GRIDS = ("constant", "cosine")
 OTHERS = ("prodigy", "prodigy_cosine", "mechanic", "mechanic_cosine")
 CONTROLLERS: dict[str, dict[str, Any]] = {
-    "controller": {},
-    "controller_every_step": {"every_n_steps": 1},
+    "controller": {"rule": "along_update"},
+    "controller_every_step": {"rule": "along_update", "every_n_steps": 1},
     "inverse_sharpness": {"rule": "inverse_sharpness"},
 }
 METHODS = (*GRIDS, *OTHERS, *CONTROLLERS)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.controller.problems import PROBLEMS, Batch
 from lyapunov_lightning import QuasiNewtonLRController
+from lyapunov_lightning.callbacks.rules import RuleName
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {}),
@@ -26,7 +27,12 @@ WINDOW = 40
 
 @dataclass(frozen=True)
 class Run:
-    """One training; `optimizer` is the method itself where that takes the optimizer's place."""
+    """One training.
+
+    The method is ``"constant"``, ``"cosine"`` or a rule of the controller; the optimizer may be one that finds its rate
+    itself.
+
+    """
 
     problem: str
     optimizer: str
@@ -96,7 +102,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     learner = Learner(run)
     batches = learner.problem.batches(run.seed)
-    optimizer = (_in_trainer if run.method == "controller" else _in_loop)(learner, batches)
+    optimizer = (_in_trainer if run.method in get_args(RuleName) else _in_loop)(learner, batches)
     losses = learner.losses
     is_complete = len(losses) == run.steps and math.isfinite(sum(losses[-WINDOW:]))
     return {
@@ -131,7 +137,7 @@ def _in_trainer(learner: Learner, batches: Iterator[Batch]) -> torch.optim.Optim
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=learner.run.steps,
-        callbacks=[QuasiNewtonLRController()],
+        callbacks=[QuasiNewtonLRController(rule=learner.run.method)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -35,14 +35,18 @@ from lyapunov_lightning.training.sharing import Step
 class QuasiNewtonLRController(CurvatureCallback):
     """Sets the learning rate at every step from the curvature of the loss, for SGD, momentum and Adam.
 
-    Two rules:
+    Three rules:
 
-    - ``"along_update"`` (default): with ``u`` the optimizer's own update at learning rate 1, after momentum,
-      preconditioning, decay and clipping, (−gᵀu) / |uᵀHu| is the learning rate that goes to the bottom of the parabola
-      along it. Slope and curvature are measured on the *next* batch, since the slope along ``u`` is steeper on the
-      batch that ``u`` was made of. The learning rate follows slowly: steps grow while they are shorter than 1.4 times
-      the way to the bottom (1.8 times while the loss falls), and shrink beyond 2 times, where nothing is gained (4
-      times while the loss falls).
+    - ``"batch_sharpness"`` (default): keeps the steps off their edge of stability. Under mini-batches that is the batch
+      sharpness over the limit that the optimizer has at the measured agreement of its batches; where all batches agree,
+      the largest eigenvalue over its own limit. Steps grow below 0.5 of it and shrink beyond 0.8 (1 and 2 while the
+      loss falls); where there is no noise, below 0.8 and beyond 0.95.
+    - ``"along_update"``: with ``u`` the optimizer's own update at learning rate 1, after momentum, preconditioning,
+      decay and clipping, (−gᵀu) / |uᵀHu| is the learning rate that goes to the bottom of the parabola along it. Slope
+      and curvature are measured on the *next* batch, since the slope along ``u`` is steeper on the batch that ``u`` was
+      made of. Steps grow while they are shorter than 1.4 times the way to the bottom (1.8 times while the loss falls),
+      and shrink beyond 2 times, where nothing is gained (4 times while the loss falls). It asks nothing of the
+      optimizer, and holds two vectors more.
     - ``"inverse_sharpness"``: the chaos-theory paper's method, for SGD. Algorithm 1 follows the largest eigenvalue, at
       the initial point until it has settled and then by one iteration for each measurement. The learning rate is its
       1/h0 = (e − 1)/λ_max after a running average; with momentum, times ``1 - momentum``. The one vector that it
@@ -50,8 +54,8 @@ class QuasiNewtonLRController(CurvatureCallback):
       is compared with the curvature along the gradient.
 
     Where the length of the training is known (``max_steps``, or ``max_epochs`` and a sized dataloader), the learning
-    rate falls linearly to zero over its last 40 % under ``"along_update"``: noise always makes smaller steps look
-    better, and only at the end they are.
+    rate falls linearly to zero over its last 40 % (not under ``"inverse_sharpness"``): noise always makes smaller steps
+    look better, and only at the end they are.
 
     First, do no harm. The loss of every step is compared with those before and their noise. After a window of rising
     losses the learning rate is halved. After NaN, a spike, or losses that keep rising, the training is brought back to
@@ -64,6 +68,7 @@ class QuasiNewtonLRController(CurvatureCallback):
     Logged, at measured steps:
 
     - ``quasi_newton/learning_rate``: the learning rate of the step, the highest of the parameter groups.
+    - ``quasi_newton/stability_ratio``: how near the steps are to their edge, which is at 1 (``batch_sharpness``).
     - ``quasi_newton/step_length``: how long the steps are, with the way to the bottom of the parabola as unit; and
       ``slope_along_update`` and ``curvature_along_update``: ``-gᵀu`` and ``uᵀHu`` of the last update, on this batch
       (``along_update``).
@@ -72,7 +77,8 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     - ``proposed``: the learning rate that goes to the bottom; the paper's ``1/h0``, times ``1 - momentum``.
       ``annealing``: the factor on the learning rate towards the end of the training. ``restored``: how often the
-      training was brought back so far. ``trials``: how often the very first step was halved (``along_update``).
+      training was brought back so far. ``trials``: how often the very first step was halved. ``batch_sharpness`` and
+      ``batch_agreement``, and ``lambda_max`` where batches agree (``batch_sharpness``).
     - ``lambda_max``: the averaged largest eigenvalue; ``inverse_h0``: the same as the paper's ``1/h0``;
       ``lyapunov_exponent``, 1 once settled; ``curvature_along_gradient``, the second estimate; ``refuted``: 1 where the
       tracked vector was wrong and was replaced by the gradient (``inverse_sharpness``).
@@ -80,19 +86,19 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     The same is in ``controller.results`` as `LearningRateResult`, and drawn as ``quasi_newton/learning_rate``.
 
-    Cost of a measured step, in gradients of its batch, on top of its own: about 2.5 (``along_update``) or 3.3
-    (``inverse_sharpness``). Memory: two vectors of the model's size for ``along_update``; for the safeguard one copy of
-    parameters, buffers and optimizer state, and a second one during every tenth step.
+    Cost of a measured step, in gradients of its batch, on top of its own: about 3 (``batch_sharpness``; 5 where batches
+    are compared), 2.5 (``along_update``) or 3.3 (``inverse_sharpness``). Memory: two vectors of the model's size for
+    ``along_update``; for the safeguard two copies of parameters, buffers and optimizer state.
 
     Args:
-        every_n_steps: Measure at the first opportunity after every n optimizer steps, and before each of the first 20
-            (``along_update``); 10 by default, 1 under ``"inverse_sharpness"``.
+        every_n_steps: Measure at the first opportunity after every n optimizer steps, and before each of the first 20;
+            10 by default. Under ``"inverse_sharpness"`` 1, and no more at the start.
         rule: How the learning rate is found, see above.
         schedule: Any other schedule.
         hessian: Which Hessian; by default that of the step's own batch. ``"inverse_sharpness"`` takes differences of
             gradients, whatever the method there.
-        annealing: Share of the training over which the learning rate falls to zero, 0 for none; by default 0.4 under
-            ``"along_update"`` and 0 under ``"inverse_sharpness"``, as in the paper.
+        annealing: Share of the training over which the learning rate falls to zero, 0 for none; by default 0.4, and 0
+            under ``"inverse_sharpness"``, as in the paper.
         safeguard: Whether to keep copies of the training to go back to.
         bounds: The bounds of the learning rate and of its growth, whatever the rule proposes.
         force: Whether to use ``"inverse_sharpness"`` for other optimizers than SGD too.
@@ -112,7 +118,8 @@ class QuasiNewtonLRController(CurvatureCallback):
 
     Reference:
         "A chaos theory approach to understand neural network optimization", sec. 3.1 and Algorithm 1; for
-        ``along_update`` "Stepping on the edge: curvature aware learning rate tuners" (V. Roulet et al., 2024).
+        ``batch_sharpness`` "Edge of stochastic stability" (A. Andreyev, P. Beneventano, 2024); for ``along_update``
+        "Stepping on the edge: curvature aware learning rate tuners" (V. Roulet et al., 2024).
 
     """
 

@@ -33,6 +33,7 @@ from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 from lyapunov_lightning.callbacks.results.learning_rate import LearningRateResult
 from lyapunov_lightning.curvature.acting.pace import LRBounds
 from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.training.reporting import recording
 from tests.callbacks.steering import OPTIMIZERS, RULES, fit, seeded, weights
 from tests.modules import MemoryLogger, SmallRegressor, dense_hessian, regression_data, regression_loader
 
@@ -284,6 +285,77 @@ def test_a_run_whose_end_nobody_knows_is_not_annealed() -> None:
     assert len(rows) > 5
     assert {row["quasi_newton_details/annealing"] for row in rows} == {1.0}
     assert min(row["quasi_newton/learning_rate"] for row in rows) > 0
+
+
+def test_a_run_whose_end_nobody_knows_says_so_and_one_with_an_end_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(recording, "rank_zero_info", said.append)
+    for steps, annealing, is_said in ((-1, None, True), (-1, 0, False), (4, None, False)):
+        said.clear()
+        loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
+        fit(QuasiNewtonLRController(annealing=annealing), seeded(), loader, max_epochs=1, steps=steps)
+        assert any("length of the training is not known" in text for text in said) == is_said
+
+
+def test_a_longer_resumed_run_does_not_jump(tmp_path: Any) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def run(steps: int, ckpt_path: Any = None) -> pl.Trainer:
+        callbacks = [QuasiNewtonLRController(5), Rates()]
+        options = {"weights_only": True} if ckpt_path else {}
+        trainer = pl.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            logger=MemoryLogger(),
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(seeded(), regression_loader(), ckpt_path=ckpt_path, **options)
+        return trainer
+
+    run(30).save_checkpoint(tmp_path / "end.ckpt")
+    assert rates[-1] < 0.2 * max(rates)
+    run(300, str(tmp_path / "end.ckpt"))
+    assert len(rates) == 300
+    grown = [after / before for before, after in itertools.pairwise(rates[29:60])]
+    assert 1.05 < max(grown) < 1.1 * 1.08
+
+
+class WarmsUp(SmallRegressor):
+    """Sets the learning rate itself, from some step on."""
+
+    def __init__(self, since: int) -> None:
+        super().__init__(optimizer=OPTIMIZERS["momentum"])
+        self.since = since
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        if self.trainer.global_step >= self.since:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 100)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_warm_up_of_the_users_is_refused_at_the_first_step(rule: str) -> None:
+    module = WarmsUp(0)
+    before = weights(module).clone()
+    with pytest.raises(MisconfigurationException, match=r"set to 0\.001 by other code, such as a warm-up"):
+        fit(QuasiNewtonLRController(rule=rule), module)
+    assert torch.equal(weights(module), before)
+
+
+def test_a_schedule_of_the_users_that_begins_later_is_told_once() -> None:
+    with pytest.warns(CurvatureWarning, match=r"at step 6 the learning rate was set to 0\.007 by other code") as warned:
+        trainer, _ = fit(QuasiNewtonLRController(), WarmsUp(6))
+    assert len([warning for warning in warned if issubclass(warning.category, CurvatureWarning)]) == 1
+    assert trainer.global_step == 12
 
 
 def test_a_step_that_returns_none_is_passed_over() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyapunov_lightning.curvature.acting.pace import LRBounds, Pace, annealing
+from lyapunov_lightning.curvature.acting.pace import Annealing, LRBounds, Pace, annealing
 
 
 def pace_at(lr: float, **bounds: Any) -> Pace:
@@ -191,3 +191,62 @@ def test_annealing_is_linear_and_ends_above_zero(share: float, num_steps: int) -
 def test_there_is_no_annealing_without_an_end() -> None:
     assert annealing(0.4, 10**9, math.inf) == 1
     assert annealing(0.0, 99, 100) == 1
+
+
+def test_a_training_that_becomes_longer_takes_its_annealing_back_slowly() -> None:
+    falling = Annealing(0.5)
+    assert not falling.has_no_end or falling.at(0) == 1.0
+    falling.start(100)
+    assert [falling.at(step) for step in range(100)] == [annealing(0.5, step, 100) for step in range(100)]
+    resumed = Annealing(0.5)
+    resumed.load_state_dict(falling.state_dict())
+    resumed.start(1000)
+    factors = [resumed.at(step) for step in range(100, 200)]
+    assert factors[0] == pytest.approx(1.1 * 0.02)
+    assert all(after == min(1.0, 1.1 * before) for before, after in itertools.pairwise(factors))
+    assert factors[-1] == 1.0
+    resumed.start(math.inf)
+    assert resumed.has_no_end
+
+
+RATIO = {"step": 100, "is_exact": False, "is_falling": False, "may_grow": True}
+
+
+def moved(ratio: float, at_least: float | None = None, **options: Any) -> float:
+    """By which factor a learning rate moves in one step."""
+    pace = Pace()
+    pace.begin(0.1)
+    pace.keep_off_the_edge(ratio, ratio if at_least is None else at_least, **{**RATIO, **options})
+    assert pace.lr is not None
+    return pace.lr / 0.1
+
+
+def test_steps_far_from_the_edge_grow_and_those_beyond_shrink() -> None:
+    assert moved(0.1) > 1
+    assert moved(0.6) == 1
+    assert moved(0.9) < 1
+    assert moved(0.9, at_least=0.7) == 1  # which may be noise
+    assert moved(0.9, is_falling=True) > 1
+    assert moved(1.5, is_falling=True) == 1
+    assert moved(3.0, is_falling=True) < 1
+    assert moved(0.1, may_grow=False) == 1
+    assert moved(math.nan) == 1
+
+
+def test_where_the_edge_is_known_steps_go_back_behind_it_at_once() -> None:
+    assert moved(1.9, is_exact=True) == pytest.approx(0.5)
+    assert moved(1.2, is_exact=True, is_falling=True) == pytest.approx(0.95 / 1.2)
+    assert moved(0.9, is_exact=True) == 1
+    assert moved(0.5, is_exact=True) > 1
+    assert moved(100.0, is_exact=True) == 0.5  # of the highest rate so far
+
+
+@given(steps=st.integers(1, 400))
+@settings(max_examples=30)
+def test_on_a_plateau_rates_grow_like_the_square_of_the_steps(steps: int) -> None:
+    pace = Pace(LRBounds(max_growth=100.0))
+    pace.begin(1.0)
+    for step in range(steps):
+        pace.keep_off_the_edge(0.0, 0.0, **{**RATIO, "step": step})
+    assert pace.lr is not None
+    assert pace.lr <= 1.5 * ((steps + 10) / 10) ** 2
