@@ -12,12 +12,10 @@ nothing.
 
 import argparse
 import json
-import logging
 import math
 import multiprocessing
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -25,10 +23,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.controller.problems import PROBLEMS
-from benchmarks.controller.training import OPTIMIZERS, Run, train
-
-MIDDLE = {"SGD": -2, "momentum": -3, "AdamW": -4, "RMSprop": -5}
-"""Where the grid of an optimizer begins, as a power of √10."""
+from benchmarks.controller.training import OPTIMIZERS, Run
+from benchmarks.controller.work import Work, done, quiet, searched, single
 
 RULES = ("batch_sharpness", "along_update")
 
@@ -43,36 +39,7 @@ OFFSET = 0.01
 """Added to both losses of a ratio: it keeps losses near zero from dominating."""
 
 
-def searched(cell: tuple[str, str, str, int, int], known: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The results of a grid that are not known yet: problem, optimizer, schedule, seed and steps of the cell."""
-    problem, optimizer, method, seed, steps = cell
-    found: list[dict[str, Any]] = []
-
-    def final(power: int) -> float:
-        run = Run(problem, optimizer, method, 10 ** (power / 2), seed, steps)
-        if run not in known:
-            known[run] = train(run)
-            found.append(known[run])
-        value = known[run]["final"]
-        return math.inf if value is None else float(value)
-
-    middle = MIDDLE[optimizer]
-    best = final(middle)
-    for direction in (1, -1):
-        power, worse = middle, 0
-        while worse < 2 and abs(power) < 12:
-            power += direction
-            value = final(power)
-            best, worse = min(best, value), 0 if value < best else worse + 1
-    return found
-
-
-def single(run: Run, known: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The result of one training, if it is not known yet."""
-    return [] if run in known else [train(run)]
-
-
-def tasks(args: argparse.Namespace) -> Iterator[tuple[Callable[..., list[dict[str, Any]]], Any]]:
+def tasks(args: argparse.Namespace) -> Iterator[tuple[Work, Any]]:
     """All that is asked for: a function, and its first argument."""
     others = {name: entry for name, entry in OTHERS.items() if find_spec(entry[0])}
     for seed, name in product(range(args.seeds), args.problems):
@@ -83,17 +50,6 @@ def tasks(args: argparse.Namespace) -> Iterator[tuple[Callable[..., list[dict[st
                 yield single, Run(name, optimizer, rule, 1e-3, seed, args.steps)
         for other, (_, method, rate) in others.items():
             yield single, Run(name, other, method, rate, seed, args.steps)
-
-
-def _quiet() -> None:
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _done(task: tuple[Callable[..., list[dict[str, Any]]], Any, dict[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
-    function, argument, known = task
-    return function(argument, known)
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -150,8 +106,8 @@ def main() -> None:
     known = {Run(**{name: result[name] for name in Run.__dataclass_fields__}): result for result in results}
     if not args.report:
         todo = [(function, argument, known) for function, argument in tasks(args)]
-        with multiprocessing.get_context("spawn").Pool(args.processes, _quiet) as pool, args.out.open("a") as file:
-            for found in pool.imap_unordered(_done, todo):
+        with multiprocessing.get_context("spawn").Pool(args.processes, quiet) as pool, args.out.open("a") as file:
+            for found in pool.imap_unordered(done, todo):
                 results += found
                 for result in found:
                     print(json.dumps(result), file=file, flush=True)
