@@ -96,10 +96,7 @@ def state_of_the_first_version(rule: str, length: int) -> dict[str, Any]:
         "rule": rules[rule],
         "pace": {"lr": 0.025, "ceiling": math.inf, "is_stopped": False, "highest": 0.026},
         "safeguard": {
-            "watch": {
-                **{"first": losses, "losses": losses, "counts": [0, 0, 3]},
-                "lately": {"losses": losses, "best": [math.inf, 0.0]},
-            },
+            "watch": {"first": losses, "losses": losses, "calm": losses, "counts": [0, 0, 3], "best": [math.inf, 0.0]},
             "restored": 1,
             "attempts": 2,
         },

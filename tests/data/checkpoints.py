@@ -38,6 +38,7 @@ from lyapunov_lightning import (
     SpectrumTracker,
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
+from lyapunov_lightning.callbacks.rules import RuleName
 
 FILE = Path(__file__).with_suffix(".pt.xz")
 
@@ -172,6 +173,9 @@ EXACT = 1e-9
 
 FROM_STEP_5 = dict.fromkeys(range(5, 20), 1e6)
 
+ALONG: RuleName = "along_update"
+"""The rule that was the default when the checkpoints were written."""
+
 RUNS: dict[str, Run] = {
     "probe, lanczos": Run(lambda: [CurvatureProbe(3, end="both", tol=EXACT)], optimizer=_momentum),
     "probe, preconditioned": Run(lambda: [CurvatureProbe(3, tol=EXACT)], optimizer=_adam),
@@ -209,12 +213,14 @@ RUNS: dict[str, Run] = {
     "nudge, frozen": Run(lambda: [NudgedSGDHook(k=2, variant="no_top", frozen=True, hessian=HALF, tol=EXACT)]),
     # Before the first learning rate, right after it, and on the way, when it falls at the end.
     "controller": Run(
-        lambda: [QuasiNewtonLRController(schedule=Schedule(at_steps=[3, 5, 8, 11]))], at=(2, 4, 9, 12), steps=16
+        lambda: [QuasiNewtonLRController(rule=ALONG, schedule=Schedule(at_steps=[3, 5, 8, 11]))],
+        at=(2, 4, 9, 12),
+        steps=16,
     ),
-    "controller, two groups": Run(lambda: [QuasiNewtonLRController(2)], optimizer=_two_groups, at=(1, 7)),
-    "controller, halved": Run(lambda: [QuasiNewtonLRController()], added={9: 1e6}, at=(10, 13), steps=18),
+    "controller, two groups": Run(lambda: [QuasiNewtonLRController(2, ALONG)], optimizer=_two_groups, at=(1, 7)),
+    "controller, halved": Run(lambda: [QuasiNewtonLRController(rule=ALONG)], added={9: 1e6}, at=(10, 13), steps=18),
     "controller, stopped": Run(
-        lambda: [QuasiNewtonLRController(safeguard=False)], added=FROM_STEP_5, at=(10, 18), steps=20
+        lambda: [QuasiNewtonLRController(rule=ALONG, safeguard=False)], added=FROM_STEP_5, at=(10, 18), steps=20
     ),
     "controller, sharpness": Run(lambda: [QuasiNewtonLRController(rule="inverse_sharpness")], at=(1, 7)),
     "controller, sharpness, halved": Run(
@@ -230,7 +236,7 @@ RUNS: dict[str, Run] = {
             SpectrumTracker(4, 2, hessian=HALF, tol=EXACT),
             LossAlongEigvecScanner(6, hessian=HALF, points=5, tol=EXACT),
             NegativeCurvatureTracker(4, 1, descent=Descent(), hessian=HALF, tol=EXACT),
-            QuasiNewtonLRController(),
+            QuasiNewtonLRController(rule=ALONG),
             NudgedSGDHook(4, 2, 0.1, hessian=HALF, tol=EXACT),
         ]
     ),

@@ -107,12 +107,14 @@ class _Best:
         mean, deviation = _moments(self.losses)
         return mean, deviation / math.sqrt(self._length)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self.losses), "best": [self._mean, self._error]}
+    @property
+    def lowest(self) -> list[float]:
+        """The lowest mean and its error."""
+        return [self._mean, self._error]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses = [*map(float, state["losses"])]
-        self._mean, self._error = map(float, state["best"])
+    @lowest.setter
+    def lowest(self, numbers: Sequence[float]) -> None:
+        self._mean, self._error = map(float, numbers)
 
 
 class LossWatch:
@@ -192,14 +194,15 @@ class LossWatch:
         return {
             "first": list(self._first),
             "losses": list(self._losses),
-            "lately": self._lately.state_dict(),
+            "calm": list(self._lately.losses),
             "counts": [self._suspects, self._rises, self._since_rise],
+            "best": self._lately.lowest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self._first, self._losses = ([*map(float, state[name])] for name in ("first", "losses"))
-        self._lately.load_state_dict(state["lately"])
+        self._lately.losses, self._lately.lowest = [*map(float, state["calm"])], state["best"]
         self._suspects, self._rises, self._since_rise = map(int, state["counts"])
 
     def _stands_out(self, loss: float) -> Verdict | None:
