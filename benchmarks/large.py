@@ -478,7 +478,9 @@ def trained(options: Options, **settings: Any) -> Found:
     """
     setup, meter = options.setup, Meter()
     config = HessianConfig("fixed", num_batches=1, **options.hessian)
-    configs = {CRITICAL: replace(config, data="batch")}  # whether a step raises the loss is a question to its own batch
+    configs = {
+        CRITICAL: replace(config, data="batch", num_batches=None)
+    }  # whether a step raises the loss is a question to its own batch
     callbacks = {
         way: WAYS[way](schedule=Schedule(at_steps=steps), hessian=configs.get(way, config), log_prefix=way)
         for way, steps in options.steps.items()

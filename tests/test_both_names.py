@@ -267,6 +267,7 @@ trainer:
       init_args:
         every_n_steps: 5
         hessian:
+          data: fixed
           fraction: 0.5
 """
     )

@@ -83,8 +83,9 @@ def test_two_of_a_kind_with_prefixes_keep_their_states_apart(tmp_path: Path) -> 
         return [CurvatureProbe(2), CurvatureProbe(3, log_prefix="second")]
 
     first, second = two(), two()
-    train(SmallRegressor(), *first, max_steps=6).save_checkpoint(tmp_path / "end.ckpt")
-    train(SmallRegressor(), *second, max_steps=6, ckpt_path=tmp_path / "end.ckpt")
+    options = {"max_steps": 6, "logger": MemoryLogger()}
+    train(SmallRegressor(), *first, **options).save_checkpoint(tmp_path / "end.ckpt")
+    train(SmallRegressor(), *second, **options, ckpt_path=tmp_path / "end.ckpt")
     assert [[result.step for result in probe.results] for probe in second] == [[0, 2, 4], [0, 3]]
 
 

@@ -247,7 +247,9 @@ def run_without(**options: Any) -> Outcome:
     ],
 )
 def test_scanner_leaves_the_run_bit_identical(tmp_path: Path, scanner: dict[str, Any], options: dict[str, Any]) -> None:
-    own = {"points": 3, "sgd_steps": (1.0,), "tol": 1e-2, "num_batches": 1, "save_dir": str(tmp_path), **scanner}
+    own = {"points": 3, "sgd_steps": (1.0,), "tol": 1e-2, "save_dir": str(tmp_path), **scanner}
+    if own.get("data") != "batch":
+        own = {"num_batches": 1, **own}
     hessian = {field.name: own.pop(field.name) for field in fields(HessianConfig) if field.name in own}
     with_scanner = train(LossAlongEigvecScanner(10, **own, hessian=HessianConfig(**hessian)), steps=12, **options)
     assert_identical(run_without(**options), with_scanner)

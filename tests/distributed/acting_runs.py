@@ -62,7 +62,7 @@ def descent(rank: int) -> dict[str, Any]:
 def controlled(rank: int) -> dict[str, Any]:
     """Trainings at learning rates from curvature."""
     controllers: dict[str, dict[str, Any]] = {
-        "along_update": {"every_n_steps": 1},
+        "along_update": {"rule": "along_update", "every_n_steps": 1},
         "inverse_sharpness": {"rule": "inverse_sharpness"},
         "failing": {"hessian": HessianConfig(loss_fn=failing_loss(rank))},
     }

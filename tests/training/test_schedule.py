@@ -94,13 +94,13 @@ def test_every_training_is_measured_from_its_first_step(fit, num_steps):
 @pytest.mark.parametrize("name", ["every_n_steps", "every_n_epochs", "thin_to"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
 def test_interval_out_of_range_is_named(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` should be a positive int, got {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` should be a positive int, got {value!r}"):
         Schedule(**{name: value})
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "3"])
 def test_number_of_first_steps_out_of_range_is_named(value):
-    with pytest.raises(ValueError, match=f"`first_n_steps` should be a non-negative int, got {value}"):
+    with pytest.raises(ValueError, match=f"`first_n_steps` should be a non-negative int, got {value!r}"):
         Schedule(first_n_steps=value)
 
 

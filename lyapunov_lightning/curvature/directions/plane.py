@@ -182,8 +182,8 @@ def plane_axes(
         >>> hessian = HessianOperator(lambda batch: (batch * x**2).sum() / 2, [x], [scale])
         >>> axes = plane_axes(hessian, "eigenvectors", pairs=lanczos(hessian, largest=2), names=["1", "2"])
         >>> scanned = scan_plane(hessian, axes, Plane(points=3, reach=0.2))
-        >>> scanned.lengths, round(float(scanned.losses[1, 1]), 6)
-        ((5.0, 5.0), 26.0)
+        >>> [round(length, 6) for length in scanned.lengths], round(float(scanned.losses[1, 1]), 6)
+        ([5.0, 5.0], 26.0)
 
     """
     space = operator.space

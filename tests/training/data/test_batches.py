@@ -110,7 +110,6 @@ def test_the_batch_of_the_step_is_what_training_step_gets():
         (10, {"fraction": 1e-6}, 1),
         (10, {"num_batches": 2}, 2),
         (10, {"num_batches": 99}, 3),
-        (100, {"num_batches": 1, "fraction": 0.5}, 1),
     ],
 )
 def test_fixed_data_have_the_size_asked_for(size, settings, count):
