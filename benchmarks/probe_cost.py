@@ -27,7 +27,7 @@ from benchmarks.training_cost import train
 from examples.models import MLP, Classifier, LeNet
 from lyapunov_lightning import CurvatureProbe, QuasiNewtonLRController, Schedule, SpectrumTracker
 from lyapunov_lightning.callbacks.estimators.eigenvalues import Eigenvalues
-from lyapunov_lightning.callbacks.estimators.gauges import SharpnessGauge
+from lyapunov_lightning.callbacks.gauges import SharpnessGauge
 
 WAYS: dict[str, Callable[[], pl.Callback]] = {
     "as it comes": lambda: CurvatureProbe(),

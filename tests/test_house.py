@@ -35,6 +35,7 @@ FLOORS = (
     ("training/sharing",),
     ("training/optimizers",),
     ("training",),
+    ("callbacks/gauges",),
     ("callbacks/estimators", "callbacks/rules"),
     ("callbacks",),
     ("spectrum_result",),

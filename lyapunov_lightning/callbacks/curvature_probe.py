@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, MeasuredStep, Moment
 from lyapunov_lightning.callbacks.estimators.base import missed
-from lyapunov_lightning.callbacks.estimators.gauges import DecreaseGauge, Gauged, SharpnessGauge
+from lyapunov_lightning.callbacks.gauges import DecreaseGauge, Gauged, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
+from lyapunov_lightning.callbacks import gauges as gauges_module
 from lyapunov_lightning.callbacks.curvature_probe import _Pending
-from lyapunov_lightning.callbacks.estimators import gauges as gauges_module
 from tests.distributed.models import (
     PlannedError,
     Saving,

@@ -90,13 +90,13 @@ OPTIONS = [
         "accumulation of 2",
         settings={"accumulate_grad_batches": 2, "max_steps": 3},
         excludes=tags("accumulation", "manual"),
-        exact=False,  # all batches of the step are measured together, see `tests/callbacks/estimators/test_gauges.py`
+        exact=False,  # all batches of the step are measured together, see `tests/callbacks/test_gauges.py`
     ),
     Option(
         "accumulation of 3",
         settings={"accumulate_grad_batches": 3, "max_steps": 3},
         excludes=tags("accumulation", "manual"),
-        exact=False,  # all batches of the step are measured together, see `tests/callbacks/estimators/test_gauges.py`
+        exact=False,  # all batches of the step are measured together, see `tests/callbacks/test_gauges.py`
     ),
     Option("clipping by norm", settings={"gradient_clip_val": 0.3}, excludes=tags("clipping", "manual")),
     Option(

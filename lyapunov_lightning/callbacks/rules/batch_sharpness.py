@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.estimators.gauges import SharpnessGauge
+from lyapunov_lightning.callbacks.gauges import SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import WHOLE_AGREEMENT
 from lyapunov_lightning.callbacks.rules.base import Proposal, Rule, Situation
 from lyapunov_lightning.callbacks.rules.first_rate import first_rate

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.callbacks import curvature_probe
 from lyapunov_lightning.callbacks.estimators import LyapunovExponents
-from lyapunov_lightning.callbacks.estimators.gauges import DecreaseGauge, SharpnessGauge
+from lyapunov_lightning.callbacks.gauges import DecreaseGauge, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import WHOLE_AGREEMENT, ProbeResult
 from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.errors import CurvatureWarning
