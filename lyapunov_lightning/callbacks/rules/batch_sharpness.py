@@ -79,9 +79,10 @@ class FollowBatchSharpness(Rule):
             found = self._gauged(given, stability, gradient)
         if self._is_whole:
             found |= self._of_largest(given, stability, gradient)
-        if self._ratio is None:
+        ratio = self.edge_ratio()
+        if ratio is None:  # no batch had a gradient so far
             return Proposal(None, {"converged": False, **found})
-        return Proposal(None, {"stability_ratio": self._ratio.value * stability.lr, **found})
+        return Proposal(None, {"stability_ratio": ratio.value * stability.lr, **found})
 
     def _gauged(self, given: Situation, stability: Stability, gradient: Tensor) -> dict[str, Any]:
         """Measure what the batch sees along its own step."""
