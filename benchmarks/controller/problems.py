@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -413,27 +412,23 @@ def negative_sampling(network: nn.Module, batch: Batch) -> Tensor:
     return -(functional.logsigmoid(near).mean() + functional.logsigmoid(-far).mean())
 
 
-def _problem(*parts: Any, held_out: bool = False) -> Problem:
-    return Problem(*parts, held_out=held_out)
-
-
-_held_out = functools.partial(_problem, held_out=True)
+_held_out = functools.partial(Problem, held_out=True)
 
 PROBLEMS: dict[str, Problem] = {
-    "digits MLP": _problem(digits, lambda: mlp(64, 64, 64, 10), cross_entropy, 64),
-    "digits convolutions": _problem(digits, convolutions, cross_entropy, 32),
-    "wrong labels": _problem(wrong_digits, lambda: mlp(64, 64, 10), cross_entropy, 8),
-    "spirals": _problem(spirals, lambda: mlp(2, 32, 32, 2, activation=nn.Tanh), cross_entropy, None),
-    "sparse parity": _problem(parity, lambda: mlp(20, 64, 2), cross_entropy, 64),
-    "differential equation": _problem(
+    "digits MLP": Problem(digits, lambda: mlp(64, 64, 64, 10), cross_entropy, 64),
+    "digits convolutions": Problem(digits, convolutions, cross_entropy, 32),
+    "wrong labels": Problem(wrong_digits, lambda: mlp(64, 64, 10), cross_entropy, 8),
+    "spirals": Problem(spirals, lambda: mlp(2, 32, 32, 2, activation=nn.Tanh), cross_entropy, None),
+    "sparse parity": Problem(parity, lambda: mlp(20, 64, 2), cross_entropy, 64),
+    "differential equation": Problem(
         collocation, lambda: mlp(1, 32, 32, 1, activation=nn.Tanh), poisson_equation, None
     ),
-    "factors": _problem(ratings, lambda: Factors(100, 80, 5), squared_error, 32),
-    "transformer": _problem(sentences, WordTransformer, cross_entropy, 16),
-    "autoencoder": _problem(digits, lambda: mlp(64, 32, 6, 32, 64), reconstruction, 128),
-    "diabetes": _problem(diabetes, lambda: mlp(10, 48, 1, activation=nn.Tanh), squared_error, 4),
-    "stretched regression": _problem(stretched, lambda: nn.Linear(30, 1), squared_error, None),
-    "addition": _problem(additions, lambda: Recurrent(nn.LSTM, 2, 24, 1), last_error, 32),
+    "factors": Problem(ratings, lambda: Factors(100, 80, 5), squared_error, 32),
+    "transformer": Problem(sentences, WordTransformer, cross_entropy, 16),
+    "autoencoder": Problem(digits, lambda: mlp(64, 32, 6, 32, 64), reconstruction, 128),
+    "diabetes": Problem(diabetes, lambda: mlp(10, 48, 1, activation=nn.Tanh), squared_error, 4),
+    "stretched regression": Problem(stretched, lambda: nn.Linear(30, 1), squared_error, None),
+    "addition": Problem(additions, lambda: Recurrent(nn.LSTM, 2, 24, 1), last_error, 32),
     "noisy logistic": _held_out(noisy_classes, lambda: nn.Linear(20, 2), cross_entropy, 2),
     "deep linear": _held_out(teacher, deep_linear, squared_error, None),
     "variational": _held_out(digits, Variational, evidence, 64),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.controller.problems import PROBLEMS, Batch
+from benchmarks.quasi_newton import in_loop
 from lyapunov_lightning import QuasiNewtonLRController
 from lyapunov_lightning.callbacks.rules import RuleName
 
@@ -81,7 +82,9 @@ def make_optimizer(run: Run, parameters: Iterable[torch.nn.Parameter]) -> torch.
         return DAdaptAdam(parameters, lr=run.rate)
     from schedulefree import AdamWScheduleFree
 
-    return AdamWScheduleFree(parameters, lr=run.rate, warmup_steps=run.steps // 20)
+    optimizer = AdamWScheduleFree(parameters, lr=run.rate, warmup_steps=run.steps // 20)
+    optimizer.train()
+    return optimizer
 
 
 class Sized:
@@ -102,7 +105,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     learner = Learner(run)
     batches = learner.problem.batches(run.seed)
-    optimizer = (_in_trainer if run.method in get_args(RuleName) else _in_loop)(learner, batches)
+    optimizer = (_in_trainer if run.method in get_args(RuleName) else in_loop)(learner, batches)
     losses = learner.losses
     is_complete = len(losses) == run.steps and math.isfinite(sum(losses[-WINDOW:]))
     return {
@@ -112,25 +115,6 @@ def train(run: Run) -> dict[str, Any]:
         "worst": max(losses) if math.isfinite(max(losses)) else None,
         "last_rate": float(optimizer.param_groups[0]["lr"]),
     }
-
-
-def _in_loop(learner: Learner, batches: Iterator[Batch]) -> torch.optim.Optimizer:
-    """Train in a plain loop, which ends where the loss is not finite."""
-    run, optimizer = learner.run, learner.configure_optimizers()
-    if run.optimizer == "schedule_free":
-        optimizer.train()  # type: ignore[attr-defined]
-    for step, batch in enumerate(itertools.islice(batches, run.steps)):
-        if run.method == "cosine":
-            for group in optimizer.param_groups:
-                group["lr"] = run.rate * (1 + math.cos(math.pi * step / run.steps)) / 2
-        loss = learner.training_step(batch, step)
-        learner.losses.append(loss.item())
-        if not math.isfinite(learner.losses[-1]):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return optimizer
 
 
 def _in_trainer(learner: Learner, batches: Iterator[Batch]) -> torch.optim.Optimizer:
