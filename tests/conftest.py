@@ -2,12 +2,14 @@
 
 import logging
 import os
+import random
 from collections.abc import Iterator
 
 # Lightning takes what is set here for the user's choice. Without it a test that trains with DDP makes all later tests
 # of its process wait for threads that the other test process keeps from running.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy
 import pytest
 import torch
 
@@ -42,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.name.startswith(NOT_BEFORE_TORCH_2_15):
                 item.add_marker(skipped)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_anew() -> None:
+    """A test that seeds nothing draws the same whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

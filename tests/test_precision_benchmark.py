@@ -10,9 +10,16 @@ def test_mixed_precision_is_measured_in_float32_and_autocast_of_the_loss_is_not(
     wide = precision.measured(problem, "bf16-mixed")
     narrow = precision.measured(problem, "bf16-mixed, autocast")
     for method in precision.METHODS[:2]:
-        assert wide[method][0] <= 1e-3 < narrow[method][0] <= 0.5
-    assert wide["finite_difference"][0] <= 0.02
+        # over ten drawn networks at most 1.4e-4 and at least 1.3e-3
+        assert _worse_end(wide[method]) <= 4e-4 < _worse_end(narrow[method]) <= 0.5
+    assert _worse_end(wide["finite_difference"]) <= 0.02
     assert narrow["finite_difference"] == "refused"
+
+
+def _worse_end(found: tuple[float, float, float] | str) -> float:
+    """The larger error of the two ends: one of them alone may be right by chance, with eight bits as well."""
+    assert not isinstance(found, str), found
+    return max(found[:2])
 
 
 def test_the_page_has_a_line_for_every_precision() -> None:
