@@ -234,6 +234,7 @@ class CurvatureProbe(CurvatureCallback):
         self._seconds = 0.0
         self._prog_bar = prog_bar
         self._has_news = False
+        self._is_rarity_told = False
         self._losses = LossSeries()
         self._edge = EdgeWatch()
 
@@ -253,6 +254,7 @@ class CurvatureProbe(CurvatureCallback):
             self._cadence.start()
             self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
             self._own_gradient = OwnGradient()
+        self._is_rarity_told = False
         self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
         self._release()
@@ -342,7 +344,7 @@ class CurvatureProbe(CurvatureCallback):
             moment: Moment = self._estimator.begin(at)
             if moment == "start":
                 pending.result = self._estimator.measure(at)
-                self._cadence.spend(pending.result)
+                self._spend_steps(step.trainer, pending.result)
             else:
                 pending.later = replace(at, moment=moment)
                 pending.awaited.append(moment)
@@ -439,6 +441,20 @@ class CurvatureProbe(CurvatureCallback):
             warning = self._edge.see(_reading(result), self._losses.series)
             if warning is not None:
                 self._recorder.warn_once("too fast", warning)
+
+    def _spend_steps(self, trainer: Trainer, found: ProbeResult | None) -> None:
+        """Count what an eigenvalue has cost, and say where there will be no other one for that."""
+        if found is None:
+            return
+        self._cadence.spend(found)
+        # Infinite or -1 where nobody knows the end.
+        if not self._is_rarity_told and self._cadence.is_over(trainer.estimated_stepping_batches):
+            self._is_rarity_told = True
+            self._recorder.say(
+                f"an eigenvalue takes {found.matvecs} products, which is more than {_EIGENVALUE_SHARE:.0%} of the rest"
+                " of this training, so it is measured this once, and the batch sharpness at all measurements."
+                " `eigenvalue_every=1` asks for both each time."
+            )
 
     @override
     def _spend(self, seconds: float) -> None:
@@ -545,7 +561,7 @@ class CurvatureProbe(CurvatureCallback):
                 later, pending.later = pending.later, None
                 if pending.glanced is None:
                     pending.result = self._estimator.measure(later)
-                    self._cadence.spend(pending.result)
+                    self._spend_steps(trainer, pending.result)
                 else:
                     own, pending.glanced = pending.glanced, None
                     self._glance(later, pending, own, self._own_gradient.take(own))
@@ -609,10 +625,13 @@ class _Cadence:
         self._step = step
         return self.is_full
 
-    def spend(self, found: ProbeResult | None) -> None:
+    def spend(self, found: ProbeResult) -> None:
         """Count what an eigenvalue has cost."""
-        if found is not None:
-            self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / _EIGENVALUE_SHARE)
+        self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / _EIGENVALUE_SHARE)
+
+    def is_over(self, num_steps: float) -> bool:
+        """Whether a training of so many steps ends before another eigenvalue is due."""
+        return self._every is None and self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """How many measurements there were, and when the next eigenvalue is due."""

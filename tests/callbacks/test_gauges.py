@@ -24,6 +24,7 @@ from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.loss.kept_graphs import GradientGraph
 from lyapunov_lightning.curvature.stability import stability_of
 from lyapunov_lightning.training.replica.copier import Copier
+from lyapunov_lightning.training.reporting import recording
 from tests.callbacks.probing import Fit, inverse_preconditioner, name_of, sgd, two_groups
 from tests.modules import SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 
@@ -794,6 +795,33 @@ def test_by_default_eigenvalues_come_as_their_share_of_the_steps_allows(
     # It stands for four measurements more.
     held = {result.step for result in probe.results if result.decisive_eigenvalue is not None}
     assert held == {at for place, at in enumerate(measured) if set(measured[max(0, place - 4) : place + 1]) & set(cost)}
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "is_said"),
+    [
+        ({}, {"max_steps": 30}, True),
+        ({}, {"max_steps": 30, "log_every_n_steps": 1}, True),
+        ({"eigenvalue_every": 3}, {"max_steps": 30}, False),
+        ({"every_n_steps": 5}, {"max_steps": 30}, False),
+        ({}, {"max_steps": 2000}, False),  # which has room for further ones
+        ({}, {"max_steps": -1}, False),  # and may have
+    ],
+)
+def test_an_eigenvalue_that_stays_the_only_one_is_told_of(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, options: Any, settings: Any, is_said: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(recording, "rank_zero_info", said.append)
+
+    class Stop(Watcher):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 30
+
+    probe = CurvatureProbe(**options)
+    fit(SmallRegressor(), probe, Stop(), **{"log_every_n_steps": 5, **settings})
+    assert any(result.lambda_max is not None for result in probe.results)
+    assert sum("is measured this once" in text for text in said) == is_said
 
 
 def test_by_default_measurements_thin_out_as_the_run_goes_on(fit: Fit) -> None:
