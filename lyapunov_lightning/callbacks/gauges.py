@@ -63,18 +63,21 @@ class SharpnessGauge:
     A measurement takes the gradient and one product. A comparison with another batch, the one that was measured last
     or the fixed data, takes the same again. A glance takes the gradient and three values of the loss.
 
+    Attributes:
+        others: The batches that the next measurement is to be compared with. They are not part of the state.
+
     """
 
     def __init__(self) -> None:
         self._sharpness = BatchSharpness()
         self._count = 0
         self._is_settled = True
-        self._others: Sequence[ProbeBatch] | None = None
+        self.others: Sequence[ProbeBatch] | None = None
         self._failures = 0
 
     def start(self) -> None:
         """Begin a run: the batches of another one are not to be compared with."""
-        self._others = None
+        self.others = None
         self._failures = 0
 
     @property
@@ -116,13 +119,12 @@ class SharpnessGauge:
         other = None
         if self._is_compared_next:
             other = fixed
-            if fixed is None and self._others is not None and hessian_on is not None:
-                other = hessian_on(self._others)
+            if fixed is None and self.others is not None and hessian_on is not None:
+                other = hessian_on(self.others)
         if other is not None:
             there = step_direction(other.gradient(keep_graph=True), stability.scale)
             self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
-        self._others = batches if fixed is None else None
-        return self._gauged(curvature, stability)
+        return self._gauged(curvature, stability, batches if fixed is None else None)
 
     def glance(
         self, own: LossHessian, gradient: Tensor, batches: Sequence[ProbeBatch], stability: Stability
@@ -154,8 +156,7 @@ class SharpnessGauge:
             return None
         self._failures = 0
         self._sharpness.see(curvature)
-        self._others = batches
-        return self._gauged(curvature, stability)
+        return self._gauged(curvature, stability, batches)
 
     def _settle(self, stability: Stability) -> None:
         """Forget what was measured while the moments of an adaptive optimizer had not settled, once they have."""
@@ -165,9 +166,11 @@ class SharpnessGauge:
             self._sharpness = BatchSharpness()
         self._is_settled = stability.is_settled
 
-    def _gauged(self, curvature: StepCurvature, stability: Stability) -> Gauged:
-        """What the last measurements say together."""
+    def _gauged(self, curvature: StepCurvature, stability: Stability, batches: Sequence[ProbeBatch] | None) -> Gauged:
+        """What the last measurements say together, with the batches that the next one may be compared with."""
         self._count += 1
+        # Once the moments of an adaptive optimizer have settled, comparisons begin anew.
+        self.others = batches if self._is_compared_next or not stability.is_settled else None
         estimate = self._sharpness.estimate()
         if estimate is None:  # none of the batches had a gradient
             return {"stability_limit": _limit(stability, None), "is_settled": stability.is_settled}

@@ -70,7 +70,8 @@ class Killed(Callback):
 
 
 ACTING = {
-    "along_update": (9, lambda: [QuasiNewtonLRController(bounds=LRBounds(window=4))]),
+    # From step 4, at which it compares with the batch before.
+    "batch_sharpness": (5, lambda: [QuasiNewtonLRController(bounds=LRBounds(window=4))]),
     "inverse_sharpness": (
         13,
         lambda: [QuasiNewtonLRController(rule="inverse_sharpness", bounds=LRBounds(window=4))],
@@ -143,7 +144,7 @@ for name, (kill_at, make) in ACTING.items():
 """
 
 ACTING = (
-    "along_update",
+    "batch_sharpness",
     "inverse_sharpness",
     "nudge, steps",
     "nudge, frozen",

@@ -85,6 +85,7 @@ def state_of_the_first_version(rule: str, length: int) -> dict[str, Any]:
         "along_update": {"averages": [0.47, 0.34, 15.0, 13.9], "count": 3, "is_known": True},
         "batch_sharpness": {
             "gauge": {"sharpness": {"seen": [[1.0, 2.0]], "compared": []}, "count": 1, "is_settled": True},
+            "others": None,
             **{"largest": {"vector": vector}, "ratio": [20.0, 18.0, False], "count": 1, "is_whole": False},
         },
     }

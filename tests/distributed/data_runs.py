@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
+from lyapunov_lightning.training.data.kept_batches import kept_batches
+from lyapunov_lightning.training.replica.objective import ProbeBatch
 from tests.distributed.models import PlannedError, Smooth, fit, observed, regression
 from tests.distributed.ranks import check
 
@@ -94,3 +97,9 @@ def not_drawn(rank: int) -> dict[str, Any]:
     fit(module, DataLoader(data, 4), precision="64-true", **settings)
     found["without"] = module.state_dict()
     return found
+
+
+@check
+def kept(rank: int) -> Any:
+    """What a checkpoint is to have of batches of which each rank has its own."""
+    return kept_batches([ProbeBatch((torch.ones(2), rank), 0, True)])

@@ -81,3 +81,7 @@ def test_the_first_rank_says_that_batches_are_kept(outcomes, case):
     cause = "of another rank cannot be read" if CANNOT[case] else "PlannedError: planned"
     assert re.search(f"first 2 batches of this training.*{cause}", first[0])
     assert not second
+
+
+def test_no_checkpoint_has_the_batches_of_one_rank_for_all(outcomes):
+    assert outcomes("kept") == [None, None]

@@ -12,6 +12,7 @@ from lyapunov_lightning.callbacks.rules.first_rate import first_rate
 from lyapunov_lightning.curvature.stability import Stability, is_adaptive, is_known, stability_of
 from lyapunov_lightning.curvature.tracking.batch_sharpness import step_direction
 from lyapunov_lightning.curvature.tracking.power import PowerIteration
+from lyapunov_lightning.training.data.kept_batches import batches_of, kept_batches
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 from lyapunov_lightning.training.optimizers.steering import EdgeRatio
 
@@ -111,11 +112,15 @@ class FollowBatchSharpness(Rule):
     def state_dict(self) -> dict[str, Any]:
         ratio = None if self._ratio is None else list(self._ratio)
         counts = {"count": self._count, "is_whole": self._is_whole}
-        return {"gauge": self._gauge.state_dict(), "largest": self._largest.state_dict(), "ratio": ratio, **counts}
+        # The training goes by what is measured, so that it has to be the same in a run that goes on.
+        others = kept_batches(self._gauge.others)
+        gauge = {"gauge": self._gauge.state_dict(), "others": others}
+        return {**gauge, "largest": self._largest.state_dict(), "ratio": ratio, **counts}
 
     @override
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         self._gauge.load_state_dict(state["gauge"])
+        self._gauge.others = batches_of(state["others"])
         self._largest.load_state_dict(state["largest"])
         self._ratio = None
         if state["ratio"] is not None:
