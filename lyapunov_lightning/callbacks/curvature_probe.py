@@ -451,8 +451,8 @@ class CurvatureProbe(CurvatureCallback):
         if not self._is_rarity_told and self._cadence.is_over(trainer.estimated_stepping_batches):
             self._is_rarity_told = True
             self._recorder.say(
-                f"an eigenvalue takes {found.matvecs} products, which is more than {_EIGENVALUE_SHARE:.0%} of the rest"
-                " of this training, so it is measured this once, and the batch sharpness at all measurements."
+                f"an eigenvalue takes {found.matvecs} products, which is more than {100 * _EIGENVALUE_SHARE:.0f} % of"
+                " the rest of this training, so it is measured this once, and the batch sharpness at all measurements."
                 " `eigenvalue_every=1` asks for both each time."
             )
 

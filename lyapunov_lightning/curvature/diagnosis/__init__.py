@@ -20,9 +20,9 @@ kinds that fits:
    from batch to batch, and noise takes a good part of the progress of the steps; else ``room``.
 9. ``left``: one was, but none of the last third, whose median was below 0.8.
 10. ``limited``: the loss spiked, and at least half of the spikes came near a measurement at the limit, in a share at
-    least as large as that of all steps that are near one. Or since the limit was met the median is above 3, and the
+    least as large as that of all steps that are near one. Or since the limit was met the median is above 1.2, and the
     loss has fallen over its last half no further than it differs from batch to batch.
-11. ``above``: that median is above 3. ``at_edge`` otherwise.
+11. ``above``: the median is above 3. ``at_edge`` otherwise.
 
 A ratio is *at the limit* from 0.95 on, and *near the limit* from 0.5 on: the limit is known roughly. *The window
 before* a step is the last 20, or the usual distance of two measurements where that is larger; where a schedule has

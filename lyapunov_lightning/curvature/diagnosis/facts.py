@@ -113,6 +113,12 @@ class RunFacts:
         return self.at_limit[0].step if self.at_limit else None
 
     @property
+    def since_met(self) -> tuple[Reading, ...]:
+        """The counted measurements since the limit was met; none if it was not."""
+        met_at = math.inf if self.met_at is None else self.met_at
+        return tuple(reading for reading in self.counted if reading.step >= met_at)
+
+    @property
     def highest(self) -> Reading:
         """The counted measurement of the largest ratio."""
         return max(self.counted, key=lambda reading: reading.value)
@@ -120,10 +126,8 @@ class RunFacts:
     @property
     def level(self) -> float | None:
         """The median ratio since the limit was met, or over the last half of the measurements where it was not."""
-        met_at = math.inf if self.met_at is None else self.met_at
-        since = [reading.value for reading in self.counted if reading.step >= met_at]
-        since = since or [reading.value for reading in self.counted[len(self.counted) // 2 :]]
-        return median(since) if since else None
+        since = self.since_met or self.counted[len(self.counted) // 2 :]
+        return median(reading.value for reading in since) if since else None
 
     @property
     def last_third(self) -> tuple[Reading, ...]:
@@ -196,11 +200,10 @@ class RunFacts:
         """The measurements that name the learning rate at the limit."""
         # Of a run that the learning rate has thrown about: afterwards it is somewhere else, where the network is flat.
         is_thrown = self.lost_at is not None or not self.has_improved
-        return (
-            tuple(reading for reading in self.evidence if reading.judged)
-            if is_thrown and self.evidence
-            else self.counted
-        )
+        if is_thrown and self.evidence:
+            return tuple(reading for reading in self.evidence if reading.judged)
+        # Nor of one that does not get on since it met the limit: before that the network was somewhere else.
+        return self.since_met if self.has_stalled and self.at_limit else self.counted
 
     @property
     def clipped(self) -> tuple[Reading, ...]:

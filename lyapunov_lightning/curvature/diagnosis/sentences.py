@@ -290,8 +290,7 @@ def where_the_limit_is(reading: Reading) -> str:
 
 def _where_it_stays(facts: RunFacts) -> str:
     """The learning rate that would be at the limit where the run has stayed since it met it."""
-    since = [reading for reading in facts.counted if facts.met_at is not None and reading.step >= facts.met_at]
-    limits = [limit for limit in (reading.learning_rate_limit for reading in since) if limit is not None]
+    limits = [limit for limit in (reading.learning_rate_limit for reading in facts.since_met) if limit is not None]
     return f": at that sharpness the limit is met at {median(limits):.2g}" if limits else ""
 
 

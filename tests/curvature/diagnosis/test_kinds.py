@@ -59,7 +59,9 @@ CASES: list[tuple[Kind, RunFacts]] = [
     ("at_edge", seen(0.5, 1.0, 1.0, spikes=(12, 18, 90), share_near=0.7)),
     ("above", seen(0.5, 3.6, 3.6)),
     ("limited", seen(0.5, 3.6, 3.6, has_stalled=True)),
-    ("at_edge", seen(0.5, 1.6, 1.6, has_stalled=True)),
+    ("limited", seen(0.5, 1.6, 1.6, has_stalled=True)),
+    ("at_edge", seen(0.5, 1.1, 1.1, has_stalled=True)),
+    ("at_edge", seen(0.5, 1.6, 1.6)),
     ("at_edge", seen(0.5, 1.0, 1.0)),
     ("at_edge", seen(*[0.5] * 12, 1.0)),
 ]
