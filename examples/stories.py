@@ -1,10 +1,11 @@
 """Runs that went wrong or could go faster, what the probe said of each, and what happened when it was followed.
 
 ``python -m examples.stories rate --root data`` trains a network on CIFAR-10 whose loss spikes because of its learning
-rate, and again at the rate that the probe names. ``stuck`` does the same with one that does not spike, and does not get
-on. ``data`` has a few batches that nobody has scaled, and trains again without them. ``room`` trains a language model
-on the Penn Treebank, again at five times the rate, and at the one that the probe names. Each prints what
-``probe.diagnosis()`` said of all runs, and draws the probe's own figure and the runs side by side. A minute or two.
+rate, and again at the rate that the probe names, as long as it says that the rate is what limits the run. ``stuck``
+does the same with one that does not spike, and does not get on. ``data`` has a few batches that nobody has scaled, and
+trains again without them. ``room`` trains a language model on the Penn Treebank, again at five times the rate, and at
+the one that the probe names, if it names one. Each prints what ``probe.diagnosis()`` said of all runs, and draws the
+probe's own figure and the runs side by side. A minute or two.
 """
 
 import argparse
@@ -72,8 +73,11 @@ def faster(setting: Setting, probe: CurvatureProbe) -> list[Setting]:
     return [replace(setting, rate=5 * setting.rate), *at_the_suggested_rate(setting, probe)]
 
 
+MOST_RUNS = 4
+"""How many runs a story has at most, where each is limited by its learning rate and the next has the one that is named."""
+
 STORIES: dict[str, tuple[Setting, Advice]] = {
-    "rate": (Setting(True, torch.optim.SGD, 1.0, 512, 400), at_the_suggested_rate),
+    "rate": (Setting(True, torch.optim.SGD, 1.5, 512, 400), at_the_suggested_rate),
     "stuck": (Setting(True, partial(torch.optim.SGD, momentum=0.9), 0.2, 128, 1200), at_the_suggested_rate),
     "data": (Setting(True, torch.optim.AdamW, 1e-3, 128, 1200, unscaled=(600, 601, 602, 603)), without_the_unscaled),
     "room": (Setting(False, torch.optim.AdamW, 1e-4, 20, 600), faster),
@@ -188,9 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [(probe, losses)] = runs.values()
         print(told(name_of(setting), probe, losses), flush=True)
         probe.plot().savefig(options.out / f"story_{story}_probe.png", dpi=130)
-        for followed in advice(setting, probe):
-            runs[name_of(followed)] = train(followed, options.root)
-            print(told(name_of(followed), *runs[name_of(followed)]), flush=True)
+        following = advice(setting, probe)
+        while following:
+            followed = following.pop(0)
+            probe, losses = runs[name_of(followed)] = train(followed, options.root)
+            print(told(name_of(followed), probe, losses), flush=True)
+            if probe.diagnosis().kind == "limited" and len(runs) < MOST_RUNS:
+                following += at_the_suggested_rate(followed, probe)
         side_by_side(runs, "").savefig(options.out / f"story_{story}.png", dpi=130)
 
 
