@@ -74,7 +74,7 @@ def faster(setting: Setting, probe: CurvatureProbe) -> list[Setting]:
 
 
 MOST_RUNS = 4
-"""How many runs a story has at most, where each is limited by its learning rate and the next has the one that is named."""
+"""How many runs a story has at most, where each is limited by its rate and the next one has the rate that is named."""
 
 STORIES: dict[str, tuple[Setting, Advice]] = {
     "rate": (Setting(True, torch.optim.SGD, 1.5, 512, 400), at_the_suggested_rate),
