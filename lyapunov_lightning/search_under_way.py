@@ -35,7 +35,7 @@ class SearchUnderWay:
         self._kept = kept
         self._interruption = interruption
         self._report = report
-        self._clock = Clock(len(batches))
+        self._clock = Clock(max(1, len(batches)))
         self._count, self._most = 0, 0
         self._trend: int | None = None
         self.is_interrupted = False
@@ -74,5 +74,7 @@ class SearchUnderWay:
         self._interruption.check()
 
     def _tell(self) -> None:
+        if self._count >= self._most:  # the last one is made
+            return
         trend = None if self._trend is None else self._trend - self._count
         self._report(self._count, self._clock.told(self._most - self._count, trend))

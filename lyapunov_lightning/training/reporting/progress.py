@@ -172,6 +172,7 @@ class _TqdmBar(_Bar):
         unit: str,
         form: str | None = None,
     ) -> None:
+        self._is_lone = form is not None
         self._bar = kind(
             bar_format=form,
             desc=description,
@@ -186,7 +187,7 @@ class _TqdmBar(_Bar):
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count - self._bar.n)
-        if note:
+        if self._is_lone:
             self._bar.refresh()  # the count may have stayed as it is
 
     def close(self) -> None:

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 
 _POINTS = 6
-"""Looks at the residuals whose trend counts."""
+"""Looks at the residuals whose trend counts. In the middle of 64 searches, for 1 to 10 + 3 pairs of small networks,
+there was a trend in 54. What it said was left lay between 0.4 and 5 times what was, in four of five, and was 0.9 times
+that in the median; the bound on all products was 7 times what they took."""
 
 
 def products_by_trend(excess: Sequence[tuple[int, float]]) -> int | None:
