@@ -20,8 +20,8 @@ _VERSION = 1
 """Of what is in the file."""
 
 _EVERY_SECONDS = 60.0
-"""A search is written down at most so often: what a kill costs is a minute, or the product that was under way. A basis of
-33 vectors of 5 million float32 numbers, 629 MiB, took 1.8 s to write to a local disk."""
+"""A search is written down at most so often: what a kill costs is a minute, or the product that was under way. A basis
+of 33 vectors of 5 million float32 numbers, 629 MiB, took 1.8 s to write to a local disk."""
 
 _SHARE_OF_TIME = 0.05
 """Share of the time that writing may take."""

@@ -73,7 +73,9 @@ class Contents:
 def numbers_of(tensor: Tensor) -> Tensor:
     """Integers on the CPU that tell what a tensor holds, fewer than its bytes where these are many."""
     memory = _memory_by_device(_inner_tensors(tensor))
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(_numbers(pieces).cpu() for pieces in memory.values())])
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.int64, device="cpu"), *(_numbers(pieces).cpu() for pieces in memory.values())]
+    )
 
 
 class LossInputs(TorchFunctionMode):
