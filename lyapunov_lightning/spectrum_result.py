@@ -1,6 +1,5 @@
 """The result of `measure`: eigenvalues, their density, and the loss along eigenvectors."""
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.directions.plane import ScannedPlane
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
-from lyapunov_lightning.training.reporting.files import replaced
+from lyapunov_lightning.training.reporting.files import read_tensors, replaced
 from lyapunov_lightning.training.results import pandas_for
 
 if TYPE_CHECKING:
@@ -61,11 +60,14 @@ class SpectrumResult:
         gradient_norm: The norm of its gradient.
         num_parameters: The number n of trainable parameters.
         num_batches: On how many batches was measured, all ranks together.
+        max_batches: How many batches were to be read at most: the first ones of the data; None for all.
         density: The distribution of all eigenvalues, if asked for.
         lines: The loss along eigenvectors: ``"1"`` ... of the upper end, ``"min_1"`` ... of the lower end.
         plane: The loss over a plane, if asked for.
-        matvecs: Hessian-vector products spent.
-        seconds: Wall-clock time spent on all of it.
+        matvecs: Hessian-vector products spent, before a resumption too.
+        seconds: Wall-clock time spent on all of it, before a resumption too.
+        is_interrupted: Whether it was ended by Ctrl-C or a signal to terminate. What was found by then is in it; the
+            values of a search that was not finished count as not converged.
 
     """
 
@@ -86,6 +88,8 @@ class SpectrumResult:
     plane: ScannedPlane | None = None
     matvecs: int = 0
     seconds: float = 0.0
+    max_batches: int | None = None
+    is_interrupted: bool = False
 
     @property
     def largest(self) -> Tensor:
@@ -106,9 +110,11 @@ class SpectrumResult:
 
     def summary(self) -> str:
         """The result as a table in plain text."""
+        first = "the first " if self.max_batches is not None else ""
+        mode = "evaluation" if self.mode == "eval" else "training"
         lines = [
             f"Hessian of the training loss of {self.module}: {_counted(self.num_parameters, 'parameter')},"
-            f" {_counted(self.num_batches, 'batch', 'es')}, {'evaluation' if self.mode == 'eval' else 'training'} mode",
+            f" {first}{_counted(self.num_batches, 'batch', 'es')}, {mode} mode",
             f"loss {self.loss:.6g}, gradient norm {self.gradient_norm:.3g}",
         ]
         if len(self.values):
@@ -137,6 +143,9 @@ class SpectrumResult:
                 "",
                 f"over the plane of {first} and {second}: the lowest loss lies {self.plane.improvement:.3g} below",
             ]
+        if self.is_interrupted:
+            is_found = bool(self.converged.any())
+            lines += ["", f"interrupted {'after' if is_found else 'during'} the search for eigenvalues"]
         spent = f"{_counted(self.matvecs, 'Hessian-vector product')}, {self.seconds:.2g} seconds"
         return "\n".join([*lines, "", spent])
 
@@ -224,9 +233,7 @@ class SpectrumResult:
 
         """
         try:
-            _check_archive(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            _check_tensors(state)
+            state = read_tensors(path)
             density = None if state["density"] is None else SpectralDensity(**state["density"])
             lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
             kept = state.get("plane")  # which files of before there were planes lack
@@ -264,27 +271,6 @@ class SpectrumResult:
     def _rows(self) -> list[tuple[Any, ...]]:
         columns = (self.values, self.residuals, self.value_errors, self.converged)
         return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _check_archive(path: str | Path) -> None:
-    """Make sure that an archive is no larger inside than outside, as what PyTorch writes never is."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is compressed")
-
-
-def _check_tensors(state: Any) -> None:
-    """Make sure that every tensor holds as many numbers as it says: one of a stride of 0 has any number of them."""
-    for entry in state.values() if isinstance(state, dict) else ():
-        if isinstance(entry, dict):
-            _check_tensors(entry)
-        elif isinstance(entry, Tensor) and (entry.layout != torch.strided or not _is_held(entry)):
-            raise ValueError(f"a tensor of the shape {tuple(entry.shape)} is not in it")
-
-
-def _is_held(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def direction_names(num_largest: int, num_smallest: int) -> list[str]:

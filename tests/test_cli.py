@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -12,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 
-from lyapunov_lightning import __version__, callbacks
+from lyapunov_lightning import __version__, callbacks, search_under_way
 from lyapunov_lightning.cli import TRAINER_COMMANDS, main
 from lyapunov_lightning.cli.errors import own_error
 from lyapunov_lightning.cli.help import callback_help, plain, reflowed
@@ -229,9 +230,13 @@ def test_measure_prints_a_table_and_draws_and_no_callback_acts(
     monkeypatch.setattr(callbacks.CurvatureProbe, "setup", acts)
     monkeypatch.setattr(callbacks.CurvatureProbe, "__init__", acts)
     monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", -1.0)
-    measured = main(["measure", "--config", str(saved), "--ckpt_path", str(checkpoint), "--largest=2", "--smallest=1"])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with_bar = "--trainer.enable_progress_bar=true"  # which `fit` had without
+    few_values = ("--largest=2", "--smallest=1")
+    measured = main(["measure", "--config", str(saved), with_bar, "--ckpt_path", str(checkpoint), *few_values])
     text, progress_and_notices = capsys.readouterr()
     assert "Hessian-vector products: " in progress_and_notices
+    assert "more by the trend, at most" in progress_and_notices
     assert "--ckpt_path" not in progress_and_notices
     assert text.startswith("Hessian of the training loss of Classifier")
     assert "\r" not in text
@@ -242,9 +247,36 @@ def test_measure_prints_a_table_and_draws_and_no_callback_acts(
     assert f"loss {fitted.trainer.callback_metrics['train/loss']:.2g}"[:7] in text
     assert isinstance(measured.trainer, Trainer)
 
-    fresh = ("--largest=1", "--smallest=0", "--hessian.num_batches=1", "--out=fresh.png")
+    fresh = ("--largest=1", "--smallest=0", "--max_batches=1", "--out=fresh.png")
     main(["measure", "--config", str(saved), *fresh])
-    assert "no --ckpt_path is given, so the weights are those that the configuration makes" in capsys.readouterr().err
+    text, notices = capsys.readouterr()
+    assert "no --ckpt_path is given, so the weights are those that the configuration makes" in notices
+    assert "products" not in notices  # the bar is off
+    assert "the first 1 batch, evaluation mode" in text
+
+    # Ctrl-C in the fourth product, and again the same command.
+    whole = text
+    products = iter(range(100))
+    begin_product = search_under_way.Clock.begin_product
+
+    def interrupted(clock: object) -> None:
+        if next(products) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        begin_product(clock)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search_under_way.Clock, "begin_product", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            main(["measure", "--config", str(saved), *fresh, "--resume=search.pt"])
+    assert ended.value.code == 130
+    text = capsys.readouterr().out
+    assert "interrupted during the search" in text
+    assert Path("search.pt").exists()
+    main(["measure", "--config", str(saved), *fresh, "--resume=search.pt"])
+    assert (
+        capsys.readouterr().out.partition("Hessian-vector products")[0] == whole.partition("Hessian-vector products")[0]
+    )
+    assert not Path("search.pt").exists()
 
     assert error_of(capsys, "measure", "--config", str(saved), "--ckpt_path=nowhere.ckpt") == (
         "There is no checkpoint nowhere.ckpt."

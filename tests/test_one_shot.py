@@ -1,6 +1,7 @@
 """`measure`: this module, these data, now."""
 
 import copy
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from lyapunov_lightning import HessianConfig, SpectrumResult, measure
 from lyapunov_lightning.curvature.directions.plane import Plane
 from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
+from lyapunov_lightning.training.reporting import progress
 from tests.modules import (
     AugmentedClusters,
     BusyModule,
@@ -191,6 +193,40 @@ def test_a_config_says_how_much_of_the_data(hessian):
     )
 
 
+@pytest.mark.parametrize("max_batch_bytes", [0, 10**9])
+def test_the_first_batches_are_measured_read_or_held(max_batch_bytes, recwarn):
+    regressor = module()
+    data = regression_loader(batch_size=8)
+    result = measure(regressor, data, max_batches=2, max_batch_bytes=max_batch_bytes, largest=2, lines=1)
+    loss, dense = reference(regressor, 16)
+    assert result.largest.numpy() == pytest.approx(torch.linalg.eigvalsh(dense).flip(0)[:2].numpy(), rel=1e-6)
+    assert result.loss == pytest.approx(loss, rel=1e-12)
+    assert (result.num_batches, result.max_batches) == (2, 2)
+    assert "the first 2 batches, evaluation mode" in result.summary()
+    assert "the first" not in measure(regressor, data).summary()
+    told = [str(warning.message) for warning in recwarn if "max_batch_bytes" in str(warning.message)]
+    assert len(told) == (max_batch_bytes == 0)
+
+
+def test_a_generator_outside_of_the_loss_keeps_its_state_and_a_bar_is_shown_on_a_terminal_alone(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(progress, "_LOOKS_APART_SECONDS", 0.0)
+    loader = DataLoader(regression_data(), 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    state = loader.generator.get_state()
+    measure(module(), loader)
+    assert torch.equal(loader.generator.get_state(), state)
+    assert "Batches" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    measure(module(), loader, density=True)
+    shown = capsys.readouterr()
+    assert not shown.out.count("\r")
+    for text in ("Batches: 6 batches", "Hessian-vector products: ", "batch 2 of 6; ", " more: ", "Batches: 12 batches"):
+        assert text in shown.err, text
+    for off in ({"progress": False}, {"trainer": quiet(logger=False)}):
+        measure(module(), loader, **off)
+        assert "products" not in capsys.readouterr().err
+
+
 def everything_of(busy: pl.LightningModule) -> Any:
     own = {name: value for name, value in vars(busy).items() if not name.startswith("_")}
     return copy.deepcopy((busy.state_dict(), own, [inner.training for inner in busy.modules()]))
@@ -350,6 +386,12 @@ class Broken(SmallRegressor):
     [
         (module, regression_loader, {"largest": -1}, ValueError, "`largest` should be a non-negative int, got -1"),
         (module, regression_loader, {"largest": 0}, ValueError, "should not both be 0 where no `density`"),
+        (module, regression_loader, {"max_batches": 0}, ValueError, "`max_batches` should be a positive int, got 0"),
+        (module, regression_loader, {"max_batch_bytes": -1}, ValueError, "`max_batch_bytes` should be a non-negative"),
+        (module, regression_loader, {"max_batches": 3, "hessian": HessianConfig(num_batches=2)}, ValueError,
+         "`max_batches` and `hessian.num_batches` are two sizes of the same data, got 3 and 2"),
+        (module, regression_loader, {"max_batches": 3, "hessian": HessianConfig(fraction=0.5)}, ValueError,
+         "`max_batches` and `hessian.fraction` are two sizes of the same data, got 3 and 0.5"),
         (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig, or a"),
         (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
         (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),

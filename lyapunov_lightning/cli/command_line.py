@@ -12,10 +12,15 @@ from typing_extensions import override
 from lyapunov_lightning import callbacks  # known by their short names once they are imported
 from lyapunov_lightning.cli.errors import PROGRAM, explained, fail, own_error
 from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.data.readings import HELD_BYTES
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
 if TYPE_CHECKING:
     from lyapunov_lightning import SpectrumResult
+
+
+_INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C has ended, by the convention of shells."""
 
 
 class MeasuringTrainer(Trainer):
@@ -31,13 +36,18 @@ class MeasuringTrainer(Trainer):
         smallest: int = 2,
         density: bool = False,
         lines: int = 0,
+        max_batches: int | None = None,
+        max_batch_bytes: int = HELD_BYTES,
+        resume: str | None = None,
         hessian: HessianConfig = HessianConfig(),
         out: str = "spectrum.png",
         weights_only: bool | None = None,
     ) -> "SpectrumResult":
         """Print a table of the ends of the Hessian's spectrum, and draw them.
 
-        The table alone goes to the output: progress is shown on the error stream.
+        The table alone goes to the output: progress is shown on the error stream, if that is a terminal and
+        ``--trainer.enable_progress_bar`` is not false. Ctrl-C ends the search with a table of what it has found by
+        then, and the exit status 130.
 
         Args:
             model: The model whose training loss is measured.
@@ -47,6 +57,11 @@ class MeasuringTrainer(Trainer):
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
             lines: Along how many eigenvectors of each end to scan the loss.
+            max_batches: On how many batches to measure, the first ones of the data; on all by default.
+            max_batch_bytes: How many bytes of batches may be held in memory. Data that take more are read anew for
+                every product.
+            resume: A file in which to keep the search while it is under way. The same command goes on with it where it
+                was interrupted, by Ctrl-C, a kill or a crash; it is removed once all is measured.
             hessian: Which Hessian; by default that of all training data, in evaluation mode.
             out: The picture to write, as PNG; the same is written as SVG next to it.
             weights_only: Accepted because configurations written for ``fit`` have it; it has no effect here.
@@ -73,6 +88,9 @@ class MeasuringTrainer(Trainer):
             smallest=smallest,
             density=density,
             lines=lines,
+            max_batches=max_batches,
+            max_batch_bytes=max_batch_bytes,
+            resume=resume,
             hessian=hessian,
             ckpt_path=ckpt_path,
             trainer=self,
@@ -81,6 +99,8 @@ class MeasuringTrainer(Trainer):
         if self.is_global_zero:
             picture, *_ = result.plot().save(out)
             print(f"{result.summary()}\n\nThe picture: {picture}")
+        if result.is_interrupted:
+            raise SystemExit(_INTERRUPTED)
         return result
 
 

@@ -36,5 +36,12 @@ class PeerFailureError(MeasurementError):
         super().__init__(f"The measurement failed on {num_ranks} other rank(s); their log says why.")
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ends a search with what it has found, where an operator raises it in place of a product.
+
+    Unlike a plain ``KeyboardInterrupt``, which may come in the middle of anything, it comes where nothing is half done.
+    """
+
+
 class CurvatureWarning(UserWarning):
     """A measurement is missing, degraded or to be read with care."""

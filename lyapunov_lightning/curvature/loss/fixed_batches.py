@@ -92,12 +92,20 @@ class Total:
         self.weight = 0.0
 
 
+class ReadBatches(Sequence[Any]):
+    """Batches that are read when they are asked for, where a list would hold all of them.
+
+    They are asked for by their index, in their order and again from the first one; each time one has to be the same.
+
+    """
+
+
 class FixedBatches:
     """A loss, the batches on which it is evaluated, and how much each of them counts.
 
     Args:
         objective: The loss.
-        batches: This rank's batches.
+        batches: This rank's batches; all of them are held, unless they are `ReadBatches`.
         space: The space of the vectors in which sums are taken.
         weights: Number of samples of each batch; if None, each batch's evaluation says it.
         ranks: The ranks of which each has its batches; a single one if None.
@@ -117,7 +125,7 @@ class FixedBatches:
         ranks: Ranks | None = None,
     ) -> None:
         self._objective = objective
-        self._batches = list(batches)
+        self._batches = batches if isinstance(batches, ReadBatches) else list(batches)
         self._space = space
         self._ranks = Ranks() if ranks is None else ranks
         self.kernels: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -155,8 +163,18 @@ class FixedBatches:
         return self._ranks.solver
 
     def tensors(self, index: int) -> list[Tensor]:
-        """The tensors in a batch, and views of the NumPy arrays in it."""
-        return [tensor for member in _members(self._batches[index]) if (tensor := _as_tensor(member)) is not None]
+        """The tensors in a batch, and views of the NumPy arrays in it: what others may write to.
+
+        None of one that is read: nobody else has it, and it is not to be held.
+
+        """
+        if isinstance(self._batches, ReadBatches):
+            return []
+        return [tensor for member in members(self._batches[index]) if (tensor := as_tensor(member)) is not None]
+
+    def bytes_kept_with(self, index: int) -> int:
+        """The memory that a graph of a batch keeps alive besides its own: the batch, unless that is held anyway."""
+        return num_bytes(self._batches[index]) if isinstance(self._batches, ReadBatches) else 0
 
     def forget_weights(self) -> None:
         """Ask the next evaluation of each batch for its number of samples again, unless that was given."""
@@ -177,6 +195,8 @@ class FixedBatches:
             MeasurementError: If the loss is not a scalar tensor.
 
         """
+        # Before all else: what reads a batch is no part of the loss.
+        batch = self._batches[index]
         # The derivative is taken within the block, where checkpointed layers are evaluated again: so the generators are
         # put back last, and until then kernels and modes stay as they were for the loss.
         with (
@@ -185,12 +205,13 @@ class FixedBatches:
             eager(),
             self.kernels(),
             watched_checkpointing() as hooks,
-            self._objective.evaluated(self._batches[index], values) as evaluation,
+            self._objective.evaluated(batch, values) as evaluation,
         ):
             # Each batch begins where the one before it ended, as in a training step over all of them; with one state
             # for all, every batch would have the same dropout mask, and their mean a larger variance.
             if index + 1 == len(self._random_states) < len(self):
-                self._random_states.append(RandomState.capture())
+                # One object for all where the loss draws no numbers: a state has 25 KB, and a data set many batches.
+                self._random_states.append(self._random_states[index].unless_changed())
             if self._weights[index] is None:
                 self._weights[index] = float(evaluation.num_samples())
             yield replace(evaluation, loss=_checked_scalar(evaluation.loss), is_recomputed=hooks.used)
@@ -275,7 +296,7 @@ def numbers_of_samples(batches: Sequence[Any]) -> list[float]:
 
 def _readings(batch: Any) -> set[int]:
     """What the number of samples may be: leading dimensions, and the length of a list of samples that are mappings."""
-    lengths = [member.shape[0] for member in _members(batch) if isinstance(member, Tensor) and member.ndim]
+    lengths = [member.shape[0] for member in members(batch) if isinstance(member, Tensor) and member.ndim]
     # A single number for all samples, as a temperature, contradicts nothing.
     readings = {length for length in lengths if length != 1 or lengths[0] == 1}
     is_list = isinstance(batch, (list, tuple)) and bool(batch)
@@ -289,7 +310,7 @@ def num_samples(batch: Any) -> int:
         ValueError: If there is no such tensor.
 
     """
-    for member in _members(batch):
+    for member in members(batch):
         if isinstance(member, Tensor) and member.ndim:
             return member.size(0)  # of a nested tensor there is no shape
     raise ValueError(
@@ -298,8 +319,30 @@ def num_samples(batch: Any) -> int:
     )
 
 
-def _members(batch: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """The tensors and the arrays of a nested structure, in order; objects that hold each other are visited once."""
+def num_bytes(batch: Any) -> int:
+    """The memory of the tensors, the arrays and the texts of a batch."""
+    return sum(map(_bytes_of, members(batch, plain=(str, bytes))))
+
+
+def _bytes_of(member: Any) -> int:
+    if not isinstance(member, Tensor):
+        return member.nbytes if isinstance(member, np.ndarray) else len(member)
+    # Of a sparse or a nested tensor this is more than it takes, and never less.
+    return member.numel() * member.element_size()
+
+
+def members(batch: Any, seen: set[int] | None = None, *, plain: tuple[type, ...] = ()) -> Iterator[Any]:
+    """The tensors and the arrays of a nested structure, in order; objects that hold each other are visited once.
+
+    Args:
+        batch: The structure.
+        seen: The objects that were visited.
+        plain: What else is a member, such as texts and numbers.
+
+    """
+    if isinstance(batch, plain):
+        yield batch
+        return
     seen = set() if seen is None else seen
     # A class has a `__dict__` too, but the tensors in it are no data of this batch.
     if isinstance(batch, type) or id(batch) in seen:
@@ -308,20 +351,20 @@ def _members(batch: Any, seen: set[int] | None = None) -> Iterator[Any]:
     if isinstance(batch, (Tensor, np.ndarray)):
         yield batch
         return
-    members: Iterable[Any] = ()
+    inner: Iterable[Any] = ()
     if isinstance(batch, Mapping):
-        members = batch.values()
+        inner = batch.values()
     elif isinstance(batch, (list, tuple)):
-        members = batch
+        inner = batch
     elif is_dataclass(batch):
-        members = [getattr(batch, field.name) for field in fields(batch)]
+        inner = [getattr(batch, field.name) for field in fields(batch)]
     elif hasattr(batch, "__dict__"):
-        members = vars(batch).values()
-    for member in members:
-        yield from _members(member, seen)
+        inner = vars(batch).values()
+    for member in inner:
+        yield from members(member, seen, plain=plain)
 
 
-def _as_tensor(member: Any) -> Tensor | None:
+def as_tensor(member: Any) -> Tensor | None:
     """A tensor, or an array as a tensor that shares its memory, if there can be such a one."""
     if isinstance(member, Tensor):
         return member

@@ -49,9 +49,7 @@ class Contents:
         inner = [*read, *(inner for tensor in unread for inner in _inner_tensors(tensor))]
         self._placed = [tensor for tensor in inner if tensor.layout is torch.strided and not tensor.is_meta]
         self._places = self._present_places()
-        self._memory: dict[torch.device, list[Tensor]] = {}
-        for piece in (piece for tensor in read for piece in _memory(tensor)):
-            self._memory.setdefault(piece.device, []).append(piece)
+        self._memory = _memory_by_device(read)
         self._numbers = self._read()
 
     def is_changed(self) -> bool:
@@ -70,6 +68,14 @@ class Contents:
 
     def _read(self) -> list[Tensor]:
         return [_numbers(pieces) for pieces in self._memory.values()]
+
+
+def numbers_of(tensor: Tensor) -> Tensor:
+    """Integers on the CPU that tell what a tensor holds, fewer than its bytes where these are many."""
+    memory = _memory_by_device(_inner_tensors(tensor))
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.int64, device="cpu"), *(_numbers(pieces).cpu() for pieces in memory.values())]
+    )
 
 
 class LossInputs(TorchFunctionMode):
@@ -262,6 +268,13 @@ def _memory(tensor: Tensor) -> Iterator[Tensor]:
     # In the order of the memory a transposed or channels-last tensor is contiguous, and needs no copy.
     tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride().__getitem__, reverse=True))
     yield tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8) if tensor.is_contiguous() else tensor
+
+
+def _memory_by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    memory: dict[torch.device, list[Tensor]] = {}
+    for piece in (piece for tensor in tensors for piece in _memory(tensor)):
+        memory.setdefault(piece.device, []).append(piece)
+    return memory
 
 
 def _numbers(pieces: Sequence[Tensor]) -> Tensor:

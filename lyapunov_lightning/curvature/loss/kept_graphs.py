@@ -77,7 +77,9 @@ class KeptGraphs(Generic[Graph]):
         """Whether the graph of a batch may fit."""
         return self._max_bytes > 0 and index not in self._too_large
 
-    def keep(self, index: int, graph: Graph, batch: Sequence[Tensor], found: LossInputs | None = None) -> bool:
+    def keep(
+        self, index: int, graph: Graph, batch: Sequence[Tensor], found: LossInputs | None = None, more_bytes: int = 0
+    ) -> bool:
         """Keep a graph for further products if there is room for it.
 
         Args:
@@ -85,6 +87,7 @@ class KeptGraphs(Generic[Graph]):
             graph: Its graph.
             batch: The tensors in the batch.
             found: What else it was computed from, if that was watched.
+            more_bytes: What it keeps alive besides.
 
         """
         if not self.has_room(index):
@@ -97,6 +100,7 @@ class KeptGraphs(Generic[Graph]):
         inputs = found.tensors if found is not None else []
         there_before = [*self._parameters, *batch, *inputs]
         num_bytes = graph_bytes([tensor for tensor in graph.tensors if tensor is not None], besides=there_before)
+        num_bytes += more_bytes
         if self.bytes + num_bytes > self._max_bytes:
             # Remembered, since another attempt would watch every operation of the loss in vain.
             self._too_large.add(index)

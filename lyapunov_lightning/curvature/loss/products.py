@@ -136,7 +136,8 @@ class GraphProduct(ABC, Generic[Graph]):
             if not {id(leaf) for leaf in graph.leaves} & set(map(id, self._loss.parameters)):
                 inputs = None  # a copy that does not say so: what it was computed from is gone, or its own
             with torch._C.DisableTorchFunction():  # what follows is no part of the loss
-                is_kept = self.graphs.keep(index, graph, batch, inputs)
+                more_bytes = self._loss.batches.bytes_kept_with(index) if self.graphs.has_room(index) else 0
+                is_kept = self.graphs.keep(index, graph, batch, inputs, more_bytes)
             # The scalar loss and what only it needs may be freed now; a kept graph has what the products need.
             del evaluation
         return compute(graph, is_kept)

@@ -10,6 +10,7 @@ so do the generators of packages outside of PyTorch, such as XLA. `HessianOperat
 """
 
 import functools
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,23 @@ class RandomState:
             numpy=np.random.get_state(legacy=False),
             cpu=torch.get_rng_state(),
             accelerators={kind: tuple(map(module.get_rng_state, _devices(module))) for kind, module in _accelerators()},
+        )
+
+    def unless_changed(self) -> "RandomState":
+        """The present states: this very object where they are the same."""
+        present = RandomState.capture()
+        return self if present._is(self) else present
+
+    def _is(self, other: "RandomState") -> bool:
+        mine, others = (
+            [state.cpu, *(tensor for states in state.accelerators.values() for tensor in states)]
+            for state in (self, other)
+        )
+        return (
+            self.python == other.python
+            and pickle.dumps(self.numpy) == pickle.dumps(other.numpy)  # a nested dictionary with arrays
+            and self.accelerators.keys() == other.accelerators.keys()
+            and all(map(torch.equal, mine, others))
         )
 
     def restore(self) -> None:

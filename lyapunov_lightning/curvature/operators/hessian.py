@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lyapunov_lightning.curvature.loss.compiled import Programs
 from lyapunov_lightning.curvature.loss.derivatives import Derivatives
-from lyapunov_lightning.curvature.loss.fixed_batches import Objective, numbers_of_samples
+from lyapunov_lightning.curvature.loss.fixed_batches import Objective, ReadBatches, numbers_of_samples
 from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.loss.products import (
     DoubleBackward,
@@ -54,7 +54,8 @@ class HessianOperator(MeanOperator):
             the operations that `loss` performs where other values are needed.
         parameters: The parameters, the coordinates of the vectors in this order; or pairs of a name and a parameter,
             such as ``model.named_parameters()``.
-        batches: The batches, in any structure that `loss` understands.
+        batches: The batches, in any structure that `loss` understands. They are held, unless they are
+            `lyapunov_lightning.curvature.loss.fixed_batches.ReadBatches`.
         method: How products are computed, see `lyapunov_lightning.curvature.loss.products`. ``"auto"`` is double
             backward, and finite differences with one warning where PyTorch cannot differentiate twice. Errors of
             another kind are raised as they are, after a second attempt where a device or the network failed.
@@ -114,7 +115,7 @@ class HessianOperator(MeanOperator):
         if step is not None and not step > 0:
             raise ValueError(f"`step` should be a positive float, got {step!r}.")
         super().__init__(parameters, max_graph_bytes, reduce)
-        batches = list(batches)
+        batches = batches if isinstance(batches, ReadBatches) else list(batches)
         if not isinstance(loss, Objective):
             loss = SubstitutedLoss(loss, self.parameters)
             # A single batch of a single rank has no need of its number of samples, which may not be in it.

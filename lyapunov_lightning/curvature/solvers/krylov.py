@@ -9,8 +9,9 @@ Where ``A`` is symmetric, each entry of the projection is computed twice: ``u·A
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,6 +195,41 @@ class KrylovBasis:
         self.asymmetry = 0.0
         self.capacity = capacity
         self._resize(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the basis is, in tensors and plain values; the tensors are not copied."""
+        for place, block in enumerate(self._blocks):
+            # Memory that nothing was written to yet: what is in it is nobody's business.
+            block[max(0, self.length + 1 - place * _ROWS_AT_ONCE) :].zero_()
+        return {
+            "blocks": list(self._blocks),
+            "projection": self._projection,
+            "coupling": self._coupling,
+            "aside": list(self._aside),
+            "leaks": self._leaks,
+            "norm": self._norm,
+            "familiarity": self._familiarity,
+            "origin": self._origin,
+            "restarts": [[*vars(before).values(), kept] for before, kept in self._restarts],
+            "asymmetry": self.asymmetry,
+            "length": self.length,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be the basis that `state_dict` was taken from, which had the same operator and the same capacity."""
+        self._blocks = [self.space.adopt(block, "blocks") for block in state["blocks"]]
+        self._projection = state["projection"]
+        self._coupling = state["coupling"]
+        self._aside = [self.space.adopt(vector, "aside")[0] for vector in state["aside"]]
+        self._leaks = state["leaks"]
+        self._norm = state["norm"]
+        self._familiarity = state["familiarity"]
+        self._origin = state["origin"]
+        self._restarts = [(Projected(*before), kept) for *before, kept in state["restarts"]]
+        self.asymmetry = state["asymmetry"]
+        self._generator.set_state(state["generator"])
+        self._resize(state["length"])
 
     @property
     def rounding(self) -> float:

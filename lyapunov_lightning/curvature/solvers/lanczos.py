@@ -20,12 +20,15 @@ How likely, `lyapunov_lightning.curvature.solvers.hidden` tells of either start,
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.arguments import check_positive
+from lyapunov_lightning.curvature.errors import Interrupted
 from lyapunov_lightning.curvature.linear import LinearOperator, space_of
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.krylov import KrylovBasis, RitzPairs, Target, both_ends
@@ -119,6 +122,8 @@ def lanczos(
     seed: int = 0,
     max_basis_vectors: int | None = None,
     max_basis_bytes: int = BASIS_BYTES,
+    watch: "Callable[[Search], None] | None" = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> Eigenpairs:
     """The largest and the smallest eigenvalues of a symmetric operator, with vectors, residuals and errors.
 
@@ -162,9 +167,13 @@ def lanczos(
             single values, up to 128: a search that has room needs no restart. The size decides on rounding and on the
             number of products, so give it where a result has to be the same on another machine.
         max_basis_bytes: Bound on the memory of a basis of the default size, down to four vectors more than are wanted.
+        watch: Called with the search before each product, to show how far it is, or to keep its ``state_dict()``.
+        resume: A ``state_dict()`` of a search for the same pairs of the same operator, with which to go on; `start`,
+            `seed` and the sizes of the basis are those of that search. It finds what that one would have found.
 
     Returns:
-        The eigenpairs, of the upper end descending, then of the lower end ascending.
+        The eigenpairs, of the upper end descending, then of the lower end ascending. Where a product has raised
+        `Interrupted`, those of the search so far, of which none counts as converged; if there are as many yet.
 
     Raises:
         ValueError: If an argument is out of its range, more eigenvalues are wanted than there are, or `start` does not
@@ -194,16 +203,22 @@ def lanczos(
     capacity = _capacity(space, target, max_basis_vectors, max_basis_bytes)
     generator = torch.Generator().manual_seed(seed)
     with space.together():
-        if max_basis_vectors is None:
+        if resume is not None:
+            capacity = _resumed_capacity(resume, space, target)
+        elif max_basis_vectors is None:
             capacity = _grown(capacity, space, target, max_basis_bytes)
         # Not for the lower end, which in the Hessian of a network is a small part of the norm.
         roughly = value_tol is not None and value_tol >= _ROUGH_TOL and (largest, smallest) == (1, 0)
         basis = KrylovBasis(operator, capacity, generator, roughly=roughly)
-        direction, familiarity = (None, 1.0) if start is None else _blended(space, start, generator)
-        basis.begin(direction, familiarity)
-        least = _LEAST_PRODUCTS_COLD if familiarity == 1 else _LEAST_PRODUCTS_WARM
-        challenge = _Challenge(basis, target, is_warm=familiarity != 1)
-        ritz, missed, num_matvecs = _search(basis, challenge, target, max_matvecs, least)
+        if resume is not None:
+            search = Search(basis, target, max_matvecs, is_warm=resume["is_warm"])
+            search.load_state_dict(resume)
+        else:
+            direction, familiarity = (None, 1.0) if start is None else _blended(space, start, generator)
+            basis.begin(direction, familiarity)
+            search = Search(basis, target, max_matvecs, is_warm=familiarity != 1)
+        ritz, missed = search.run(watch)
+        num_matvecs, is_interrupted = search.num_matvecs, search.is_interrupted
         vectors, start_rows = basis.combine(ritz.coefficients, _next_start(basis, target))
         pairs = Eigenpairs(
             values=ritz.values,
@@ -218,8 +233,8 @@ def lanczos(
         )
         asymmetry, rounding = basis.asymmetry, basis.rounding
         # Before any further product, which has its own need of memory: the basis holds 33 vectors or more.
-        del basis
-        if asymmetry > _ASYMMETRY_SHARE * target.tol * float(ritz.values.abs().min()):
+        del basis, search
+        if not is_interrupted and asymmetry > _ASYMMETRY_SHARE * target.tol * float(ritz.values.abs().min()):
             pairs = _measured(operator, pairs, target, ritz.negligible, rounding, max_matvecs)
     return pairs
 
@@ -306,40 +321,136 @@ def _blended(space: VectorSpace, start: Tensor, generator: torch.Generator) -> t
     return blended, 1.0 if blended is noise else _FAMILIARITY
 
 
-def _search(
-    basis: KrylovBasis, challenge: "_Challenge", target: Target, max_matvecs: int, least: int
-) -> tuple[RitzPairs, Tensor, int]:
-    """Grow the basis until the wanted pairs have converged, or no more products are to be spent.
+def _resumed_capacity(state: Mapping[str, Any], space: VectorSpace, target: Target) -> int:
+    """The size of the basis of a search that is gone on with.
 
-    Returns:
-        The pairs, the chances that eigenvalues beyond them were missed, and the products that were spent.
+    Raises:
+        ValueError: If it was for other pairs, or of another operator.
 
     """
-    num_matvecs, next_check = 0, least if target.ends_alone else 0
-    while True:
-        basis.expand()
-        num_matvecs += 1
-        last = basis.is_complete or num_matvecs == max_matvecs
-        if basis.length < target.count or not (last or basis.is_full or basis.length >= next_check):
-            continue
-        ritz = challenge.compared(basis.ritz(target))
-        next_check = basis.length + _products_to_go(ritz, target)
-        if last or (num_matvecs >= _least(ritz, target, least) and challenge.is_met(ritz, num_matvecs)):
-            return ritz, challenge.missed(ritz), num_matvecs
-        # Without the challenge, searches for 4 + 2 pairs missed copies of a triple eigenvalue on all of 12 operators,
-        # with every residual within the tolerance, in 34 products; with it they found all in 75.
-        if challenge.is_due(ritz):
-            if basis.capacity - basis.length < _ROOM_TO_CHALLENGE:
-                basis.compress(*_kept_at_challenge(basis, target))
-            basis.begin()
-            challenge.start(ritz, num_matvecs)
-            next_check = basis.length + 1
-            continue
-        if not challenge.is_on:
-            basis.turn_to(ritz)
-        if basis.is_full:
-            basis.compress(*_kept_at_restart(basis.capacity, ritz, target))
-            next_check = basis.length + 1
+    asked = _asked(space, target)
+    differing = [
+        f"{name} {state['asked'].get(name)!r} and not {value!r}"
+        for name, value in asked.items()
+        if state["asked"].get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"`resume` is the state of another search: of {', '.join(differing)}.")
+    return int(state["capacity"])
+
+
+def _asked(space: VectorSpace, target: Target) -> dict[str, Any]:
+    """What a search is for, as far as its state can tell."""
+    return {"size": space.size, "dtype": str(space.dtype), **vars(target)}
+
+
+class Search:
+    """A search for extreme eigenpairs while it is under way.
+
+    Args:
+        basis: The Krylov basis, begun.
+        target: What is wanted.
+        max_matvecs: The most products to spend.
+        is_warm: Whether the start was given.
+
+    Attributes:
+        num_matvecs: Products that were spent, those before a resumption among them.
+        max_matvecs: The most products to spend.
+        excess: For each look at the pairs the number of products, and how many times its tolerance the residual of the
+            worst pair was. It falls to 1 while the pairs converge, and rises where others have come up.
+        is_challenged: Whether all pairs have converged, and copies of them are looked for.
+        is_interrupted: Whether it was ended by an interrupted product.
+
+    """
+
+    def __init__(self, basis: KrylovBasis, target: Target, max_matvecs: int, *, is_warm: bool) -> None:
+        self._basis = basis
+        self._target = target
+        self._is_warm = is_warm
+        self._least = _LEAST_PRODUCTS_WARM if is_warm else _LEAST_PRODUCTS_COLD
+        self._challenge = _Challenge(basis, target, is_warm=is_warm)
+        self._next_check = self._least if target.ends_alone else 0
+        self.num_matvecs = 0
+        self.max_matvecs = max_matvecs
+        self.excess: list[tuple[int, float]] = []
+        self.is_interrupted = False
+
+    @property
+    def is_challenged(self) -> bool:
+        """Whether all pairs have converged, and copies of them are looked for."""
+        return self._challenge.is_on
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, in tensors and plain values. The tensors are not copied, and soon out of date.
+
+        It is to be taken before a product or in place of it, not within `watch` of another search.
+
+        """
+        return {
+            "asked": _asked(self._basis.space, self._target),
+            "capacity": self._basis.capacity,
+            "is_warm": self._is_warm,
+            "basis": self._basis.state_dict(),
+            "challenge": self._challenge.state_dict(),
+            "num_matvecs": self.num_matvecs,
+            "next_check": self._next_check,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self._basis.load_state_dict(state["basis"])
+        self._challenge.load_state_dict(state["challenge"])
+        self.num_matvecs = state["num_matvecs"]
+        self._next_check = state["next_check"]
+
+    def run(self, watch: "Callable[[Search], None] | None" = None) -> tuple[RitzPairs, Tensor]:
+        """Grow the basis until the wanted pairs have converged, or no more products are to be spent.
+
+        Returns:
+            The pairs, and the chances that eigenvalues beyond them were missed.
+
+        """
+        basis, challenge, target = self._basis, self._challenge, self._target
+        while True:
+            try:
+                if watch is not None:
+                    watch(self)
+                basis.expand()
+            except Interrupted:
+                if basis.length < target.count:
+                    raise
+                self.is_interrupted = True
+                ritz = basis.ritz(target)
+                return replace(ritz, converged=torch.zeros_like(ritz.converged)), challenge.missed(ritz)
+            self.num_matvecs += 1
+            last = basis.is_complete or self.num_matvecs >= self.max_matvecs
+            if basis.length < target.count or not (last or basis.is_full or basis.length >= self._next_check):
+                continue
+            ritz = challenge.compared(basis.ritz(target))
+            self.excess.append((self.num_matvecs, _excess(ritz, target)))
+            self._next_check = basis.length + _products_to_go(ritz, target)
+            enough = self.num_matvecs >= _least(ritz, target, self._least)
+            if last or (enough and challenge.is_met(ritz, self.num_matvecs)):
+                return ritz, challenge.missed(ritz)
+            # Without the challenge, searches for 4 + 2 pairs missed copies of a triple eigenvalue on all of 12
+            # operators, with every residual within the tolerance, in 34 products; with it they found all in 75.
+            if challenge.is_due(ritz):
+                if basis.capacity - basis.length < _ROOM_TO_CHALLENGE:
+                    basis.compress(*_kept_at_challenge(basis, target))
+                basis.begin()
+                challenge.start(ritz, self.num_matvecs)
+                self._next_check = basis.length + 1
+                continue
+            if not challenge.is_on:
+                basis.turn_to(ritz)
+            if basis.is_full:
+                basis.compress(*_kept_at_restart(basis.capacity, ritz, target))
+                self._next_check = basis.length + 1
+
+
+def _excess(ritz: RitzPairs, target: Target) -> float:
+    """How many times its tolerance the residual of the worst pair is."""
+    return float((ritz.residuals / (target.tol * ritz.values.abs()).clamp_min(ritz.negligible)).max())
 
 
 def _products_to_go(ritz: RitzPairs, target: Target) -> int:
@@ -347,8 +458,7 @@ def _products_to_go(ritz: RitzPairs, target: Target) -> int:
 
     It grows with the cube of the basis, from 2 ms at 16 vectors to 33 ms at 199 on one core.
     """
-    allowed = (target.tol * ritz.values.abs()).clamp_min(ritz.negligible)
-    return max(1, int(math.log(float((ritz.residuals / allowed).max()), _FALL)))
+    return max(1, int(math.log(_excess(ritz, target), _FALL)))
 
 
 def _least(ritz: RitzPairs, target: Target, least: int) -> int:
@@ -461,6 +571,16 @@ class _Challenge:
     def is_on(self) -> bool:
         """Whether there are pairs that are challenged at present."""
         return self._accepted is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs that are challenged, and since when."""
+        accepted = None if self._accepted is None else dict(vars(self._accepted))
+        return {"accepted": accepted, "started_at": self._started_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Challenge the same pairs."""
+        self._accepted = None if state["accepted"] is None else RitzPairs(**state["accepted"])
+        self._started_at = state["started_at"]
 
     def is_due(self, ritz: RitzPairs) -> bool:
         """Whether the pairs are good enough to be challenged."""

@@ -189,6 +189,9 @@ class Elsewhere:
 
     def end(self, memo: Memo) -> None:
         """End a replica: drop its copies, but for what somebody else holds; `settle` looks after that."""
+        # What is known of the earlier ones holds their originals, and so batches that are read but not held. Their
+        # tensors are gone by now, unless somebody holds them.
+        self._held = [held for held in self._held if held.drop_what_is_gone()]
         self._held.append(discard(memo))
 
     def settle(self) -> None:

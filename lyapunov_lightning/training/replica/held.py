@@ -44,6 +44,11 @@ class Held:
     reached: list[Any] = field(default_factory=list)
     tensors: "list[Survivor]" = field(default_factory=list)
 
+    def drop_what_is_gone(self) -> bool:
+        """Forget the tensors that nobody holds any more; returns whether anything is left."""
+        self.tensors = [survivor for survivor in self.tensors if survivor.copied is not None]
+        return bool(self.pairs or self.tensors)
+
 
 class Survivor:
     """A copy that has outlived its replica.

@@ -1,10 +1,14 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and that are read without trust."""
 
 import secrets
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 
 class RunFiles(Protocol):
@@ -72,3 +76,35 @@ def free_name(path: Path) -> Path:
     while (name := path.with_suffix(f".{number}{path.suffix}")).exists() or name.is_symlink():
         number += 1
     return name
+
+
+def read_tensors(path: str | Path) -> Any:
+    """Read tensors and plain values that ``torch.save`` wrote, from a file that may come from anywhere.
+
+    Nothing in it is run, and it takes no more memory than its size.
+
+    Raises:
+        ValueError: If it would take more. Of what is no such file at all PyTorch raises errors of many kinds.
+
+    """
+    if zipfile.is_zipfile(path):  # which is no larger inside than outside where PyTorch wrote it
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    _check_tensors(state)
+    return state
+
+
+def _check_tensors(state: Any) -> None:
+    """Make sure that every tensor holds as many numbers as it says: one of a stride of 0 has any number of them."""
+    if isinstance(state, Tensor):
+        if state.layout != torch.strided or not _is_held(state):
+            raise ValueError(f"a tensor of the shape {tuple(state.shape)} is not in it")
+    elif isinstance(state, (dict, list, tuple)):
+        for entry in state.values() if isinstance(state, dict) else state:
+            _check_tensors(entry)
+
+
+def _is_held(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes()

@@ -14,26 +14,56 @@ from lyapunov_lightning.training.reporting.telling import described, warn
 _SHOWN_AFTER_SECONDS = 2.0
 """How long a measurement may take before it shows a progress bar."""
 
+_LONE = "{desc}: {n_fmt}{unit}{postfix}"
+"""What a bar with a note shows. It appears late and may begin at the count of an earlier process, so that tqdm's own
+time and rate would be wrong."""
+
+_LOOKS_APART_SECONDS = 0.2
+"""How long a bar with a note stands as it is: a search through kept graphs has a thousand products a second."""
+
 
 @contextmanager
-def watched(
-    operator: LinearOperator, trainer: Trainer, description: str, *, alone: bool = False
-) -> Iterator[WatchedOperator]:
+def watched(operator: LinearOperator, trainer: Trainer, description: str) -> Iterator[WatchedOperator]:
     """An operator whose products are counted next to the trainer's own progress bar, see `progress`."""
-    with _bar_on_demand(trainer, description, alone) as show:
+    with _bar_on_demand(trainer, description, False) as show:
         # Around every product, and not a callback of the solver: all solvers, estimates and scans are then counted
         # alike.
         yield WatchedOperator(operator, show, after=_SHOWN_AFTER_SECONDS)
 
 
 @contextmanager
-def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iterator[Callable[[], None]]:
+def lone_bar(trainer: Trainer, description: str, *, unit: str, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """A count with a note, on the error stream, of what runs while the trainer shows no bar of its own.
+
+    Args:
+        trainer: The trainer.
+        description: The label of the bar.
+        unit: What is counted.
+        shown: Whether to show it at all. Nothing is where the error stream is no terminal either.
+
+    Yields:
+        A function to call with the count and the note, as often as one likes.
+
+    """
+    next_look = time.perf_counter() + _SHOWN_AFTER_SECONDS
+    with _bar_on_demand(trainer, description, shown, unit) as show:
+
+        def report(count: int, note: str) -> None:
+            nonlocal next_look
+            if time.perf_counter() >= next_look:
+                next_look = time.perf_counter() + _LOOKS_APART_SECONDS
+                show(count, note)
+
+        yield report
+
+
+@contextmanager
+def progress(trainer: Trainer, description: str) -> Iterator[Callable[[], None]]:
     """A count of what a measurement evaluates, shown next to the trainer's own progress bar once it takes a while.
 
     Args:
         trainer: The trainer, whose progress bar callback is joined; without one nothing is shown.
         description: The label of the bar.
-        alone: Whether to show a bar even if the trainer has none.
 
     Yields:
         A function to call after each evaluation.
@@ -41,7 +71,7 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
     """
     hidden_until = time.perf_counter() + _SHOWN_AFTER_SECONDS
     count = 0
-    with _bar_on_demand(trainer, description, alone) as show:
+    with _bar_on_demand(trainer, description, False) as show:
 
         def report() -> None:
             nonlocal count
@@ -55,18 +85,20 @@ def progress(trainer: Trainer, description: str, *, alone: bool = False) -> Iter
 
 
 @contextmanager
-def _bar_on_demand(trainer: Trainer, description: str, alone: bool) -> Iterator[Callable[[int], None]]:
+def _bar_on_demand(
+    trainer: Trainer, description: str, alone: bool, unit: str = "products"
+) -> Iterator[Callable[..., None]]:
     """A function that shows a count in a bar; the bar appears at the first call and disappears with the block."""
     bar: _Bar | None = None
 
-    def show(count: int) -> None:
+    def show(count: int, note: str = "") -> None:
         nonlocal bar
         if bar is None:
             bar = _Bar()  # stays if the real one cannot be opened, or each further product would try and warn again
             with _drawing():
-                bar = _open_bar(trainer, description, alone)
+                bar = _open_bar(trainer, description, alone, unit)
         with _drawing():
-            bar.show(count)
+            bar.show(count, note)
 
     try:
         yield show
@@ -92,7 +124,7 @@ def _drawing() -> Iterator[None]:
 class _Bar:
     """Shows nothing, for a run without a progress bar."""
 
-    def show(self, count: int) -> None:
+    def show(self, count: int, note: str = "") -> None:
         pass
 
     def close(self) -> None:
@@ -108,7 +140,7 @@ class _RichBar(_Bar):
         # infinite one as "--".
         self._task = display.add_task(description, total=float("inf"))
 
-    def show(self, count: int) -> None:
+    def show(self, count: int, note: str = "") -> None:
         self._display.update(self._task, completed=count)
         # At once: Lightning's thread redraws the display only when its own bars ask for it, and these stand still while
         # a measurement runs.
@@ -126,38 +158,60 @@ class _TqdmBar(_Bar):
         process_position: Where the trainer's own bars begin, as for ``TQDMProgressBar``.
         description: The label of the bar.
         file: The stream.
+        unit: What is counted.
+        form: What is shown; the count, the time and the rate if None.
 
     """
 
-    def __init__(self, kind: Any, process_position: int, description: str, file: TextIO) -> None:
+    def __init__(
+        self,
+        kind: Any,
+        process_position: int,
+        description: str,
+        file: TextIO,
+        unit: str,
+        form: str | None = None,
+    ) -> None:
+        self._is_lone = form is not None
         self._bar = kind(
+            bar_format=form,
             desc=description,
-            unit=" products",
+            unit=f" {unit}",
             position=2 * process_position + 1,  # Lightning's own bars have the line above it
             leave=False,
             dynamic_ncols=True,
             file=file,
         )
 
-    def show(self, count: int) -> None:
+    def show(self, count: int, note: str = "") -> None:
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count - self._bar.n)
+        if self._is_lone:
+            self._bar.refresh()  # the count may have stayed as it is
 
     def close(self) -> None:
         self._bar.close()
 
 
-def _open_bar(trainer: Trainer, description: str, alone: bool) -> _Bar:
+def _open_bar(trainer: Trainer, description: str, alone: bool, unit: str = "products") -> _Bar:
     # Lightning disables the bars of all ranks but the first, and Rich has no display before the training begins.
     own: Any = trainer.progress_bar_callback
     if isinstance(own, either("callbacks.RichProgressBar")) and own.is_enabled and own.progress is not None:
         return _RichBar(own.progress, description)
     if isinstance(own, either("callbacks.TQDMProgressBar")) and own.is_enabled:
         # Where Lightning writes its own bars: on two streams the positions of the lines would not fit together.
-        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description, sys.stdout)
-    if alone and own is None and trainer.is_global_zero:
-        # Beside no other bar: what is printed on the output is then the result alone, and can go to a file.
-        return _TqdmBar(_kind_of_bar(trainer), 0, description, sys.stderr)
+        return _TqdmBar(_kind_of_bar(trainer), own.process_position, description, sys.stdout, unit)
+    kind = _kind_of_bar(trainer)
+    if alone and own is None and trainer.is_global_zero and (sys.stderr.isatty() or _draws_in_a_notebook(kind)):
+        # Beside no other bar: what is printed on the output is then the result alone, and can go to a file. In the log
+        # of a job on a cluster a bar would be a thousand lines.
+        return _TqdmBar(kind, 0, description, sys.stderr, unit, _LONE)
     return _Bar()
+
+
+def _draws_in_a_notebook(kind: type) -> bool:
+    return any(base.__name__ == "tqdm_notebook" for base in kind.__mro__)
 
 
 def _kind_of_bar(trainer: Trainer) -> Any:

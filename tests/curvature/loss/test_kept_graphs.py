@@ -12,6 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lyapunov_lightning.curvature import HessianOperator, lanczos
 from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.curvature.loss.fixed_batches import ReadBatches
 from lyapunov_lightning.curvature.loss.freshness import Contents
 from tests.curvature.helpers import TOLERANCE, relative_error, vector
 
@@ -274,3 +275,36 @@ def test_a_solver_looks_for_changes_once(monkeypatch: pytest.MonkeyPatch) -> Non
     with setting.operator.space.together():
         product = setting.operator.matvec(direction)
     assert relative_error(product, setting.rebuilt.matvec(direction)) <= TOLERANCE["kept"]
+
+
+def test_batches_that_are_read_are_not_held_and_count_where_a_graph_keeps_them() -> None:
+    class Read(ReadBatches):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: Any) -> Tensor:
+            if not -3 <= index < 3:
+                raise IndexError
+            Read.reads += 1
+            return torch.full((4, 5), float(index + 1))
+
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+
+    def loss(batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    direction = vector(12).float()
+    held = HessianOperator(loss, model.parameters(), list(Read()))
+    read = HessianOperator(loss, model.parameters(), Read())
+    rebuilt = HessianOperator(loss, model.parameters(), Read(), max_graph_bytes=0)
+    assert torch.equal(read.matvec(direction), held.matvec(direction))
+    assert torch.equal(rebuilt.matvec(direction), held.matvec(direction))
+    assert read.graph_bytes >= held.graph_bytes + 3 * 4 * 5 * 4
+    Read.reads = 0
+    read.matvec(direction)
+    assert Read.reads == 0
+    rebuilt.matvec(direction)
+    assert Read.reads == 3

@@ -136,3 +136,15 @@ def test_accelerators_that_are_not_in_use_are_let_be(monkeypatch: pytest.MonkeyP
     module = accelerator(1, is_initialized=False)
     monkeypatch.setattr(torch, "xpu", module)
     assert "xpu" not in RandomState.capture().accelerators
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1)])
+def test_a_state_is_the_same_object_unless_something_was_drawn(draw):
+    state = RandomState.capture()
+    assert state.unless_changed() is state
+    draw()
+    changed = state.unless_changed()
+    assert changed is not state
+    assert changed.unless_changed() is changed
+    state.restore()
+    assert state.unless_changed() is state

@@ -1,8 +1,9 @@
 """Files that are written as a whole or not at all, and never through a link that somebody has put in the way."""
 
 import pytest
+import torch
 
-from lyapunov_lightning.training.reporting.files import free_name, replaced
+from lyapunov_lightning.training.reporting.files import free_name, read_tensors, replaced
 
 
 def test_a_file_is_replaced_once_all_is_written(tmp_path):
@@ -56,3 +57,13 @@ def test_a_free_name_is_none_that_is_taken_even_by_a_link_that_leads_nowhere(tmp
     (tmp_path / "table.1.csv").touch()
     (tmp_path / "table.2.csv").symlink_to(tmp_path / "nowhere")
     assert free_name(path) == tmp_path / "table.3.csv"
+
+
+@pytest.mark.parametrize("hide", [lambda t: {"a": t}, lambda t: [1, [t]], lambda t: {"a": [{"b": (t,)}]}])
+def test_a_tensor_that_is_not_in_the_file_is_refused_wherever_it_is(hide, tmp_path):
+    state = hide(torch.ones(3))
+    torch.save(state, tmp_path / "whole.pt")
+    assert str(read_tensors(tmp_path / "whole.pt")) == str(state)
+    torch.save(hide(torch.ones(1).expand(10**12)), tmp_path / "huge.pt")
+    with pytest.raises(ValueError, match="is not in it"):
+        read_tensors(tmp_path / "huge.pt")

@@ -14,7 +14,7 @@ from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.curvature.operators.watched import WatchedOperator
 from lyapunov_lightning.training.lightning_names import Callback
 from lyapunov_lightning.training.reporting import progress as progress_module
-from lyapunov_lightning.training.reporting.progress import progress
+from lyapunov_lightning.training.reporting.progress import lone_bar, progress
 
 
 class InsideTheStep(Callback):
@@ -206,7 +206,7 @@ class BrokenBar:
         if what == self._broken:
             raise BrokenPipeError(what)
 
-    def show(self, count: int) -> None:
+    def show(self, count: int, note: str = "") -> None:
         self._does("show")
 
     def close(self) -> None:
@@ -267,10 +267,17 @@ def test_nothing_is_shown_in_the_first_two_seconds(fit, library, rich_bar, monke
     capsys.readouterr()
 
 
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_bar_goes_to_the_stream_of_the_moment(library, monkeypatch, alone):
     """Beside the trainer's own to the output, as they do, and without one to the error stream."""
-    streams = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+    streams = {"stdout": Terminal(), "stderr": Terminal()}
     for name, stream in streams.items():  # a bar that is bound to the stream of import time would escape redirection
         monkeypatch.setattr(sys, name, stream)
     own = [] if alone else [library.callbacks.TQDMProgressBar()]
@@ -283,3 +290,19 @@ def test_a_bar_goes_to_the_stream_of_the_moment(library, monkeypatch, alone):
     assert [name for name, stream in streams.items() if "CurvatureProbe" in stream.getvalue()] == [
         "stderr" if alone else "stdout"
     ]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal, True), (Terminal, False), (io.StringIO, True)])
+def test_a_lone_bar_with_its_note_is_shown_on_a_terminal_and_nowhere_else(library, monkeypatch, stream, shown):
+    monkeypatch.setattr(progress_module, "_LOOKS_APART_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", stream())
+    trainer = library.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with lone_bar(trainer, "Products", unit="products", shown=shown) as report:
+        report(3, "at most 7 more")
+        report(4, "at most 6 more")
+    text = sys.stderr.getvalue()
+    is_seen = shown and stream is Terminal
+    assert ("Products: 4 products, at most 6 more" in text) == is_seen
+    assert ("at most 6 more" in text) == is_seen
+    assert bool(text) == is_seen
