@@ -124,6 +124,8 @@ def measure(
     config = HessianConfig() if hessian is None else made_of(HessianConfig, "hessian", hessian)
     if config.data == "batch":
         raise ValueError("`hessian` should not have `data='batch'`: there is no step whose batch it could be.")
+    if not isinstance(config.data, str | None):
+        raise ValueError("`hessian` should not have data of its own: give them as `data`.")
     config = config.filled(data="fixed", fraction=1.0, mode="eval")
     if trainer is None:
         trainer = in_library_of(module, "Trainer")(

@@ -352,6 +352,7 @@ class Broken(SmallRegressor):
         (module, regression_loader, {"largest": 0}, ValueError, "should not both be 0 where no `density`"),
         (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig, or a"),
         (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
+        (module, regression_loader, {"hessian": HessianConfig(DataLoader([1]))}, ValueError, "have data of its own"),
         (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),
         (module, lambda: 3, {}, TypeError, "`data` should be a dataloader, a dataset or a Li.*, got int"),
         (module, lambda: (b for b in regression_loader()), {"hessian": HessianConfig(fraction=0.5)}, ValueError,

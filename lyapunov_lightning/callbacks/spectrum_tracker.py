@@ -359,7 +359,7 @@ class SpectrumTracker(CurvatureCallback):
             moments = stochastic_moments(operator, blocks=blocks, **options)
             if self._density_steps:
                 self.density = spectral_density(operator, num_steps=self._density_steps, **options)
-        estimates = {
+        estimates: dict[str, Any] = {
             "matvecs": pairs.num_matvecs + moments.num_matvecs,
             "trace": moments.trace.value,
             "trace_error": moments.trace.standard_error,
