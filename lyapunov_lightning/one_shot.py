@@ -15,7 +15,6 @@ from lyapunov_lightning.curvature.arguments import check_int, made_of
 from lyapunov_lightning.curvature.directions.plane import (
     Plane,
     PlaneDirections,
-    ScannedPlane,
     as_plane,
     plane_axes,
     scan_plane,
@@ -27,7 +26,7 @@ from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fau
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.stochastic.density import spectral_density
-from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult, direction_names
+from lyapunov_lightning.spectrum_result import MeasuredPlane, ScannedLine, SpectrumResult, direction_names
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig, HessianLike
 from lyapunov_lightning.training.data.loaders import seeded
@@ -292,7 +291,7 @@ class _Once(Callback):
             )
         return found
 
-    def _over_plane(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> ScannedPlane | None:
+    def _over_plane(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> MeasuredPlane | None:
         """The loss over a plane, if one is asked for."""
         if self._plane is None:
             return None
@@ -300,7 +299,7 @@ class _Once(Callback):
         axes = plane_axes(
             hessian, self._plane.directions, pairs=pairs, names=names, gradient=gradient, seed=self._config.seed
         )
-        return scan_plane(hessian, axes, self._plane)
+        return MeasuredPlane(**vars(scan_plane(hessian, axes, self._plane)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lyapunov_lightning import callbacks  # known by their short names once they are imported
 from lyapunov_lightning.cli.errors import PROGRAM, explained, fail, own_error
+from lyapunov_lightning.curvature.directions.plane import Plane, PlaneDirections
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
 
@@ -31,6 +32,7 @@ class MeasuringTrainer(Trainer):
         smallest: int = 2,
         density: bool = False,
         lines: int = 0,
+        plane: Plane | PlaneDirections | None = None,
         hessian: HessianConfig = HessianConfig(),
         out: str = "spectrum.png",
         weights_only: bool | None = None,
@@ -47,8 +49,12 @@ class MeasuringTrainer(Trainer):
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
             lines: Along how many eigenvectors of each end to scan the loss.
+            plane: A plane to evaluate the loss on, at 441 points by default: ``eigenvectors``, ``gradient`` or
+                ``random``, or ``plane.directions`` with ``plane.points`` and ``plane.reach``. Its contours are a
+                picture of their own.
             hessian: Which Hessian; by default that of all training data, in evaluation mode.
-            out: The picture to write, as PNG; the same is written as SVG next to it.
+            out: The picture to write, as PNG; the same is written as SVG next to it. That of a plane has ``-plane`` at
+                the end of its name.
             weights_only: Accepted because configurations written for ``fit`` have it; it has no effect here.
 
         """
@@ -73,14 +79,19 @@ class MeasuringTrainer(Trainer):
             smallest=smallest,
             density=density,
             lines=lines,
+            plane=plane,
             hessian=hessian,
             ckpt_path=ckpt_path,
             trainer=self,
         )
         # Every rank has the whole result, and one picture is enough.
         if self.is_global_zero:
-            picture, *_ = result.plot().save(out)
-            print(f"{result.summary()}\n\nThe picture: {picture}")
+            written = [result.plot().save(out)[0]] if largest + smallest or density else []
+            if result.plane is not None:
+                path = Path(out)
+                written += result.plot_plane().save(path.with_name(f"{path.stem}-plane{path.suffix}"))[:1]
+            named = "The picture" if len(written) == 1 else "The pictures"
+            print(f"{result.summary()}\n\n{named}: {', '.join(map(str, written))}")
         return result
 
 

@@ -60,7 +60,7 @@ def blocks_figure(
         rows = _rows(names, measured)
         if quantity == "trace" and trace_errors:
             rows = np.where(rows <= _rows(names, trace_errors), 0.0, rows)
-        _draw_map(picture, panel, floats(list(steps)), rows, quantity)
+        _draw_map(panel, floats(list(steps)), rows, quantity)
         panel.set_xlabel("step")
     every = -(-len(names) // _MOST_ROWS)
     shown = range(0, len(names), every)
@@ -76,7 +76,7 @@ def _rows(names: Sequence[str], measured: Sequence[Mapping[str, float]]) -> Floa
     return floats([[values.get(name) for values in measured] for name in names])
 
 
-def _draw_map(picture: Picture, panel: Axes, steps: Floats, rows: Floats, quantity: str) -> None:
+def _draw_map(panel: Axes, steps: Floats, rows: Floats, quantity: str) -> None:
     """A cell for each block and measurement, which reaches halfway to the next one."""
     linear_axis(panel, "x", whole=True)
     edges = _edges(steps)
@@ -94,7 +94,8 @@ def _draw_map(picture: Picture, panel: Axes, steps: Floats, rows: Floats, quanti
     middle = (low * high) ** 0.5
     norm = LogNorm(min(low, middle / 2**0.5), max(high, middle * 2**0.5))
     cells = panel.pcolormesh(edges, beside, positive, cmap="viridis", norm=norm, rasterized=True)
-    bar = picture.colorbar(cells, ax=panel, aspect=30, pad=0.02)
+    figure: Any = panel.figure  # that of axes which were given
+    bar = figure.colorbar(cells, ax=panel, aspect=30, pad=0.02)
     bar.ax.minorticks_off()
     ticks = _ticks(norm.vmin, norm.vmax)
     bar.set_ticks(ticks, labels=[number_label(tick) for tick in ticks])

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from lyapunov_lightning.figures import blocks_figure
+from lyapunov_lightning.figures import blocks_figure, drawn_on
 from tests.figures.looking import check_picture, written
 
 SHARP = [{"net.0": 2.0, "net.2": 50.0, "head": 0.0}, {"net.0": 4.0, "head": 3.0, "late": 1.0}]
@@ -47,6 +48,16 @@ def test_many_blocks_and_few_steps_are_readable(count, steps):
     assert all(len(name) <= 32 and name.endswith("put_projection") for name in shown)
     assert picture.axes[0].get_ylabel() == ("block" if count == 1 else "block of model.encoder.layers")
     assert shown[0].startswith("model.encoder" if count == 1 else "0.self_attent")
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_first_map_can_be_drawn_on_axes_of_ones_own():
+    left, right = Figure().subplots(1, 2)
+    with drawn_on(right):
+        blocks_figure([0, 10], SHARP, TRACES, ERRORS)
+    assert right.get_ylabel() == "block"
+    assert len(right.collections) == 2
+    assert not left.collections
 
 
 def test_alike_blocks_and_nothing_positive():
