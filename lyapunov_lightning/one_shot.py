@@ -16,7 +16,6 @@ from lyapunov_lightning.curvature.arguments import check_int, made_of
 from lyapunov_lightning.curvature.directions.plane import (
     Plane,
     PlaneDirections,
-    ScannedPlane,
     as_plane,
     plane_axes,
     scan_plane,
@@ -29,7 +28,7 @@ from lyapunov_lightning.curvature.solvers.lanczos import lanczos
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity, spectral_density
 from lyapunov_lightning.kept_search import KeptSearch, digest_of
 from lyapunov_lightning.search_under_way import SearchUnderWay
-from lyapunov_lightning.spectrum_result import ScannedLine, SpectrumResult, direction_names
+from lyapunov_lightning.spectrum_result import MeasuredPlane, ScannedLine, SpectrumResult, direction_names
 from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
 from lyapunov_lightning.training.config import HessianConfig, HessianLike
 from lyapunov_lightning.training.data.loaders import seeded
@@ -145,6 +144,8 @@ def measure(
     config = HessianConfig() if hessian is None else made_of(HessianConfig, "hessian", hessian)
     if config.data == "batch":
         raise ValueError("`hessian` should not have `data='batch'`: there is no step whose batch it could be.")
+    if not isinstance(config.data, str | None):
+        raise ValueError("`hessian` should not have data of its own: give them as `data`.")
     if max_batches is not None:
         check_int("max_batches", max_batches, least=1)
         config = replace(config, num_batches=_size_of(config, max_batches), fraction=None)
@@ -439,7 +440,7 @@ class _Once(Callback):
             )
         return found
 
-    def _over_plane(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> ScannedPlane | None:
+    def _over_plane(self, hessian: LossHessian, gradient: Tensor, pairs: Eigenpairs) -> MeasuredPlane | None:
         """The loss over a plane, if one is asked for."""
         if self._plane is None:
             return None
@@ -447,7 +448,7 @@ class _Once(Callback):
         axes = plane_axes(
             hessian, self._plane.directions, pairs=pairs, names=names, gradient=gradient, seed=self._config.seed
         )
-        return scan_plane(hessian, axes, self._plane)
+        return MeasuredPlane(**vars(scan_plane(hessian, axes, self._plane)))
 
 
 @contextmanager

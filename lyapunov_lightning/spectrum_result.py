@@ -11,7 +11,7 @@ from torch import Tensor
 from lyapunov_lightning.curvature.directions.plane import ScannedPlane
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity
 from lyapunov_lightning.training.reporting.files import read_tensors, replaced
-from lyapunov_lightning.training.results import pandas_for
+from lyapunov_lightning.training.results import finite, known, pandas_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +39,69 @@ class ScannedLine:
     model: Tensor
     minimum: float | None = None
     improvement: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredPlane(ScannedPlane):
+    """The loss over a plane, with its numbers by tag and its picture.
+
+    Attributes:
+        names: The names of the axes: ``1``, ``min_1`` ... for eigenvectors, ``gradient``, ``random_1`` and
+            ``random_2``.
+        coordinates: Shape ``(m,)``: the coordinates on each axis, as shares of the norm of the parameters; 0 is where
+            they are.
+        losses: Shape ``(m, m)``: the loss, the row being the coordinate on the first axis. Infinite or NaN where it
+            overflows.
+        lengths: The norms of the axes in parameter space.
+
+    Example::
+
+        >>> import torch
+        >>> from lyapunov_lightning.spectrum_result import MeasuredPlane
+        >>> t = torch.linspace(-1, 1, 5)
+        >>> plane = MeasuredPlane(("1", "2"), t, 3 + t[:, None] ** 2 + t, (1.0, 1.0))
+        >>> plane.scalars()
+        {'scan/plane_improvement': 1.0, 'scan_details/loss': 3.0}
+
+    """
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers to log, under the tags of `LossAlongEigvecScanner`; without what is not finite."""
+        middle = len(self.coordinates) // 2
+        found = {
+            "scan/plane_improvement": self.improvement,
+            "scan_details/loss": float(self.losses[middle, middle]),
+        }
+        return known({tag: finite(value) for tag, value in found.items()})
+
+    @overload
+    def plot(self, *, surface: bool = False, title: str = ..., ax: None = None) -> "Picture": ...
+
+    @overload
+    def plot(self, *, surface: bool = False, title: str = ..., ax: "Axes") -> "Axes": ...
+
+    def plot(
+        self, *, surface: bool = False, title: str = "Loss over a plane", ax: "Axes | None" = None
+    ) -> "Picture | Axes":
+        """Draw the contours of the loss, or its surface.
+
+        Args:
+            surface: Whether to draw the surface.
+            title: Title of the figure; empty for none.
+            ax: Axes of Matplotlib on which to draw, of three dimensions for a surface; a new figure if None.
+
+        Returns:
+            The figure, or `ax`.
+
+        """
+        from lyapunov_lightning.figures import drawn_on, plane_contour_figure, plane_surface_figure
+
+        draw = plane_surface_figure if surface else plane_contour_figure
+        if ax is None:
+            return draw(self.coordinates, self.losses, self.names, title=title)
+        with drawn_on(ax):
+            draw(self.coordinates, self.losses, self.names, title="")
+        return ax
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,7 +148,7 @@ class SpectrumResult:
     num_batches: int
     density: SpectralDensity | None = None
     lines: Mapping[str, ScannedLine] = field(default_factory=dict)
-    plane: ScannedPlane | None = None
+    plane: MeasuredPlane | None = None
     matvecs: int = 0
     seconds: float = 0.0
     max_batches: int | None = None
@@ -193,13 +256,9 @@ class SpectrumResult:
             ValueError: If none was measured.
 
         """
-        from lyapunov_lightning.figures import plane_contour_figure, plane_surface_figure
-
         if self.plane is None:
             raise ValueError("No plane was measured. Ask for one, such as `measure(..., plane='random')`.")
-        draw = plane_surface_figure if surface else plane_contour_figure
-        plane = self.plane
-        return draw(plane.coordinates, plane.losses, plane.names, title=f"{self.module}, loss over a plane")
+        return self.plane.plot(surface=surface, title=f"{self.module}, loss over a plane")
 
     def to_pandas(self) -> Any:
         """The eigenvalues as a ``pandas.DataFrame`` with one row each, indexed by their names: ``1`` ..., ``min_1`` ...
@@ -237,7 +296,7 @@ class SpectrumResult:
             density = None if state["density"] is None else SpectralDensity(**state["density"])
             lines = {name: ScannedLine(**line) for name, line in state["lines"].items()}
             kept = state.get("plane")  # which files of before there were planes lack
-            plane = None if kept is None else ScannedPlane(**kept)
+            plane = None if kept is None else MeasuredPlane(**kept)
             result = cls(**{**state, "density": density, "lines": lines, "plane": plane})
             result._check()
         except OSError:

@@ -278,11 +278,22 @@ def test_measure_prints_a_table_and_draws_and_no_callback_acts(
     )
     assert not Path("search.pt").exists()
 
+    over = ("--plane.directions=gradient", "--plane.points=3", "--plane.reach=0.1")
+    main(["measure", "--config", str(saved), *fresh, *over])
+    told = capsys.readouterr().out
+    assert "over the plane of 1 and gradient: the lowest loss lies" in told
+    assert told.rstrip().endswith("The pictures: fresh.png, fresh-plane.png")
+    assert {"fresh-plane.png", "fresh-plane.svg"} <= {path.name for path in tmp_path.iterdir()}
+    main(["measure", "--config", str(saved), "--largest=0", "--smallest=0", "--plane=random", "--out=p.of.png"])
+    assert capsys.readouterr().out.rstrip().endswith("The picture: p.of-plane.png")
+
     assert error_of(capsys, "measure", "--config", str(saved), "--ckpt_path=nowhere.ckpt") == (
         "There is no checkpoint nowhere.ckpt."
     )
     of_checkpoint = ("measure", "--config", str(saved), "--ckpt_path", str(checkpoint))
     assert "`largest` should be" in error_of(capsys, *of_checkpoint, "--largest=-1")
+    too_few = ("--largest=1", "--smallest=0", "--plane=eigenvectors")
+    assert "`plane='eigenvectors'` takes 2" in error_of(capsys, *of_checkpoint, *too_few)
     assert "on which data" in error_of(capsys, "measure", "--model=tests.test_cli.Manual")
 
 

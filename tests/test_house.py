@@ -220,7 +220,7 @@ PUBLIC = {
     "curvature.solvers": "InverseProduct NonPositiveDirection conjugate_gradient",
     "curvature.stability": "Stability stability_of",
     "curvature.tracking": "ExtremeTracker",
-    "figures": "Picture alignment_figure curvature_fit_figure density_figure eigenvalues_figure"
+    "figures": "Picture alignment_figure blocks_figure curvature_fit_figure density_figure eigenvalues_figure"
     " expected_change_figure frozen_figure improvement_figure learning_rate_figure loss_profiles_figure"
     " loss_surface_figure negative_figure optimal_step_figure plane_contour_figure plane_surface_figure"
     " sharpness_figure spectrum_overview_figure"

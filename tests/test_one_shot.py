@@ -394,6 +394,7 @@ class Broken(SmallRegressor):
          "`max_batches` and `hessian.fraction` are two sizes of the same data, got 3 and 0.5"),
         (module, regression_loader, {"hessian": "eval"}, ValueError, "`hessian` should be a HessianConfig, or a"),
         (module, regression_loader, {"hessian": HessianConfig("batch")}, ValueError, "should not have `data='batch'`"),
+        (module, regression_loader, {"hessian": HessianConfig(DataLoader([1]))}, ValueError, "have data of its own"),
         (module, list, {}, ValueError, "`data` should give at least one batch, got a list that gives none"),
         (module, lambda: 3, {}, TypeError, "`data` should be a dataloader, a dataset or a Li.*, got int"),
         (module, lambda: (b for b in regression_loader()), {"hessian": HessianConfig(fraction=0.5)}, ValueError,

@@ -1,13 +1,16 @@
 """A file of results may come from anywhere: it is read as a whole or refused, within the memory of its size."""
 
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from lyapunov_lightning import SpectrumResult
+from lyapunov_lightning.spectrum_result import MeasuredPlane
 
 
 def saved_with(path: Path, **changes: Any) -> None:
@@ -38,6 +41,22 @@ def test_what_is_counted_once_is_in_the_singular(tmp_path: Path) -> None:
     text = SpectrumResult.load(tmp_path / "found.pt").summary()
     assert "M: 4 parameters, 1 batch, evaluation mode" in text
     assert "\n1 Hessian-vector product, " in text
+
+
+@pytest.mark.filterwarnings("error:Adding colorbar")
+def test_a_plane_has_its_numbers_by_tag_and_its_picture() -> None:
+    t = torch.linspace(-0.2, 0.2, 5, dtype=torch.float64)
+    plane = MeasuredPlane(("1", "gradient"), t, 3 + t[:, None] ** 2 + t, (1.0, 1.0))
+    assert plane.scalars() == pytest.approx({"scan/plane_improvement": 0.2, "scan_details/loss": 3.0})
+    assert plane.plot().axes[0].get_xlabel() == "along eigenvector 1, share of ‖θ‖"
+    for surface in (False, True):
+        ax = Figure().add_subplot(projection="3d" if surface else None)
+        assert plane.plot(surface=surface, ax=ax) is ax
+        assert ax.get_ylabel() == "along the gradient, share of ‖θ‖"
+    with pytest.raises(ValueError, match="three dimensions"):
+        plane.plot(surface=True, ax=Figure().add_subplot())
+    lost = MeasuredPlane(("1", "2"), t, torch.full((5, 5), math.nan), (1.0, 1.0))
+    assert lost.scalars() == {"scan/plane_improvement": 0.0}
 
 
 HUGE = torch.zeros(1).expand(2**33)

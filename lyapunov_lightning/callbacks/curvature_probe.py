@@ -147,7 +147,8 @@ class CurvatureProbe(CurvatureCallback):
             so many. None is all, and where the probe follows the trainer's logging the third one, and further ones
             whenever 3 % of the steps since are worth one.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
-        hessian: Which Hessian; by default that of the step's own batch.
+        hessian: Which Hessian; by default that of the step's own batch. ``HessianConfig(data=other)`` with a DataLoader
+            of other data makes the critical sharpness the *relative* one: how far the training's step could go on them.
         iterations: Iterations of ``"lyapunov"`` for each probe.
         delta_q: Length of the perturbation that ``"lyapunov"`` follows, in parameter space.
         prog_bar: Whether the progress bar shows the last stability ratio, as ``sharpness/limit``.
@@ -510,7 +511,7 @@ class CurvatureProbe(CurvatureCallback):
         stability = at.stability()
         if stability is not None:
             config = self._gauge_config
-            fixed = at.hessian if config == self.config and self.config.data != "batch" else None
+            fixed = at.hessian if config == self.config and self.config.data == "fixed" else None
             hessian_on = partial(self.shared.on_batches, at.step, config)
             gradient = at.gradient if own is at.hessian else own.gradient(keep_graph=True)
             pending.gauged = self._sharpness.measure(own, gradient, at.step.own_batches, stability, hessian_on, fixed)

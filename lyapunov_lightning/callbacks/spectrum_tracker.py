@@ -14,10 +14,11 @@ from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.solvers.lyapunov import LyapunovSpectrum, LyapunovSpectrumEstimate
 from lyapunov_lightning.curvature.stochastic.density import SpectralDensity, spectral_density
 from lyapunov_lightning.curvature.stochastic.trace import stochastic_moments
-from lyapunov_lightning.curvature.tracking.blocks import BlockTrackers, parameter_blocks
+from lyapunov_lightning.curvature.tracking.blocks import BlockTrackers, check_groups, parameter_blocks
 from lyapunov_lightning.curvature.tracking.subspace import KeptSubspace
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
-from lyapunov_lightning.figures import alignment_figure, density_figure, eigenvalues_figure
+from lyapunov_lightning.figures import alignment_figure, blocks_figure, density_figure, eigenvalues_figure
+from lyapunov_lightning.figures.style import MOST_NAMES
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
@@ -51,21 +52,25 @@ class SpectrumTracker(CurvatureCallback):
     - ``spectrum/gradient_in_top_subspace``: the share of the mini-batch gradients in the span of the upper end's
       eigenvectors; ``spectrum/subspace_overlap``: the overlap of that span with the one of the last measurement.
     - ``spectrum/trace`` and ``spectrum/frobenius_norm`` of the whole Hessian, estimated, if `random_vectors`.
-    - ``spectrum/lambda_max_{group}`` for each of `groups`: the largest eigenvalue of that diagonal block.
+    - ``spectrum/lambda_max_{group}`` for each of `groups`: the largest eigenvalue of that diagonal block. Of more than
+      six layers they are in the figure ``spectrum/blocks`` and in the table, and not curves.
 
     and in the group ``spectrum_details``, each explained at `TrackedSpectrum`:
 
-    - ``residual``, ``converged``, ``matvecs``, ``block_matvecs`` and ``seconds``: accuracy and cost.
+    - ``residual``, ``converged``, ``matvecs``, ``block_converged``, ``block_matvecs`` and ``seconds``: accuracy and
+      cost.
+    - ``trace_{group}``: the trace of that diagonal block, estimated, if `random_vectors`.
     - ``gradient_cosine_1`` ... (``gradient_cosine_min_1`` ... for the lower end), ``gradient_in_random_subspace``,
       ``subspace_overlap_first``, ``tracked_norm``, ``negative_mass``, ``trace_error``, ``frobenius_norm_error``.
     - ``lyapunov_exponent_1`` ... and ``paper_lambda_1`` ... (``..._min_1`` ...), and ``from_other_end``, for
       ``estimator="benettin"``.
 
-    The figures ``spectrum/eigenvalues``, ``spectrum/density`` and ``spectrum/gradient_alignment`` go to all loggers
-    that take figures (TensorBoard, Weights & Biases, MLflow, Comet), and to files in the log folder if none does: at
-    the end of the training, and at the end of epochs in which something was measured, as long as drawing takes little
-    time. In TensorBoard the tab "Custom scalars" has all eigenvalues on one chart. All results are in
-    ``tracker.results`` as `TrackedSpectrum`, and the last density is ``tracker.density``.
+    The figures ``spectrum/eigenvalues``, ``spectrum/density``, ``spectrum/gradient_alignment`` and ``spectrum/blocks``,
+    a map of the blocks over the training, go to all loggers that take figures (TensorBoard, Weights & Biases, MLflow,
+    Comet), and to files in the log folder if none does: at the end of the training, and at the end of epochs in which
+    something was measured, as long as drawing takes little time. In TensorBoard the tab "Custom scalars" has all
+    eigenvalues on one chart. All results are in ``tracker.results`` as `TrackedSpectrum`, and the last density is
+    ``tracker.density``.
 
     The Krylov basis takes the memory of ``max_basis_vectors + 1`` vectors of the model's size.
 
@@ -87,8 +92,12 @@ class SpectrumTracker(CurvatureCallback):
             product each; 0 for no estimates, else at least 2.
         density_steps: Products for each random vector for the spectral density; 0 for no density. 40 show the shape of
             the bulk.
-        groups: Blocks of parameters to measure on their own: ``"modules"`` for each top-level submodule, or names with
-            a pattern of parameter names each, such as ``{"head": "network.head.*"}``.
+        groups: Blocks of parameters to measure on their own: ``"layers"`` for each module that has parameters of its
+            own, such as weight and bias; ``"modules"`` for each top-level submodule, a number for each submodule at
+            that depth; or names with a pattern of parameter names each, such as ``{"head": "network.head.*"}``. Each
+            takes a search of its own, with products that are derivatives with respect to the block alone; with
+            `random_vectors` their traces come out of the products for the whole trace. A weight that several modules
+            share belongs to the first of them.
         max_basis_vectors: Bound on the Krylov basis, as for `lanczos`.
         save_dir: Where to write ``spectrum.csv``, a table of all that is logged, if given.
         save_vectors: Whether to write the eigenvectors there too, one safetensors file a measurement.
@@ -128,7 +137,7 @@ class SpectrumTracker(CurvatureCallback):
         tol: float = 1e-3,
         random_vectors: int = 0,
         density_steps: int = 0,
-        groups: Literal["modules"] | dict[str, str] | None = None,
+        groups: Literal["modules", "layers"] | int | dict[str, str] | None = None,
         max_basis_vectors: int | None = None,
         save_dir: str | None = None,
         save_vectors: bool = False,
@@ -147,8 +156,7 @@ class SpectrumTracker(CurvatureCallback):
             )
         check_choice("estimator", estimator, Estimator)
         check_positive("tol", tol)
-        if groups is not None and groups != "modules" and not isinstance(groups, dict):
-            raise ValueError(f"`groups` should be 'modules' or a dict of names and patterns, got {groups!r}.")
+        check_groups(groups)
         if max_basis_vectors is not None and max_basis_vectors < largest + smallest + 2:
             raise ValueError(
                 f"`max_basis_vectors` should be at least `largest + smallest + 2` = {largest + smallest + 2},"
@@ -169,10 +177,9 @@ class SpectrumTracker(CurvatureCallback):
             )
         # Perturbations evolve under the training's own map, which is another one for each batch (chaos-theory paper,
         # appendix C).
-        if self._along_training and hessian.data == "fixed":
-            raise ValueError(
-                "`hessian` should not have `data='fixed'` with `estimator='benettin'`, which follows the steps."
-            )
+        if self._along_training and hessian.data not in (None, "batch"):
+            of = "`data='fixed'`" if hessian.data == "fixed" else "data of its own"
+            raise ValueError(f"`hessian` should not have {of} with `estimator='benettin'`, which follows the steps.")
         self._vectors = EigenvectorFiles(save_dir) if save_dir is not None and save_vectors else None
         super().__init__(
             every_n_steps,
@@ -245,6 +252,10 @@ class SpectrumTracker(CurvatureCallback):
             inside = [result.gradient_in_top_subspace for result in results]
             baseline = last.gradient_in_random_subspace
             figures["gradient_alignment"] = partial(alignment_figure, steps, cosines, inside, baseline)
+        if last.lambda_max_of:
+            names = ("lambda_max_of", "trace_of", "trace_error_of")
+            of_blocks = [[getattr(result, name) for result in results] for name in names]
+            figures["blocks"] = partial(blocks_figure, steps, *of_blocks)
         if self.density is not None:
             # Those that enter the density exactly; all others in it are estimated.
             known = torch.cat([largest[-1], smallest[-1]])
@@ -292,6 +303,7 @@ class SpectrumTracker(CurvatureCallback):
             subspace_overlap_first=self._first.compare(top, hessian.space),
             **self._block_sharpness(step),
             **(estimates | self._estimates(hessian, step, pairs)),
+            has_block_curves=self._has_block_curves(step),
         )
 
     @override
@@ -310,7 +322,7 @@ class SpectrumTracker(CurvatureCallback):
     def _block_sharpness(self, step: Step) -> dict[str, Any]:
         """The largest eigenvalue of each diagonal block: a Hessian with respect to the block's parameters only."""
         found: dict[str, Eigenpairs] = {}
-        for name, members in parameter_blocks(trainable_parameters(step.pl_module), self._groups).items():
+        for name, members in self._parameter_blocks(step).items():
             # An operator of its own: a diagonal block has derivatives with respect to its parameters only, and so costs
             # less than a product of the whole Hessian of which most is thrown away.
             block = self.shared.block(step, self.config, members) if members else None
@@ -321,8 +333,18 @@ class SpectrumTracker(CurvatureCallback):
             return {}
         return {
             "lambda_max_of": {name: float(pairs.largest) for name, pairs in found.items()},
+            "lambda_max_error_of": {name: float(pairs.value_errors[0]) for name, pairs in found.items()},
+            "block_converged": sum(bool(pairs.converged.all()) for pairs in found.values()) / len(found),
             "block_matvecs": sum(pairs.num_matvecs for pairs in found.values()),
         }
+
+    def _parameter_blocks(self, step: Step) -> dict[str, list[str]]:
+        return parameter_blocks(trainable_parameters(step.pl_module), self._groups)
+
+    def _has_block_curves(self, step: Step) -> bool:
+        """Whether each block is a curve: those that the user has named are, and a few layers."""
+        is_named = self._groups == "modules" or isinstance(self._groups, dict)
+        return is_named or len(self._parameter_blocks(step)) <= MOST_NAMES
 
     def _estimates(self, hessian: LossHessian, step: Step, pairs: Eigenpairs) -> dict[str, Any]:
         """Estimates over the whole spectrum. The eigenpairs enter exactly, and only the rest is estimated."""
@@ -331,16 +353,20 @@ class SpectrumTracker(CurvatureCallback):
         # With the same random vectors at every step the noise of the estimates is the same too, and their changes are
         # those of the Hessian.
         options: dict[str, Any] = {"num_probes": self._random_vectors, "known": pairs, "seed": self.config.seed}
+        places = dict(zip(trainable_parameters(step.pl_module), hessian.layout.slices(), strict=True))
+        blocks = {block: [places[name] for name in members] for block, members in self._parameter_blocks(step).items()}
         with watched(hessian, step.trainer, type(self).__name__) as operator:
-            moments = stochastic_moments(operator, **options)
+            moments = stochastic_moments(operator, blocks=blocks, **options)
             if self._density_steps:
                 self.density = spectral_density(operator, num_steps=self._density_steps, **options)
-        estimates = {
+        estimates: dict[str, Any] = {
             "matvecs": pairs.num_matvecs + moments.num_matvecs,
             "trace": moments.trace.value,
             "trace_error": moments.trace.standard_error,
             "frobenius_norm": moments.frobenius_norm.value,
             "frobenius_norm_error": moments.frobenius_norm.standard_error,
+            "trace_of": {block: trace.value for block, trace in moments.trace_of.items()},
+            "trace_error_of": {block: trace.standard_error for block, trace in moments.trace_of.items()},
         }
         if self.density is not None:
             estimates["matvecs"] += self.density.num_matvecs

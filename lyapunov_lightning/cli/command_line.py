@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lyapunov_lightning import callbacks  # known by their short names once they are imported
 from lyapunov_lightning.cli.errors import PROGRAM, explained, fail, own_error
+from lyapunov_lightning.curvature.directions.plane import Plane, PlaneDirections
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.data.readings import HELD_BYTES
 from lyapunov_lightning.training.lightning_names import MisconfigurationException
@@ -36,6 +37,7 @@ class MeasuringTrainer(Trainer):
         smallest: int = 2,
         density: bool = False,
         lines: int = 0,
+        plane: Plane | PlaneDirections | None = None,
         max_batches: int | None = None,
         max_batch_bytes: int = HELD_BYTES,
         resume: str | None = None,
@@ -57,13 +59,17 @@ class MeasuringTrainer(Trainer):
             smallest: How many of the smallest.
             density: Whether to measure the density of the whole spectrum too.
             lines: Along how many eigenvectors of each end to scan the loss.
+            plane: A plane to evaluate the loss on, at 441 points by default: ``eigenvectors``, ``gradient`` or
+                ``random``, or ``plane.directions`` with ``plane.points`` and ``plane.reach``. Its contours are a
+                picture of their own.
             max_batches: On how many batches to measure, the first ones of the data; on all by default.
             max_batch_bytes: How many bytes of batches may be held in memory. Data that take more are read anew for
                 every product.
             resume: A file in which to keep the search while it is under way. The same command goes on with it where it
                 was interrupted, by Ctrl-C, a kill or a crash; it is removed once all is measured.
             hessian: Which Hessian; by default that of all training data, in evaluation mode.
-            out: The picture to write, as PNG; the same is written as SVG next to it.
+            out: The picture to write, as PNG; the same is written as SVG next to it. That of a plane has ``-plane`` at
+                the end of its name.
             weights_only: Accepted because configurations written for ``fit`` have it; it has no effect here.
 
         """
@@ -88,6 +94,7 @@ class MeasuringTrainer(Trainer):
             smallest=smallest,
             density=density,
             lines=lines,
+            plane=plane,
             max_batches=max_batches,
             max_batch_bytes=max_batch_bytes,
             resume=resume,
@@ -97,8 +104,12 @@ class MeasuringTrainer(Trainer):
         )
         # Every rank has the whole result, and one picture is enough.
         if self.is_global_zero:
-            picture, *_ = result.plot().save(out)
-            print(f"{result.summary()}\n\nThe picture: {picture}")
+            written = [result.plot().save(out)[0]] if largest + smallest or density else []
+            if result.plane is not None:
+                path = Path(out)
+                written += result.plot_plane().save(path.with_name(f"{path.stem}-plane{path.suffix}"))[:1]
+            named = "The picture" if len(written) == 1 else "The pictures"
+            print(f"{result.summary()}\n\n{named}: {', '.join(map(str, written))}")
         if result.is_interrupted:
             raise SystemExit(_INTERRUPTED)
         return result

@@ -3,6 +3,7 @@
 Nothing here knows a callback, a run or a logger, and nothing touches the state of pyplot.
 """
 
+from lyapunov_lightning.figures.blocks import blocks_figure
 from lyapunov_lightning.figures.landscape import (
     curvature_fit_figure,
     expected_change_figure,
@@ -27,6 +28,7 @@ from lyapunov_lightning.figures.style import Picture, drawn_on
 __all__ = [
     "Picture",
     "alignment_figure",
+    "blocks_figure",
     "curvature_fit_figure",
     "density_figure",
     "drawn_on",

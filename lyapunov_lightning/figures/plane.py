@@ -74,7 +74,7 @@ def plane_contour_figure(
     known = np.ma.masked_invalid(values.T)
     filled = panel.contourf(where, where, known, levels=levels, cmap=IN_TIME, alpha=0.85, norm=_norm(levels))
     panel.contour(where, where, known, levels=levels, colors="white", linewidths=0.4)
-    bar = picture.colorbar(filled, ax=panel, aspect=30, pad=0.02, shrink=0.95, ticks=levels[::3])
+    bar = panel.figure.colorbar(filled, ax=panel, aspect=30, pad=0.02, shrink=0.95, ticks=levels[::3])
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     bar.ax.minorticks_off()
     bar.set_label("loss")
@@ -107,7 +107,7 @@ def plane_surface_figure(
     """
     where, values = floats(coordinates), floats(losses)
     picture = new_picture(6.0, 4.8, title)
-    panel: Any = picture.add_subplot(projection="3d")
+    panel: Any = picture.space()
     levels = _levels(values)
     if levels is not None:
         is_large = _is_large(values)

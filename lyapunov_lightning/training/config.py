@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from torch.utils.data import DataLoader
+
 from lyapunov_lightning.curvature.arguments import check_choice, check_int
 from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.training.schedule import Schedule
@@ -14,6 +16,12 @@ Data = Literal["batch", "fixed"]
 Mode = Literal["train", "eval"]
 LossFn = Callable[[Any, Any], Any]
 
+if TYPE_CHECKING:
+    DataLike: TypeAlias = Data | DataLoader[Any]
+else:
+    # A command line reads the annotations, and would take a configuration's `data` for the arguments of a DataLoader.
+    DataLike = Data
+
 
 @dataclass(frozen=True)
 class HessianConfig:
@@ -22,13 +30,16 @@ class HessianConfig:
     Callbacks with equal configurations share one operator at a step.
 
     Args:
-        data: ``"batch"`` for the step's own batch (with gradient accumulation the first one of the step; for
+        data: A ``DataLoader`` of data of your own, such as held-out data or those of another task, all of it unless
+            `num_batches` or `fraction` says otherwise; its batches have to be such as the loss understands. Or
+            ``"batch"`` for the step's own batch (with gradient accumulation the first one of the step; for
             `CurvatureProbe` all of them), ``"fixed"`` for the first batches of an epoch as the training dataloader
             gives them, the same throughout. None is the callback's default: ``"batch"`` for `CurvatureProbe` and
             `QuasiNewtonLRController`, ``"fixed"`` for the others.
-        num_batches: Size of the fixed data in batches, for each rank.
+        num_batches: Size of the fixed data, or of those of a DataLoader, in batches, for each rank.
         fraction: Size of the fixed data as a share of an epoch's batches, in place of `num_batches`. If neither is
-            given it is 0.05 for the callbacks and 1, all of the data, for `lyapunov_lightning.measure`.
+            given it is 0.05 for the callbacks and 1, all of the data, for `lyapunov_lightning.measure` and for a
+            DataLoader.
         mode: ``"train"`` or ``"eval"``: how dropout and BatchNorm act in the measured loss. None is ``"train"`` for the
             callbacks and ``"eval"`` for `lyapunov_lightning.measure`.
         method: How Hessian-vector products are computed: ``"double_backward"`` and ``"forward_over_reverse"`` are
@@ -63,7 +74,7 @@ class HessianConfig:
 
     # None is "the callback's own default" and not a value: in YAML a mapping that names one field is to leave all
     # others as they are. All fields can be hashed, since configurations are the keys under which operators are shared.
-    data: Data | None = None
+    data: DataLike | None = None
     num_batches: int | None = None
     fraction: float | None = None
     mode: Mode | None = None
@@ -76,8 +87,10 @@ class HessianConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.data is not None:
+        if isinstance(self.data, str):
             check_choice("data", self.data, Data)
+        elif self.data is not None and not isinstance(self.data, DataLoader):
+            raise ValueError(f"`data` should be 'batch', 'fixed' or a DataLoader, got {self.data!r}.")
         if self.mode is not None:
             check_choice("mode", self.mode, Mode)
         check_choice("method", self.method, Method)
@@ -101,7 +114,7 @@ class HessianConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be a bool, got {getattr(self, name)!r}.")
 
-    def filled(self, *, data: Data, fraction: float, mode: Mode, method: Method | None = None) -> "HessianConfig":
+    def filled(self, *, data: DataLike, fraction: float, mode: Mode, method: Method | None = None) -> "HessianConfig":
         """The same configuration with values for what the user left open.
 
         Args:
@@ -111,12 +124,12 @@ class HessianConfig:
             method: How products are computed, whatever the user chose; no change if None.
 
         """
-        data = self.data or data
+        data = data if self.data is None else self.data  # a DataLoader without batches is false
         has_size = self.num_batches is not None or self.fraction is not None
         return replace(
             self,
             data=data,
-            fraction=self.fraction if has_size or data == "batch" else fraction,
+            fraction=self.fraction if has_size or data == "batch" else fraction if data == "fixed" else 1.0,
             mode=self.mode or mode,
             method=method or self.method,
         )

@@ -13,12 +13,13 @@ import torch
 import torch._inductor
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.aggregation import CatMetric
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
 from lyapunov_lightning.curvature.errors import CurvatureWarning
-from tests.callbacks.identity import Outcome, assert_identical, train
+from tests.callbacks.identity import Outcome, assert_identical, few_clusters, train
 from tests.modules import BusyModule, BusyModuleWithOwnLoss
 
 
@@ -41,7 +42,12 @@ def module_loss(module: BusyModule, batch: Any) -> Tensor:
 
 
 def name_of(options: dict[str, Any]) -> str:
-    names = [f"{name}={getattr(value, '__name__', value)}" for name, value in options.items() if name != "module"]
+    words = {
+        name: type(value).__name__ if isinstance(value, DataLoader) else getattr(value, "__name__", value)
+        for name, value in options.items()
+        if name != "module"
+    }
+    names = [f"{name}={word}" for name, word in words.items()]
     module = options.get("module")
     return ",".join([*names, *([getattr(module, "__name__", "Adam")] if module else [])]) or "default"
 
@@ -92,6 +98,7 @@ VALIDATED = {"validate": True, "user_callbacks": early_stopping_and_checkpoints,
         ({"estimator": "critical", "mode": "eval"}, {}),
         ({"estimator": "critical", "data": "fixed", "num_batches": 2}, {}),
         ({"estimator": "critical", "loss_fn": module_loss}, {}),
+        ({"estimator": "critical", "data": DataLoader(few_clusters(), 9, shuffle=True), "num_batches": 2}, {}),
         ({"method": "forward_over_reverse", "every_n_steps": 8}, {}),
         ({"method": "finite_difference", "every_n_steps": 8}, {}),
         ({"compile": True, "data": "fixed", "num_batches": 1, "every_n_steps": 20}, {}),

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, QuasiNewtonLRController
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, CriticalLearningRate, MeasuredStep
@@ -18,7 +19,7 @@ from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.errors import CurvatureWarning
 from lyapunov_lightning.training.schedule import ScheduleState
 from tests.callbacks.probing import Fit, sgd, two_groups
-from tests.modules import SmallRegressor, Watcher, dense_hessian, regression_loader
+from tests.modules import SmallRegressor, Watcher, dense_hessian, regression_data, regression_loader
 
 FULL = {"batch_size": 48}
 
@@ -238,6 +239,59 @@ def test_the_loss_of_other_data_is_seen_along_the_same_step(fit: Fit) -> None:
     assert other == near(downhill)
     assert len(other) >= 3
     assert all(value != pytest.approx(own[step], rel=0.1) for step, value in other.items())
+
+
+def test_a_loader_of_other_data_gives_the_relative_critical_sharpness(fit: Fit) -> None:
+    """On a quadratic it is ``uᵀH'u / (−g'ᵀu)``, with Hessian and gradient of the other data and the own update."""
+    generator = torch.Generator().manual_seed(5)
+    others = [torch.randn(20, width, generator=generator, dtype=torch.float64) for width in (3, 2)]
+    steps, own_steps, others_seen = Steps(others), Steps(), DataLoader(TensorDataset(*others), 8, shuffle=True)
+    before = others_seen.generator, torch.get_rng_state()
+    probes = [probe(log_prefix="own"), probe(log_prefix="other", hessian=HessianConfig(data=others_seen))]
+    module = SmallRegressor(sgd(lr=0.02), linear=True)
+    logger = fit(module, steps, own_steps, *probes, loader=regression_loader(**FULL)).logger
+    own, other = (logger.curve(f"{name}/curvature/critical_sharpness") for name in ("own", "other"))
+    assert own == near(own_steps.along_update)
+    # All three batches, the last of which has half the samples; left out where the step leads uphill on them.
+    assert other == near({step: value for step, value in steps.along_update.items() if value > 0})
+    assert len(other) >= 3
+    assert others_seen.generator is before[0]
+    assert others_seen._iterator is None
+
+
+def test_an_eigenvalue_is_that_of_the_other_data_and_the_batch_sharpness_that_of_the_step(fit: Fit) -> None:
+    data = regression_data(20).tensors
+    loader = DataLoader(TensorDataset(*data), 20)
+    dense: dict[int, float] = {}
+
+    class Dense(Watcher):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            dense[trainer.global_step] = float(torch.linalg.eigvalsh(dense_hessian(pl_module, data)[1])[-1])
+
+    options: dict[str, Any] = {"eigenvalue_every": 1, "tol": 1e-6}
+    watching = [
+        CurvatureProbe(1, hessian=HessianConfig(data=loader), log_prefix="other", **options),
+        CurvatureProbe(1, log_prefix="own", **options),
+    ]
+    fit(SmallRegressor(sgd(lr=0.05)), Dense(), *watching, max_steps=3)
+    other, own = (each.results for each in watching)
+    assert [result.lambda_max for result in other] == pytest.approx(list(dense.values()), rel=1e-5)
+    assert [result.step_sharpness for result in other] == pytest.approx([result.step_sharpness for result in own])
+
+
+def test_a_loader_that_cannot_be_read_is_refused_before_training(fit: Fit) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(regression_loader())
+
+        def __len__(self) -> int:
+            return 6
+
+    hessian = HessianConfig(data=DataLoader(Stream(), None))
+    with pytest.raises(
+        MisconfigurationException, match=r"the DataLoader in `HessianConfig\(data=...\)`, since an Iter"
+    ):
+        fit(SmallRegressor(), probe(hessian=hessian))
 
 
 # Where there is no step, or no value.

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule, SpectrumTracker
@@ -180,6 +180,93 @@ def test_blocks_are_those_of_the_dense_hessian(tmp_path: Path, groups: Any) -> N
             assert logger.curve(f"spectrum/lambda_max_{name}")[step] == pytest.approx(expected, rel=1e-3)
 
 
+class Tied(SmallRegressor):
+    """A weight of two layers, a frozen layer, a parameter of the module's own and one that the loss does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)]
+        self.net = nn.Sequential(*layers).double()
+        self.net[2].weight = self.net[0].weight
+        self.net[4].requires_grad_(False)
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+        self.unused = nn.Linear(2, 1, bias=False).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.scale * self.net(inputs)
+
+
+def layers_of_tied() -> dict[str, slice]:
+    """Where the blocks are among the parameters that are trained: the shared weight is that of the first layer."""
+    sizes = {"scale": 1, "net.0": 12, "net.2": 3, "net.6": 8, "unused": 2}
+    ends = list(itertools.accumulate(sizes.values(), initial=0))
+    return {name: slice(*place) for name, place in zip(sizes, itertools.pairwise(ends), strict=True)}
+
+
+def test_layers_are_blocks_of_the_dense_hessian_and_their_traces_take_no_product(tmp_path: Path) -> None:
+    dense = Dense()
+    options: dict[str, Any] = {"largest": 2, "random_vectors": 30}
+    tracker = every_step(**options, groups="layers", save_dir=str(tmp_path / "out"))
+    few: dict[str, Any] = {"max_epochs": 1, "loader": regression_loader(batch_size=16)}
+    logger = fit(tmp_path, dense, tracker, module=Tied(), **few).logger
+    blocks, off = layers_of_tied(), 0
+    for result in tracker.results:
+        hessian = dense.hessians[result.step]
+        assert list(result.lambda_max_of) == list(result.trace_of) == list(blocks)
+        for name, place in blocks.items():
+            block = hessian[place, place]
+            largest, error = float(torch.linalg.eigvalsh(block)[-1]), result.lambda_max_error_of[name]
+            assert result.lambda_max_of[name] == pytest.approx(largest, rel=1e-3, abs=1e-12)
+            assert abs(result.lambda_max_of[name] - largest) <= error + 1e-12
+            off += abs(result.trace_of[name] - float(block.trace())) > 2 * result.trace_error_of[name] + 1e-12
+        assert sum(result.trace_of.values()) == pytest.approx(result.trace, rel=1e-9)
+        assert result.lambda_max_of["unused"] == pytest.approx(0, abs=1e-12)
+        assert result.trace_of["unused"] == pytest.approx(0, abs=1e-12)
+        assert result.block_converged == 1
+        # Five layers are few enough to be curves.
+        assert logger.curve("spectrum/lambda_max_net.0")[result.step] == result.lambda_max_of["net.0"]
+        assert logger.curve("spectrum_details/trace_net.6")[result.step] == result.trace_of["net.6"]
+    assert off <= 3  # of 15, with the same random vectors at every step
+    table = pd.read_csv(tmp_path / "out" / "spectrum.csv").set_index(["step", "name"]).value
+    first = tracker.results[0]
+    assert table[0, "spectrum_details/trace_error_net.0"] == pytest.approx(first.trace_error_of["net.0"], rel=1e-12)
+    alone = every_step(**options)
+    fit(tmp_path, alone, module=Tied(), **few)
+    assert [result.matvecs for result in alone.results] == [result.matvecs for result in tracker.results]
+
+
+def test_many_layers_are_a_map_and_a_table_and_no_curves(tmp_path: Path) -> None:
+    class Deep(SmallRegressor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)), nn.Linear(3, 2)).double()
+
+    logger = TensorBoardLogger(tmp_path)
+    tracker = every_step(largest=1, random_vectors=2, groups="layers", tol=0.1, save_dir=str(tmp_path / "out"))
+    trainer = fit(tmp_path, tracker, module=Deep(), max_epochs=1, logger=logger, limit_train_batches=2)
+    logger.experiment.flush()
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert "spectrum/blocks" in tags["images"]
+    assert not [tag for tag in tags["scalars"] if "net." in tag]
+    assert "spectrum_details/block_converged" in trainer.callback_metrics
+    table = pd.read_csv(tmp_path / "out" / "spectrum.csv").set_index(["step", "name"]).value
+    for result in tracker.results:
+        assert len(result.lambda_max_of) == 7
+        for name, value in result.lambda_max_of.items():
+            assert table[result.step, f"spectrum/lambda_max_{name}"] == pytest.approx(value, rel=1e-12)
+            assert table[result.step, f"spectrum_details/trace_{name}"] == pytest.approx(result.trace_of[name])
+    shown = tracker.results.to_pandas()["spectrum/lambda_max_net.3"]
+    assert shown.tolist() == [result.lambda_max_of["net.3"] for result in tracker.results]
+    panels = tracker.plot("blocks").axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == list("0123456")
+
+
+def test_a_layer_that_did_not_converge_is_told_of() -> None:
+    found = TrackedSpectrum(step=0, epoch=0.0, converged=1.0, lambda_max_of={"a": 1.0}, block_converged=0.5)
+    assert found.scalars()["spectrum_details/block_converged"] == 0.5
+    assert not found.has_converged
+
+
 def test_benettin_follows_the_leading_eigenvalues(tmp_path: Path) -> None:
     class Still(SmallRegressor):
         def configure_optimizers(self) -> Any:
@@ -250,6 +337,7 @@ def run_without(**options: Any) -> Outcome:
     [
         ({"largest": 3, "smallest": 2}, {}),
         ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, WITHOUT_METRICS),
+        ({"largest": 1, "random_vectors": 2, "groups": "layers"}, WITHOUT_METRICS),
         ({"largest": 2, "estimator": "benettin"}, WITHOUT_METRICS),
         (
             {"largest": 2, "hessian": HessianConfig("batch", mode="eval")},
@@ -257,7 +345,7 @@ def run_without(**options: Any) -> Outcome:
         ),
         ({"largest": 2, "smallest": 1}, {"accumulate": 4, **WITHOUT_METRICS}),
     ],
-    ids=["ends", "estimates", "benettin", "bf16", "accumulated"],
+    ids=["ends", "estimates", "layers", "benettin", "bf16", "accumulated"],
 )
 def test_tracker_leaves_the_run_bit_identical(tmp_path: Path, tracker: dict[str, Any], options: dict[str, Any]) -> None:
     schedule = Schedule(every_n_steps=5, first_n_steps=2)
@@ -343,17 +431,19 @@ def test_different_requests_are_not_shared(tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
     def tracker(folder: str) -> SpectrumTracker:
-        return every_step(largest=3, smallest=1, save_dir=str(tmp_path / folder))
+        layers: dict[str, Any] = {"groups": "layers", "random_vectors": 2}
+        return every_step(largest=3, smallest=1, save_dir=str(tmp_path / folder), **layers)
 
-    straight = fit(tmp_path, tracker("straight"), max_epochs=2).logger
-    half = fit(tmp_path, tracker("resumed"), max_epochs=1)
+    few = {"limit_train_batches": 3}
+    straight = fit(tmp_path, tracker("straight"), max_epochs=2, **few).logger
+    half = fit(tmp_path, tracker("resumed"), max_epochs=1, **few)
     half.save_checkpoint(tmp_path / "half.ckpt")
     assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
-    rest = fit(tmp_path, tracker("resumed"), max_epochs=2, ckpt_path=tmp_path / "half.ckpt").logger
-    shown = ("lambda_1", "lambda_3", "lambda_min_1", "subspace_overlap")
+    rest = fit(tmp_path, tracker("resumed"), max_epochs=2, **few, ckpt_path=tmp_path / "half.ckpt").logger
+    shown = ("lambda_1", "lambda_3", "lambda_min_1", "subspace_overlap", "lambda_max_net.0")
     for tag in [*(f"spectrum/{name}" for name in shown), "spectrum_details/subspace_overlap_first"]:
-        later = {step: value for step, value in straight.curve(tag).items() if step >= 6}
-        assert len(later) == 6
+        later = {step: value for step, value in straight.curve(tag).items() if step >= 3}
+        assert len(later) == 3
         assert rest.curve(tag) == later
     tables = [pd.read_csv(tmp_path / folder / "spectrum.csv") for folder in ("straight", "resumed")]
     values = [table[table.name != "spectrum_details/seconds"].reset_index(drop=True) for table in tables]
@@ -409,7 +499,7 @@ def test_a_failed_measurement_is_warned_of_and_the_run_goes_on(tmp_path: Path) -
         ({"density_steps": 5}, "`random_vectors` should be 0 or at least 2"),
         ({"estimator": "arpack"}, "`estimator` should be one of lanczos, benettin, got 'arpack'"),
         ({"tol": 0}, "`tol` should be a positive float, got 0"),
-        ({"groups": 3}, "`groups` should be 'modules' or a dict"),
+        ({"groups": "layer"}, "`groups` should be 'layers', 'modules', the depth of the modules, or a dict"),
         ({"max_basis_vectors": 5}, "`max_basis_vectors` should be at least `largest \\+ smallest \\+ 2` = 6, got 5"),
         ({"save_vectors": True}, "`save_vectors` needs `save_dir`"),
         ({"every_n_steps": 2, "schedule": Schedule(every_n_epochs=1)}, "`schedule` should be None"),

@@ -37,12 +37,10 @@ def probes(rank: int) -> dict[str, Any]:
     }
 
 
-GROUPS = {"first": "net.0.*", "last": "net.2.*"}
-
-
 @check
 def tracker(rank: int) -> dict[str, Any]:
-    callback = SpectrumTracker(2, 3, 2, hessian=ON_THE_STEP, tol=1e-8, random_vectors=4, density_steps=5, groups=GROUPS)
+    estimates: dict[str, Any] = {"random_vectors": 4, "density_steps": 5, "groups": "layers"}
+    callback = SpectrumTracker(2, 3, 2, hessian=ON_THE_STEP, tol=1e-8, **estimates)
     return observed(callback, unequal_shards(rank), use_distributed_sampler=False)
 
 

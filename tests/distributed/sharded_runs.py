@@ -360,12 +360,18 @@ PLANE = [(0.01, 0.0), (-0.01, 0.2)]
 """Points on the plane of a random direction and the first eigenvector."""
 
 
+def blocks_of(operator: Any) -> dict[str, Sequence[slice]]:
+    """Every second parameter, and the others."""
+    places = operator.layout.slices()
+    return {"even": places[::2], "odd": places[1::2]}
+
+
 def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
     space = operator.space
     direction = space.random(torch.Generator().manual_seed(1))
     pairs = lanczos(operator, **PAIRS, tol=tol)
     vectors = torch.stack([space.whole(row) for row in pairs.vectors])
-    moments = stochastic_moments(operator, num_probes=2, known=pairs)
+    moments = stochastic_moments(operator, num_probes=2, known=pairs, blocks=blocks_of(operator))
     damping = 1 + float(pairs.values.abs().max())
     inverse = conjugate_gradient(operator, direction, damping=damping, tol=1e-3)
     return {
@@ -382,6 +388,7 @@ def numbers_of(operator: Any, tol: float = 1e-9) -> dict[str, Any]:
         "power": power_iteration(operator, tol=1e-1).values,
         "inverse": (space.whole(inverse.solution), damping, inverse.residual, inverse.converged),
         "trace": (moments.trace.value, moments.frobenius_norm.value),
+        "traces": [estimate.value for estimate in moments.trace_of.values()],
         "density": spectral_density(operator, num_probes=2, num_steps=6).nodes,
         "components": operator.mean_over_batches(
             pairs.vectors[:2], lambda components, norm: torch.cat([components.abs(), norm.reshape(1)]), 3

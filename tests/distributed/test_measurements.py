@@ -82,9 +82,11 @@ def test_tracker_sees_the_batches_of_all_ranks(outcomes):
         assert result.converged == 1
         assert result.largest == pytest.approx(values.flip(0)[:3].tolist(), rel=1e-9)
         assert result.smallest == pytest.approx(values[:2].tolist(), rel=1e-9)
-        for name, block in (("first", slice(0, 16)), ("last", slice(16, 26))):
-            expected = float(torch.linalg.eigvalsh(hessian[block, block])[-1])
-            assert result.lambda_max_of[name] == pytest.approx(expected, rel=1e-9)
+        for name, block in (("net.0", slice(0, 16)), ("net.2", slice(16, 26))):
+            dense = hessian[block, block]
+            assert result.lambda_max_of[name] == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-9)
+            assert abs(result.trace_of[name] - float(dense.trace())) <= 4 * result.trace_error_of[name]
+        assert sum(result.trace_of.values()) == pytest.approx(result.trace, rel=1e-9)
         gradients = [gradient_at(parameters, batch) for batch in batches]
         cosines = [float((vectors[:, -1] @ gradient).abs() / gradient.norm()) for gradient in gradients]
         assert result.cosines_largest[0] == pytest.approx(sum(cosines) / 2, rel=1e-5)

@@ -1,6 +1,7 @@
 """Equal configurations are one, and their values are checked."""
 
 import pytest
+from torch.utils.data import DataLoader
 
 from lyapunov_lightning import CurvatureProbe, Schedule, SpectrumTracker, callbacks
 from lyapunov_lightning.training.config import HessianConfig
@@ -20,6 +21,7 @@ def test_equal_configurations_are_one_key():
     ("options", "message"),
     [
         ({"data": "all"}, "`data` should be one of batch, fixed, got 'all'"),
+        ({"data": [1, 2]}, r"`data` should be 'batch', 'fixed' or a DataLoader, got \[1, 2\]"),
         ({"mode": "test"}, "`mode` should be one of train, eval, got 'test'"),
         ({"method": "exact"}, "`method` should be one of auto, .* got 'exact'"),
         ({"num_batches": 0}, "`num_batches` should be a positive int, got 0"),
@@ -52,11 +54,25 @@ def test_a_size_is_kept_where_the_callback_fills_in_the_rest():
     assert HessianConfig().filled(**{**defaults, "data": "batch"}) == HessianConfig("batch", mode="train")
 
 
+def test_a_loader_is_taken_whole_and_by_its_identity():
+    first, second = (DataLoader(range(6), 2) for _ in range(2))
+    defaults = {"data": "batch", "fraction": 0.05, "mode": "train"}
+    filled = HessianConfig(data=first).filled(**defaults)
+    assert (
+        filled == HessianConfig(first, fraction=1.0, mode="train") != HessianConfig(second, fraction=1.0, mode="train")
+    )
+    assert hash(filled) == hash(HessianConfig(first, fraction=1.0, mode="train"))
+    assert HessianConfig(first, num_batches=2).filled(**defaults).fraction is None
+    assert HessianConfig(DataLoader([])).filled(**defaults).data != "batch"
+
+
 def test_a_size_is_refused_by_a_callback_that_measures_the_batch_of_the_step():
     with pytest.raises(ValueError, match=r"`num_batches=3` is a size of fixed data.*`data='fixed'`"):
         CurvatureProbe(hessian=HessianConfig(num_batches=3))
     with pytest.raises(ValueError, match="`data='fixed'` with `estimator='benettin'`"):
         SpectrumTracker(estimator="benettin", hessian=HessianConfig(data="fixed"))
+    with pytest.raises(ValueError, match="not have data of its own with `estimator='benettin'`"):
+        SpectrumTracker(estimator="benettin", hessian=HessianConfig(data=DataLoader(range(6))))
 
 
 @pytest.mark.parametrize("name", callbacks.__all__)

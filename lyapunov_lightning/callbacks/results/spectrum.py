@@ -30,7 +30,11 @@ class TrackedSpectrum(Result):
         trace, frobenius_norm: Stochastic estimates for the whole Hessian.
         trace_error, frobenius_norm_error: Their standard errors.
         lambda_max_of: The largest eigenvalue of each diagonal block, by name.
+        lambda_max_error_of: Their estimated errors.
+        trace_of, trace_error_of: The trace of each diagonal block, estimated, and its standard error.
+        block_converged: The share of the blocks whose eigenvalue met the tolerance.
         block_matvecs: Products spent on the blocks.
+        has_block_curves: Whether each block is logged as a curve; else the blocks are in the figure and the table.
         exponents_largest, exponents_smallest: The Lyapunov exponents of gradient ascent and of the training map.
         paper_largest, paper_smallest: The eigenvalues in the paper's convention.
         from_other_end: How many of the eigenvalues belong to the other end of the spectrum, and are among these because
@@ -55,7 +59,12 @@ class TrackedSpectrum(Result):
     frobenius_norm: float | None = None
     frobenius_norm_error: float | None = None
     lambda_max_of: Mapping[str, float] = field(default_factory=dict)
+    lambda_max_error_of: Mapping[str, float] = field(default_factory=dict)
+    trace_of: Mapping[str, float] = field(default_factory=dict)
+    trace_error_of: Mapping[str, float] = field(default_factory=dict)
+    block_converged: float | None = None
     block_matvecs: int | None = None
+    has_block_curves: bool = True
     exponents_largest: tuple[float, ...] = ()
     exponents_smallest: tuple[float, ...] = ()
     paper_largest: tuple[float, ...] = ()
@@ -70,12 +79,13 @@ class TrackedSpectrum(Result):
     @property
     @override
     def has_converged(self) -> bool:
-        return self.converged is None or self.converged == 1.0
+        return self.converged in (None, 1.0) and self.block_converged in (None, 1.0)
 
     @override
     def scalars(self) -> dict[str, float]:
         shown = ("trace", "frobenius_norm", "gradient_in_top_subspace", "subspace_overlap")
-        quality = ("residual", "converged", "matvecs", "block_matvecs", "trace_error", "frobenius_norm_error")
+        quality = ("residual", "converged", "matvecs", "trace_error", "frobenius_norm_error")
+        of_blocks = ("block_converged", "block_matvecs")
         further = (
             "tracked_norm",
             "negative_mass",
@@ -86,7 +96,7 @@ class TrackedSpectrum(Result):
         found: dict[str, float | None] = {
             **ranked("spectrum/lambda", self.largest),
             **ranked("spectrum/lambda_min", self.smallest),
-            **{f"spectrum/lambda_max_{block}": value for block, value in self.lambda_max_of.items()},
+            **(self._of_blocks() if self.has_block_curves else {}),
             **{f"spectrum/{name}": getattr(self, name) for name in shown},
             **ranked("spectrum_details/gradient_cosine", self.cosines_largest),
             **ranked("spectrum_details/gradient_cosine_min", self.cosines_smallest),
@@ -94,6 +104,21 @@ class TrackedSpectrum(Result):
             **ranked("spectrum_details/lyapunov_exponent_min", self.exponents_smallest),
             **ranked("spectrum_details/paper_lambda", self.paper_largest),
             **ranked("spectrum_details/paper_lambda_min", self.paper_smallest),
-            **{f"spectrum_details/{name}": getattr(self, name) for name in (*further, *quality)},
+            **{f"spectrum_details/{name}": getattr(self, name) for name in (*further, *quality, *of_blocks)},
         }
         return known(found)
+
+    @override
+    def table(self) -> dict[str, float]:
+        errors = {"lambda_max_error": self.lambda_max_error_of, "trace_error": self.trace_error_of}
+        found = {} if self.has_block_curves else self._of_blocks()
+        for name, values in errors.items():
+            found |= {f"spectrum_details/{name}_{block}": value for block, value in values.items()}
+        return found
+
+    def _of_blocks(self) -> dict[str, float]:
+        """The numbers of each diagonal block, by tag."""
+        return {
+            **{f"spectrum/lambda_max_{block}": value for block, value in self.lambda_max_of.items()},
+            **{f"spectrum_details/trace_{block}": value for block, value in self.trace_of.items()},
+        }

@@ -256,6 +256,11 @@ class ShardedSpace(VectorSpace):
         return self._summed(own.reshape(-1)).view(own.shape).to(own)
 
     @override
+    def inner_of_parts(self, first: Tensor, second: Tensor, parts: Sequence[Sequence[slice]]) -> Tensor:
+        own = super().inner_of_parts(first, second, parts)
+        return self._summed(own).to(own)  # all parts in one message
+
+    @override
     def norm(self, vector: Tensor) -> Tensor:
         # Squares add up over the ranks, norms do not; in float64, in which the square of no float32 norm overflows.
         square = self._own_norm(vector).square()

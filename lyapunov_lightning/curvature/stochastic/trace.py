@@ -12,9 +12,18 @@ whatever ``V`` is: nothing has to be an eigenvector, the terms of ``V`` have onl
 known enter with their values where they have converged, and at the price of a product each where not; and where none is
 known, a random sketch ``V = orth(A S)`` brings most of the way, at the price of two products a vector (Hutch++: R.
 Meyer, C. Musco, C. Musco and D. Woodruff, "Hutch++: optimal stochastic trace estimation", 2021).
+
+The traces of all diagonal blocks come out of the same products. What the coordinates ``b`` of a block have in the inner
+products ``vᵀAv`` and ``(Pz)ᵀ(APz)`` has the mean
+
+.. math:: \operatorname{tr} A_{bb} = \operatorname{tr}(V V^\top A)_{bb} + \mathbb{E}\, (Pz)_b^\top (A P z)_b,
+
+since ``PA`` and ``VVᵀA`` add up to ``A``. So in every sample the shares of the blocks add up to the trace, and what a
+block's rows have outside of the block adds to its variance alone.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -38,12 +47,14 @@ class Moments:
         trace: The sum of the eigenvalues.
         frobenius_norm: The root of the sum of their squares.
         num_matvecs: Products that were spent.
+        trace_of: The traces of diagonal blocks, by name, if some were asked for.
 
     """
 
     trace: Estimate
     frobenius_norm: Estimate
     num_matvecs: int
+    trace_of: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ def stochastic_moments(
     sketch: int = 0,
     probes: Probes = "gaussian",
     seed: int = 0,
+    blocks: Mapping[str, Sequence[slice]] | None = None,
 ) -> Moments:
     """Trace and Frobenius norm, one product a random vector.
 
@@ -86,6 +98,8 @@ def stochastic_moments(
         probes: ``"gaussian"``, or ``"signs"`` (Rademacher vectors), of which the trace has a smaller error the more
             the diagonal stands out; the intervals then do not hold for matrices that are nearly diagonal.
         seed: Seed of the random vectors.
+        blocks: Diagonal blocks whose traces are wanted too, at no further product: for each name where in this rank's
+            vectors its coordinates are, see `FlatLayout.slices`.
 
     Returns:
         The estimates with their standard errors.
@@ -104,6 +118,9 @@ def stochastic_moments(
         >>> low, high = stochastic_moments(hessian).trace.interval
         >>> low <= 50 <= high
         True
+        >>> first = stochastic_moments(hessian, probes="signs", blocks={"first": [slice(0, 20)]}).trace_of["first"]
+        >>> round(first.value, 3)  # exactly, as the matrix is diagonal
+        20.0
 
     """
     check_probes(num_probes)
@@ -111,18 +128,28 @@ def stochastic_moments(
     check_choice("probes", probes, Probes)
     space = space_of(operator)
     generator = torch.Generator().manual_seed(seed)
+    parts = list((blocks or {}).values())
+
+    def measured(vector: Tensor, product: Tensor) -> list[Tensor]:
+        """What there is to sum up of a product."""
+        shares = space.inner_of_parts(vector, product, parts)
+        return [space.inner(vector, product), space.norm(product), *shares.unbind()]
+
     with space.together():
-        treated = _Treated(operator, space, known)
+        treated = _Treated(operator, space, known, measured)
         treated.sketch(sketch, generator)
         pairs: list[Tensor] = []
         for _ in range(num_probes):
             vector = space.random(generator) if probes == "gaussian" else space.random_signs(generator)
             treated.project(vector)
-            product = operator.matvec(vector)
-            pairs += [space.inner(vector, product), space.norm(product)]
-        numbers = read([*treated.pairs, *pairs], space).view(-1, 2)
+            pairs += measured(vector, operator.matvec(vector))
+        shares = treated.shares(parts)
+        numbers = read([*shares.unbind(), *treated.pairs, *pairs], space)
+    of_known, numbers = numbers[: len(parts)], numbers[len(parts) :].view(-1, 2 + len(parts))
     # The first numbers are exact for their vectors, and no samples.
     exact, drawn = numbers.split([len(numbers) - num_probes, num_probes])
+    drawn_of = [estimate(samples, is_skewed=True) for samples in drawn[:, 2:].unbind(dim=1)]
+    certain = of_known + exact[:, 2:].sum(dim=0)
     trace = estimate(drawn[:, 0], is_skewed=True)
     square = estimate(drawn[:, 1].square(), is_skewed=True)
     norm = (square.value + treated.square + float(exact[:, 1].square().sum())) ** 0.5
@@ -133,6 +160,10 @@ def stochastic_moments(
         # The error of a root: that of the square over twice the root.
         frobenius_norm=Estimate(norm, square.standard_error / (2 * norm) if norm else 0.0, num_probes, is_skewed=True),
         num_matvecs=treated.num_matvecs + num_probes,
+        trace_of={
+            name: Estimate(found.value + share, found.standard_error, num_probes, is_skewed=True)
+            for name, found, share in zip(blocks or {}, drawn_of, certain.tolist(), strict=True)
+        },
     )
 
 
@@ -195,15 +226,24 @@ class _Treated:
     Attributes:
         trace: The trace of the pairs that have converged.
         square: The sum of the squares of their eigenvalues.
-        pairs: For each vector ``v`` that is no converged eigenvector, ``vᵀAv`` and ``‖Av‖``, on the device.
+        pairs: For each vector ``v`` that is no converged eigenvector, what is measured of ``v`` and ``Av``: ``vᵀAv``,
+            ``‖Av‖`` and the shares of the blocks, on the device.
         num_matvecs: Products that these took.
 
     """
 
-    def __init__(self, operator: LinearOperator, space: VectorSpace, known: Eigenpairs | None) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        space: VectorSpace,
+        known: Eigenpairs | None,
+        measured: Callable[[Tensor, Tensor], list[Tensor]],
+    ) -> None:
         self._operator = operator
         self._space = space
+        self._measured = measured
         self._rows, values = converged_pairs(known, space)
+        self._values = values
         self.trace, self.square = float(values.sum()), float(values.square().sum())
         self.pairs: list[Tensor] = []
         self.num_matvecs = 0
@@ -222,14 +262,21 @@ class _Treated:
         if found:
             self._treat(torch.stack(found))
 
+    def shares(self, parts: Sequence[Sequence[slice]]) -> Tensor:
+        """What the converged pairs have in the traces of blocks, on the device."""
+        shares = torch.zeros(len(parts), dtype=self._space.dtype, device=self._space.device)
+        if parts:
+            for value, row in zip(self._values.tolist(), self._rows, strict=False):  # the others come after these
+                shares += value * self._space.inner_of_parts(row, row, parts)
+        return shares
+
     def project(self, vector: Tensor) -> Tensor:
         """Take the components along the vectors out, in place."""
         return projected(self._space, vector, self._rows)
 
     def _treat(self, rows: Tensor) -> None:
         for row in rows:
-            product = self._operator.matvec(row)
-            self.pairs += [self._space.inner(row, product), self._space.norm(product)]
+            self.pairs += self._measured(row, self._operator.matvec(row))
         self.num_matvecs += len(rows)
         self._rows = torch.cat([self._rows, rows]) if len(rows) else self._rows
 

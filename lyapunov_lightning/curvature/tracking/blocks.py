@@ -5,22 +5,25 @@ A block is the Hessian with respect to its own parameters only, so its largest e
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.tracking.extremes import ExtremeTracker
 
+Groups: TypeAlias = Literal["modules", "layers"] | int | Mapping[str, str] | None
+"""How parameters form blocks, see `parameter_blocks`."""
 
-def parameter_blocks(
-    names: Iterable[str], groups: Literal["modules"] | Mapping[str, str] | None
-) -> dict[str, list[str]]:
+
+def parameter_blocks(names: Iterable[str], groups: Groups) -> dict[str, list[str]]:
     """The names of the parameters of each block.
 
     Args:
         names: The names of all parameters, with dots between the modules.
-        groups: ``"modules"`` for one block for each top-level module; names of blocks, each with a pattern of parameter
-            names; or None for no blocks.
+        groups: ``"layers"`` for one block for each module that has parameters of its own, such as weight and bias;
+            ``"modules"`` for one for each top-level module; a number for one for each module at that depth, where 1 is
+            ``"modules"``; names of blocks, each with a pattern of parameter names; or None for no blocks. A parameter
+            that lies in no module is a block by itself.
 
     Returns:
         The names by block; an empty list for a pattern that matches none.
@@ -31,6 +34,8 @@ def parameter_blocks(
         >>> names = ["net.0.weight", "net.0.bias", "head.weight"]
         >>> parameter_blocks(names, "modules")
         {'net': ['net.0.weight', 'net.0.bias'], 'head': ['head.weight']}
+        >>> parameter_blocks(names, "layers")
+        {'net.0': ['net.0.weight', 'net.0.bias'], 'head': ['head.weight']}
         >>> parameter_blocks(names, {"weights": "*.weight"})
         {'weights': ['net.0.weight', 'head.weight']}
 
@@ -38,12 +43,30 @@ def parameter_blocks(
     names = list(names)
     if groups is None:
         return {}
-    if groups == "modules":
+    if not isinstance(groups, Mapping):
+        depth = {"modules": 1, "layers": None}[groups] if isinstance(groups, str) else groups
         blocks: dict[str, list[str]] = {}
         for name in names:
-            blocks.setdefault(name.partition(".")[0], []).append(name)
+            modules = name.split(".")[:-1]
+            blocks.setdefault(".".join(modules[:depth]) or name, []).append(name)
         return blocks
     return {block: [name for name in names if fnmatchcase(name, pattern)] for block, pattern in groups.items()}
+
+
+def check_groups(groups: Any) -> None:
+    """Make sure that they are what `parameter_blocks` takes.
+
+    Raises:
+        ValueError: If they are not.
+
+    """
+    if groups is None or isinstance(groups, Mapping) or groups in ("modules", "layers"):
+        return
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(
+            "`groups` should be 'layers', 'modules', the depth of the modules, or a dict of names and patterns, got"
+            f" {groups!r}."
+        )
 
 
 class BlockTrackers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -69,6 +70,11 @@ class FlatLayout:
     def zeros(self) -> Tensor:
         """A zero vector of shape ``(size,)``."""
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
+
+    def slices(self) -> list[slice]:
+        """Where in the vector each parameter is."""
+        ends = list(accumulate(self._sizes, initial=0))
+        return [slice(start, end) for start, end in pairwise(ends)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The flat vector of shape ``(size,)`` of one tensor a parameter; None stands for zeros."""

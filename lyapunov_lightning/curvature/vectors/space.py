@@ -165,6 +165,25 @@ class VectorSpace:
         pieces = zip(rows.split(length, dim=-1), vector.split(length), strict=True)
         return torch.stack([(row * part).sum(dim=-1) for row, part in pieces]).sum(dim=0)
 
+    def inner_of_parts(self, first: Tensor, second: Tensor, parts: Sequence[Sequence[slice]]) -> Tensor:
+        """The shares of some parts of the coordinates in an inner product.
+
+        Args:
+            first: Shape ``(length,)``.
+            second: Shape ``(length,)``.
+            parts: For each part where in these tensors its coordinates are.
+
+        Returns:
+            Shape ``(len(parts),)``, on the device.
+
+        """
+        found = first.new_zeros(len(parts))
+        with self._exactly():
+            for place, part in enumerate(parts):
+                for where in part:
+                    found[place] += self._own_inner(first[where], second[where])
+        return found
+
     def norm(self, vector: Tensor) -> Tensor:
         """The Euclidean norm, a float64 scalar on the device."""
         return self._own_norm(vector)

@@ -1,7 +1,7 @@
 """Which data the curvature is measured on.
 
 Either the batch of the present step, or fixed batches, the same throughout the training, so that two measurements
-differ by the parameters alone.
+differ by the parameters alone: of the training data, or of a DataLoader of the user's own.
 """
 
 import math
@@ -51,7 +51,8 @@ class ProbeData:
     ``__iter__``, with generators of random numbers that are seeded from the configuration. So they are the same in
     every run, also in one that is resumed. They are drawn before the first step from a copy of the dataloader, and each
     rank draws its own share. Where that is not possible without touching the training, each rank keeps its first
-    training batches as they pass, and measurements begin once all of them have passed.
+    training batches as they pass, and measurements begin once all of them have passed. A DataLoader of the user's own
+    is read in the same way, and refused where that is not possible.
 
     Args:
         config: Whether the batches are fixed, and if so how many they are.
@@ -77,16 +78,28 @@ class ProbeData:
             A sentence for the log if the first batches of the training are kept instead, else None.
 
         Raises:
-            MisconfigurationException: If a fraction of data without a known length is asked for.
+            MisconfigurationException: If a fraction of data without a known length is asked for, or a DataLoader of the
+                user's own cannot be read.
 
         """
         self._fixed, self._passing, self._num_to_keep, self._failure = None, [], 0, None
         if self._config.data == "batch":
             return None
-        num_batches = self._num_batches(owner, trainer)
-        cause = self._draw(trainer, num_batches, StartPosition() if position is None else position)
+        own = None if self._config.data == "fixed" else self._config.data
+        num_batches = self._num_batches(
+            owner, trainer, trainer.num_training_batches if own is None else _length_of(own)
+        )
+        # The position that a checkpoint keeps is that of the training data.
+        position = StartPosition() if position is None or own is not None else position
+        cause = self._draw(trainer, trainer.train_dataloader if own is None else own, num_batches, position)
         if cause is None:
             return None
+        if own is not None:
+            cause = cause.replace("the training dataloader", "that DataLoader")
+            raise MisconfigurationException(
+                f"`{owner}` cannot take its data from the DataLoader in `HessianConfig(data=...)`, since {cause}. Give"
+                " a `DataLoader` over a dataset with indices, such as a `Subset` or a `TensorDataset`."
+            )
         # Ranks that wait for different numbers of batches would begin to measure at different steps, and the first of
         # them would wait in its first collective for ever.
         self._num_to_keep = of_first_rank(trainer, num_batches)
@@ -131,9 +144,8 @@ class ProbeData:
         with seeded(self._config.seed + rank):
             yield
 
-    def _num_batches(self, owner: str, trainer: Trainer) -> int:
-        """How many batches of this rank are wanted."""
-        epoch = trainer.num_training_batches
+    def _num_batches(self, owner: str, trainer: Trainer, epoch: float) -> int:
+        """How many batches of this rank are wanted, of so many."""
         if self._config.num_batches is not None:
             return int(min(self._config.num_batches, epoch))
         if any_rank(trainer, math.isinf(epoch)):
@@ -145,14 +157,13 @@ class ProbeData:
         # Rounded first: in floating point 0.07 * 100 is a little more than 7, and would be 8 batches.
         return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))
 
-    def _draw(self, trainer: Trainer, num_batches: int, position: StartPosition) -> str | None:
-        """Draw from a copy of the training dataloader, all ranks or none.
+    def _draw(self, trainer: Trainer, loader: Any, num_batches: int, position: StartPosition) -> str | None:
+        """Draw from a copy of a dataloader, all ranks or none.
 
         Returns:
             Why that is not possible, on all ranks even if for one of them only; None if the batches were drawn.
 
         """
-        loader: Any = trainer.train_dataloader
         cause = _what_prevents_a_copy(loader)
         # Whatever the user's dataloader or dataset raises is no reason not to measure: the batches that the training
         # gets can still be kept.
@@ -193,6 +204,14 @@ class ProbeData:
 
 
 _ELSEWHERE = "the training dataloader of another rank cannot be read a second time"
+
+
+def _length_of(loader: "DataLoader[Any]") -> float:
+    """How many batches a loader has; infinite where it does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return math.inf
 
 
 def _what_prevents_a_copy(loader: Any) -> str | None:

@@ -137,6 +137,43 @@ def test_a_sketch_of_the_whole_space_leaves_nothing_to_chance() -> None:
     assert found.trace.standard_error <= 1e-12
 
 
+# Diagonal blocks.
+
+BLOCKS = {"first": [slice(0, 30), slice(50, 70)], "rest": [slice(30, 50), slice(70, 200)], "none": []}
+
+
+@pytest.mark.parametrize("known", ["blind", "converged", "unconverged", "wrong", "sketched"])
+def test_intervals_cover_the_traces_of_blocks_and_these_add_up_to_the_trace(known: str) -> None:
+    matrix, covered = symmetric_matrix(spectrum([50.0, 30.0, 10.0])), 0
+    options: dict[str, Any] = {"sketch": 2} if known == "sketched" else {}
+    if known in ("converged", "unconverged", "wrong"):
+        bound = {"tol": 1e-9} if known == "converged" else {"max_matvecs": 3}
+        options["known"] = lanczos(DenseOperator(matrix), largest=2, **bound)
+        if known == "wrong":
+            options["known"] = replace(options["known"], values=1.2 * options["known"].values)
+    for seed in range(100):
+        operator = DenseOperator(matrix)
+        moments = stochastic_moments(operator, num_probes=5, seed=seed, blocks=BLOCKS, **options)
+        assert sum(found.value for found in moments.trace_of.values()) == pytest.approx(moments.trace.value, rel=1e-8)
+        assert moments.trace_of["none"].value == moments.trace_of["none"].standard_error == 0
+        assert (
+            moments.num_matvecs == operator.num_matvecs == 5 + {"sketched": 4, "blind": 0, "converged": 0}.get(known, 2)
+        )
+        for name in ("first", "rest"):
+            low, high = moments.trace_of[name].interval
+            covered += low <= sum(float(matrix.diagonal()[place].sum()) for place in BLOCKS[name]) <= high
+    assert covered >= 184
+
+
+def test_a_sketch_of_the_whole_space_leaves_nothing_of_the_blocks_to_chance() -> None:
+    matrix = symmetric_matrix(torch.tensor([3.0, 1.0, -2.0, 0.5], dtype=torch.float64))
+    blocks = {"first": [slice(0, 1)], "last": [slice(1, 4)]}
+    found = stochastic_moments(DenseOperator(matrix), num_probes=2, sketch=10, blocks=blocks).trace_of
+    assert found["first"].value == pytest.approx(float(matrix[0, 0]))
+    assert found["last"].value == pytest.approx(float(matrix.diagonal()[1:].sum()))
+    assert found["last"].standard_error <= 1e-12
+
+
 # The diagonal.
 
 

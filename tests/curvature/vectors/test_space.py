@@ -39,6 +39,7 @@ def test_splitting_undoes_flattening(specs: list[tuple[tuple[int, ...], torch.dt
     assert flat.shape == (layout.size,) == (sum(tensor.numel() for tensor in tensors),)
     assert flat.tolist() == [x for tensor in tensors for x in tensor.reshape(-1).tolist()]
     pieces = layout.split(flat)
+    assert [flat[place].tolist() for place in layout.slices()] == [piece.reshape(-1).tolist() for piece in pieces]
     for piece, tensor in zip(pieces, tensors, strict=True):
         assert piece.dtype == tensor.dtype
         assert piece.shape == tensor.shape
