@@ -36,6 +36,10 @@ TITLES: dict[Kind, str] = {
 """Each kind in a few words."""
 
 
+_LARGER = 1.1
+"""How many times the present rate one has to be that is named as a larger one: two digits of it are shown."""
+
+
 def _unknown(facts: RunFacts) -> tuple[str, str]:
     return (
         "No sharpness was compared with a stability limit.",
@@ -174,6 +178,8 @@ def _clipped(facts: RunFacts) -> tuple[str, str]:
 
 def _below(facts: RunFacts) -> str:
     highest, last = facts.highest, facts.counted[-1]
+    if highest.value <= 0:
+        return f"None of {len(facts.counted)} measurements found a sharpness above zero."
     at_the_end = f", {shown(last.value)} times it at the end" if highest.step != last.step else ""
     return (
         f"The sharpness stayed below the stability limit: {shown(highest.value)} times it at most, at step"
@@ -221,7 +227,7 @@ def _room_at(facts: RunFacts) -> str:
 def _worth_trying(facts: RunFacts, limit: float) -> str:
     """Which larger learning rate is worth trying, as far as noise lets it bring something."""
     low, highest = LIMIT_FACTORS[0] * limit, highest_rate(facts.counted)
-    if low > highest:
+    if low > _LARGER * highest:
         return f"A larger one is worth trying, such as {low:.2g}."
     return f"A larger one than {highest:.2g} is worth trying in small steps, since it may be at the limit already."
 

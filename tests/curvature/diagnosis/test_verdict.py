@@ -65,7 +65,14 @@ def test_not_convex_at_the_start():
     assert told([-0.2, -0.1, 0.0, *[0.3] * 37]).kind == "room"
     found = told([-0.2] * 40, learning_rate=0.1)
     assert (found.kind, found.learning_rate_limit, found.learning_rate_range) == ("room", None, None)
+    assert found.sharpness == "None of 40 measurements found a sharpness above zero."
     assert found.consequence == "The loss did not spike, and no direction of positive curvature was seen."
+
+
+def test_a_larger_rate_is_named_where_it_is_larger_in_the_two_digits_that_are_shown():
+    """The lower end of the range is 0.45 times the rate at the limit."""
+    assert "A larger one is worth trying, such as 0.11." in told([0.4] * 40, learning_rate=0.1).consequence
+    assert "A larger one than 0.1 is worth trying in small steps" in told([0.43] * 40, learning_rate=0.1).consequence
 
 
 # At the limit.
