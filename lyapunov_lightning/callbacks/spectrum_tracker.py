@@ -175,6 +175,13 @@ class SpectrumTracker(CurvatureCallback):
                 "`schedule` should have no `max_overhead` with `estimator='benettin'`, which measures at every step,"
                 f" got {schedule.max_overhead!r}."
             )
+        ignored = {"random_vectors": random_vectors, "density_steps": density_steps, "groups": groups}
+        for name, value in (ignored | {"save_vectors": save_vectors}).items():
+            if self._along_training and value:
+                raise ValueError(
+                    f"`{name}` should be left out with `estimator='benettin'`, which measures exponents and nothing"
+                    f" else, got {value!r}."
+                )
         # Perturbations evolve under the training's own map, which is another one for each batch (chaos-theory paper,
         # appendix C).
         if self._along_training and hessian.data not in (None, "batch"):

@@ -503,6 +503,8 @@ def test_a_failed_measurement_is_warned_of_and_the_run_goes_on(tmp_path: Path) -
         ({"max_basis_vectors": 5}, "`max_basis_vectors` should be at least `largest \\+ smallest \\+ 2` = 6, got 5"),
         ({"save_vectors": True}, "`save_vectors` needs `save_dir`"),
         ({"every_n_steps": 2, "schedule": Schedule(every_n_epochs=1)}, "`schedule` should be None"),
+        ({"estimator": "benettin", "groups": "layers"}, "`groups` should be left out with .*, got 'layers'"),
+        ({"estimator": "benettin", "random_vectors": 3}, "`random_vectors` should be left out with .*, got 3"),
         (
             {"estimator": "benettin", "schedule": Schedule(max_overhead=0.1)},
             "no `max_overhead` with `estimator='benettin'`, which measures at every step, got 0.1",
