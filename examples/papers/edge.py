@@ -1,0 +1,170 @@
+"""Measures and drawings for the edge of stochastic stability, beside the three papers.
+
+Three curvatures are held against the edge: the largest eigenvalue on all of the images, the same on the batch of the
+step, and the batch sharpness, the curvature of a batch along the step that its own gradient asks for. Where Algorithm 1
+of the chaos-theory paper runs beside them, the eigenvalue that it sees is the fourth.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from matplotlib.axes import Axes
+
+from examples.papers.common import median, one_key, with_strength
+from examples.papers.record import Record
+from examples.papers.verdicts import Numbers
+from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
+from lyapunov_lightning.figures.style import BLUE, INK, OCHRE, RED, Picture, curve, new_picture
+from lyapunov_lightning.figures.ticks import linear_axis, log_axis
+
+Curvature = Literal["all", "batch", "sharpness", "sharpness over its limit", "algorithm 1"]
+Pairs = Sequence[tuple[str, str]]
+"""Names of runs that are compared: the number is that of the first over that of the second."""
+
+_ON_ALL, _ON_BATCH, _FOLLOWED = 0, 1, 2
+"""The probes of the part ``edge_probes`` in this order, and that of ``edge_algorithm``."""
+
+_LABELS: dict[Curvature, str] = {
+    "batch": "λ_max of the batch",
+    "algorithm 1": "λ_max by Algorithm 1",
+    "sharpness": "batch sharpness",
+    "all": "λ_max of all images",
+}
+_COLOURS: dict[Curvature, str] = {"batch": OCHRE, "algorithm 1": RED, "sharpness": BLUE, "all": INK}
+
+
+# Measures
+
+
+def over_edge(runs: Mapping[str, Record], of: Curvature, edges: Mapping[str, float]) -> Numbers:
+    """The median of a curvature over its edge in the second half of each run.
+
+    Args:
+        runs: The records.
+        of: Which curvature.
+        edges: For each run by its name, the curvature times the learning rate at its edge: 2 for plain SGD.
+
+    """
+    found: Numbers = {}
+    for name, edge in edges.items():
+        level, rate = _level(runs[name], of), max(runs[name].learning_rates)
+        found[name] = None if level is None else level * rate / edge
+    return found
+
+
+def ratios(runs: Mapping[str, Record], of: Curvature, pairs: Pairs) -> Numbers:
+    """The median of a curvature in the second half of one run over that of another, both times their rates."""
+    found: Numbers = {}
+    for first, second in pairs:
+        levels = over_edge(runs, of, {first: 1.0, second: 1.0})
+        above, below = levels[first], levels[second]
+        found[f"{first} / {second}"] = None if above is None or not below else above / below
+    return found
+
+
+def at_measured_edge(runs: Mapping[str, Record], names: Sequence[str]) -> Numbers:
+    """The median of the batch sharpness over the limit at the measured agreement of batches, in the second half."""
+    return over_edge(runs, "sharpness over its limit", {name: max(runs[name].learning_rates) for name in names})
+
+
+def growth(runs: Mapping[str, Record], of: Curvature, names: Sequence[str]) -> Numbers:
+    """The median of a curvature in the second half of each run over its first value."""
+    found: Numbers = {}
+    for name in names:
+        values = [value for _, value in series(runs[name], of)]
+        level = _level(runs[name], of)
+        found[name] = level / values[0] if values and level is not None else None
+    return found
+
+
+def one_over_another(runs: Mapping[str, Record], of: Curvature, over: Curvature, names: Sequence[str]) -> Numbers:
+    """The medians of two curvatures in the second half of the same run, one over the other."""
+    found: Numbers = {}
+    for name in names:
+        above, below = _level(runs[name], of), _level(runs[name], over)
+        found[name] = None if above is None or not below else above / below
+    return found
+
+
+def inverse_h0_over_rate(runs: Mapping[str, Record], names: Sequence[str]) -> Numbers:
+    """The median over the second half of the paper's ``1/h0`` over the learning rate."""
+    levels = over_edge(runs, "algorithm 1", dict.fromkeys(names, H0_CONVENTION))
+    return {name: None if not level else 1 / level for name, level in levels.items()}
+
+
+# Drawings
+
+
+def courses(
+    runs: Mapping[str, Sequence[Record]], columns: int, edges: Mapping[str, Mapping[str, float]] | None = None
+) -> Picture:
+    """Every curvature times the learning rate by step, a panel for each run; later seeds faint.
+
+    Args:
+        runs: The records.
+        columns: Panels in a row.
+        edges: For runs whose edge is not 2, the edges by what they are called.
+
+    """
+    rows = -(-len(runs) // columns)
+    picture = new_picture(8.0, 2.2 * rows + 0.4)
+    panels: list[Axes] = picture.subplots(rows, columns, sharey=True, squeeze=False).ravel().tolist()
+    for panel in panels[len(runs) :]:
+        panel.set_visible(False)
+    for panel, (name, records) in zip(panels, runs.items(), strict=False):
+        for record, strength in with_strength(records):
+            rate = max(record.learning_rates)
+            for of, label in _LABELS.items():
+                points = series(record, of)
+                steps, values = [step for step, _ in points], [rate * value for _, value in points]
+                curve(panel, steps, values, color=_COLOURS[of], alpha=strength, label=label, linewidth=1.1)
+        for edge in (edges or {}).get(name, {"2/η": 2.0}).values():
+            panel.axhline(edge, color=INK, linewidth=0.9, linestyle="--", zorder=1)
+        log_axis(panel, "y")
+        linear_axis(panel, "x")
+        panel.set_title(name)
+        panel.set_xlabel("step")
+    for panel in panels[::columns]:
+        panel.set_ylabel("curvature × rate")
+    one_key(picture, *panels[: len(runs)])
+    return picture
+
+
+# What they share
+
+
+def series(record: Record, of: Curvature) -> list[tuple[int, float]]:
+    """The steps at which a curvature was measured, and its values."""
+    index, value_of = _SOURCES[of]
+    points = [(result.step, value_of(result)) for result in record.results(ProbeResult, index)]
+    return [(step, value) for step, value in points if value is not None]
+
+
+def _level(record: Record, of: Curvature) -> float | None:
+    """The median of a curvature in the second half of a run."""
+    half = (record.steps[-1] + 1) / 2 if record.steps else 0.0
+    return median([value for step, value in series(record, of) if step >= half])
+
+
+def _exact(result: ProbeResult) -> float | None:
+    return result.lambda_max if result.converged else None
+
+
+def _over_limit(result: ProbeResult) -> float | None:
+    if result.batch_sharpness is None or result.stability_limit is None:
+        return None
+    return result.batch_sharpness / result.stability_limit
+
+
+def _of_algorithm_1(result: ProbeResult) -> float | None:
+    return H0_CONVENTION / result.inverse_h0 if result.inverse_h0 else None
+
+
+_SOURCES: dict[Curvature, tuple[int, Callable[[ProbeResult], float | None]]] = {
+    "all": (_ON_ALL, _exact),
+    "batch": (_ON_BATCH, _exact),
+    "sharpness": (_ON_BATCH, lambda result: result.batch_sharpness),
+    "sharpness over its limit": (_ON_BATCH, _over_limit),
+    "algorithm 1": (_FOLLOWED, _of_algorithm_1),
+}
