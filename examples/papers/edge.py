@@ -37,7 +37,7 @@ _COLOURS: dict[Curvature, str] = {"batch": OCHRE, "algorithm": RED, "sharpness":
 
 
 def loss_on_all_images(module: pl.LightningModule, batch: object) -> Tensor:
-    """The training loss on the whole training set at once: a product on a hundred small batches takes ten times as long.
+    """The training loss on all images at once: a product on a hundred small batches takes ten times as long.
 
     Args:
         module: In training with a datamodule that keeps its images as tensors.
