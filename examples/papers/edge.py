@@ -6,21 +6,30 @@ of the chaos-theory paper runs beside them, the eigenvalue that it sees is the f
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from matplotlib.axes import Axes
 from torch import Tensor
+from typing_extensions import override
 
 from examples.papers.common import median, one_key, with_strength
 from examples.papers.record import Record
 from examples.papers.verdicts import Numbers
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.curvature import HessianOperator
 from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
 from lyapunov_lightning.figures.style import BLUE, INK, OCHRE, RED, Picture, curve, new_picture
 from lyapunov_lightning.figures.ticks import linear_axis, log_axis
+from lyapunov_lightning.training.callback import CurvatureCallback
+from lyapunov_lightning.training.config import HessianConfig
+from lyapunov_lightning.training.replica.objective import ProbeBatch
+from lyapunov_lightning.training.results import Result
+from lyapunov_lightning.training.sharing import Step
 
-Curvature = Literal["all", "batch", "sharpness", "sharpness over its limit", "algorithm"]
+Curvature = Literal["all", "batch", "sharpness", "limit", "algorithm"]
 Pairs = Sequence[tuple[str, str]]
 """Names of runs that are compared: the number is that of the first over that of the second."""
 
@@ -46,6 +55,62 @@ def loss_on_all_images(module: pl.LightningModule, batch: object) -> Tensor:
     """
     loss: Tensor = module.training_step(module.trainer.datamodule.train_set.tensors, 0)
     return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchesResult(Result):
+    """What many batches see along their own gradients, at the same parameters.
+
+    Attributes:
+        slopes: ``gᵀg`` of each.
+        curvatures: ``gᵀHg`` of each, by its own Hessian.
+    """
+
+    slopes: tuple[float, ...]
+    curvatures: tuple[float, ...]
+
+    @property
+    def sharpness(self) -> float | None:
+        """The batch sharpness, ``E[gᵀHg] / E[gᵀg]``."""
+        return sum(self.curvatures) / sum(self.slopes) if sum(self.slopes) > 0 else None
+
+    @override
+    def scalars(self) -> dict[str, float]:
+        return {}
+
+
+class BatchesAtOnce(CurvatureCallback):
+    """Measures batches at the same parameters.
+
+    `CurvatureProbe` averages over the batches of the training's own steps, which cost nothing. At the edge of stability
+    the loss shoots up now and then, and the few steps with large gradients then count for all; the definition is one at
+    fixed parameters.
+
+    Args:
+        every_n_steps: How often.
+        num_batches: How many batches of the training's size, drawn without putting back; at most all.
+    """
+
+    group = "batches"
+    result_class = BatchesResult
+
+    def __init__(self, every_n_steps: int, num_batches: int = 32) -> None:
+        super().__init__(every_n_steps, None, HessianConfig(data="batch"), None, arguments={})
+        self._num_batches = num_batches
+
+    @override
+    def measure(self, hessian: HessianOperator, step: Step) -> BatchesResult:
+        data: Any = step.trainer.datamodule  # type: ignore[attr-defined]
+        images, labels = data.train_set.tensors
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step.index))
+        slopes, curvatures = [], []
+        for chosen in order.split(data.batch_size)[: self._num_batches]:
+            own = self.shared.on_batches(step, self.config, [ProbeBatch([images[chosen], labels[chosen]], 0, False)])
+            gradient = own.gradient(keep_graph=True)
+            slopes.append(float(gradient @ gradient))
+            curvatures.append(float(gradient @ own.matvec(gradient)))
+            own.reset()
+        return BatchesResult(step=step.index, epoch=step.epoch, slopes=tuple(slopes), curvatures=tuple(curvatures))
 
 
 # Measures
@@ -78,8 +143,8 @@ def ratios(runs: Mapping[str, Record], of: Curvature, pairs: Pairs) -> Numbers:
 
 
 def at_measured_edge(runs: Mapping[str, Record], names: Sequence[str]) -> Numbers:
-    """The median of the batch sharpness over the limit at the measured agreement of batches, in the second half."""
-    return over_edge(runs, "sharpness over its limit", {name: max(runs[name].learning_rates) for name in names})
+    """The batch sharpness over the limit at the agreement of batches that the probe measured; medians as above."""
+    return one_over_another(runs, "sharpness", "limit", names)
 
 
 def growth(runs: Mapping[str, Record], of: Curvature, names: Sequence[str]) -> Numbers:
@@ -150,8 +215,8 @@ def courses(
 
 def series(record: Record, of: Curvature) -> list[tuple[int, float]]:
     """The steps at which a curvature was measured, and its values."""
-    index, value_of = _SOURCES[of]
-    points = [(result.step, value_of(result)) for result in record.results(ProbeResult, index)]
+    kind, index, value_of = _SOURCES[of]
+    points = [(result.step, value_of(result)) for result in record.results(kind, index)]
     return [(step, value) for step, value in points if value is not None]
 
 
@@ -165,20 +230,22 @@ def _exact(result: ProbeResult) -> float | None:
     return result.lambda_max if result.converged else None
 
 
-def _over_limit(result: ProbeResult) -> float | None:
-    if result.batch_sharpness is None or result.stability_limit is None:
-        return None
-    return result.batch_sharpness / result.stability_limit
-
-
 def _of_algorithm(result: ProbeResult) -> float | None:
     return H0_CONVENTION / result.inverse_h0 if result.inverse_h0 else None
 
 
-_SOURCES: dict[Curvature, tuple[int, Callable[[ProbeResult], float | None]]] = {
-    "all": (_ON_ALL, _exact),
-    "batch": (_ON_BATCH, _exact),
-    "sharpness": (_ON_BATCH, lambda result: result.batch_sharpness),
-    "sharpness over its limit": (_ON_BATCH, _over_limit),
-    "algorithm": (_FOLLOWED, _of_algorithm),
+def _sharpness(result: BatchesResult) -> float | None:
+    return result.sharpness
+
+
+def _limit(result: ProbeResult) -> float | None:
+    return result.stability_limit
+
+
+_SOURCES: dict[Curvature, tuple[type[Result], int, Callable[[Any], float | None]]] = {
+    "all": (ProbeResult, _ON_ALL, _exact),
+    "batch": (ProbeResult, _ON_BATCH, _exact),
+    "sharpness": (BatchesResult, 0, _sharpness),
+    "limit": (ProbeResult, _ON_BATCH, _limit),
+    "algorithm": (ProbeResult, _FOLLOWED, _of_algorithm),
 }
