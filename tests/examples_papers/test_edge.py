@@ -2,15 +2,23 @@
 
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader, TensorDataset
 
+from examples.models import MLP, Classifier
 from examples.papers import edge
-from examples.papers.edge import BatchesResult
+from examples.papers.edge import BatchesAtOnce, BatchesResult
 from examples.papers.record import Record
+from lyapunov_lightning import CurvatureProbe
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.solvers.lyapunov import H0_CONVENTION
 from lyapunov_lightning.figures.style import Picture
 from lyapunov_lightning.training.results import Result
+from tests.problems import whole_hessian
+from tests.training_runs import train
 
 STEPS = range(0, 100, 10)
 
@@ -94,3 +102,61 @@ def test_courses_are_drawn() -> None:
     edges = {"with momentum": {"small batches": 0.2, "large batches": 3.8}}
     picture = edge.courses(runs, columns=2, edges=edges)
     assert isinstance(picture, Picture)
+
+
+class FewImages(pl.LightningDataModule):
+    """Twelve of them in batches of four, in memory as the examples' images are."""
+
+    batch_size = 4
+
+    def setup(self, stage: str) -> None:
+        generator = torch.Generator().manual_seed(3)
+        images = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+        self.train_set = TensorDataset(images, torch.randint(3, (12,), generator=generator))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_set, self.batch_size)
+
+
+@pytest.mark.filterwarnings("ignore:.*no logger")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_measured_curvatures_are_those_of_dense_hessians() -> None:
+    torch.manual_seed(0)
+    module = Classifier(MLP(in_features=5, hidden=[4], num_classes=3, activation="tanh"), num_classes=3).double()
+    data = FewImages()
+    data.setup("fit")
+    images, labels = data.train_set.tensors
+    shapes = {name: parameter.shape for name, parameter in module.network.named_parameters()}
+
+    def gradient_and_hessian(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = parameters_to_vector(module.network.parameters()).detach().requires_grad_()
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = torch.func.functional_call(module.network, values, (images[chosen],))
+        loss = torch.nn.functional.cross_entropy(outputs, labels[chosen])
+        (gradient,) = torch.autograd.grad(loss, flat, retain_graph=True)
+        return gradient, whole_hessian(loss, flat)[1]
+
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    dense = [gradient_and_hessian(chosen) for chosen in order.split(4)]
+    _, everything = gradient_and_hessian(torch.arange(12))
+    before = parameters_to_vector(module.network.parameters()).clone()
+
+    batches = BatchesAtOnce(every_n_steps=1)
+    probe = CurvatureProbe(every_n_steps=1, tol=1e-9, hessian={"loss_fn": edge.loss_on_all_images})
+    train(module, batches, probe, loader=data, max_steps=1)
+
+    (measured,), (on_all,) = batches.results, probe.results
+    assert measured.slopes == pytest.approx([float(gradient @ gradient) for gradient, _ in dense], rel=1e-9)
+    assert measured.curvatures == pytest.approx([float(g @ hessian @ g) for g, hessian in dense], rel=1e-9)
+    assert measured.sharpness == pytest.approx(sum(measured.curvatures) / sum(measured.slopes))
+    assert on_all.lambda_max == pytest.approx(float(torch.linalg.eigvalsh(everything)[-1]), rel=1e-6)
+    assert not torch.equal(before, parameters_to_vector(module.network.parameters()))  # the run went on
+
+    few = BatchesAtOnce(every_n_steps=1, num_batches=2)
+    train(module, few, loader=data, max_steps=1)
+    assert len(few.results[0].slopes) == 2
+
+
+def test_batches_without_gradients_have_no_sharpness() -> None:
+    assert BatchesResult(step=0, epoch=0.0, slopes=(0.0,), curvatures=(0.0,)).sharpness is None
