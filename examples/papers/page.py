@@ -31,7 +31,11 @@ Most of what stands here was run at scale `small`, which everybody can repeat on
 tens of thousands. Where that did not come to what a claim is about, there is a scale `medium` (`make papers
 SCALE=medium`), of the same networks in thousands of steps; it takes hours. Each section tells its scale. **So a verdict
 is about the claim in that setting.** *Holds*: with every seed. *Does not hold*: with none. *Not decided*: the seeds
-disagree, the training did not come to what the claim is about, or the data were not there.
+disagree, the training did not come to what the claim is about, or the data were not there: the ten claims of tables 5
+and 6 are about Fashion-MNIST and CIFAR-100, which were not at hand.
+
+The last chapter stands beside the papers: which curvature settles at the edge of stability under mini-batches. What
+follows from it for the chaos-theory paper has [a page of its own](which_curvature.md).
 
 A claim about several runs has a number for each. "Seen" gives for each seed their median, their range, and how many of
 them lie within the threshold: all have to, unless a share is stated. So *does not hold* may mean one run of six.
