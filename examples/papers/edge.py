@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -196,7 +197,7 @@ def courses(
             rate = max(record.learning_rates)
             for of, label in _LABELS.items():
                 points = series(record, of)
-                steps, values = [step for step, _ in points], [rate * value for _, value in points]
+                steps, values = [step for step, _ in points], smooth([rate * value for _, value in points])
                 curve(panel, steps, values, color=_COLOURS[of], alpha=strength, label=label, linewidth=1.1)
         for edge in (edges or {}).get(name, {"2/η": 2.0}).values():
             panel.axhline(edge, color=INK, linewidth=0.9, linestyle="--", zorder=1)
@@ -218,6 +219,12 @@ def series(record: Record, of: Curvature) -> list[tuple[int, float]]:
     kind, index, value_of = _SOURCES[of]
     points = [(result.step, value_of(result)) for result in record.results(kind, index)]
     return [(step, value) for step, value in points if value is not None]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The running median of a tenth of the values, where there are a hundred: one a step hides all other curves."""
+    reach = len(values) // 20 if len(values) >= 100 else 0
+    return [float(np.median(values[max(0, place - reach) : place + reach + 1])) for place in range(len(values))]
 
 
 def _level(record: Record, of: Curvature) -> float | None:

@@ -97,6 +97,12 @@ def test_what_was_not_measured_or_has_not_converged_is_not_known() -> None:
     assert edge.one_over_another(runs, "algorithm", "all", ["run"]) == {"run": None}
 
 
+def test_only_many_values_are_smoothed() -> None:
+    few = [1.0, 9.0, 1.0]
+    assert edge.smooth(few) == few
+    assert max(edge.smooth([1.0] * 60 + [9.0] + [1.0] * 60)) == 1.0
+
+
 def test_courses_are_drawn() -> None:
     runs = {"with momentum": [RUN, RUN], "without": [RUN, RUN]}
     edges = {"with momentum": {"small batches": 0.2, "large batches": 3.8}}
