@@ -66,10 +66,9 @@ def test_every_part_is_used() -> None:
 def test_configurations_are_understood() -> None:
     """One run of each kind of network, data and callbacks: the numbers in them differ."""
     kinds = {}
-    for name in names():
-        for config in load(name, "small").runs.values():
-            shape = str(_without_numbers(config))
-            kinds.setdefault(shape, config)
+    scales: tuple[experiments.Scale, ...] = ("small", "medium")
+    for config in [config for name in names() for scale in scales for config in load(name, scale).runs.values()]:
+        kinds.setdefault(str(_without_numbers(config)), config)
     cli = LightningCLI(args=next(iter(kinds.values())), run=False, save_config_callback=None)
     for config in kinds.values():
         cli.parser.parse_object(config)
