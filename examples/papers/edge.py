@@ -197,6 +197,8 @@ def courses(
             rate = max(record.learning_rates)
             for of, label in _LABELS.items():
                 points = series(record, of)
+                if not points:
+                    continue
                 steps, values = [step for step, _ in points], smooth([rate * value for _, value in points])
                 curve(panel, steps, values, color=_COLOURS[of], alpha=strength, label=label, linewidth=1.1)
         for edge in (edges or {}).get(name, {"2/η": 2.0}).values():
