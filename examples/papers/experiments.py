@@ -34,6 +34,9 @@ PAPERS = {
 
 HERE = Path(__file__).parent
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""To load all experiments is to read a thousand small files, in Python alone in seven times the time."""
+
 _REPLACED_BY: dict[Scale, tuple[str, ...]] = {"small": ("small",), "medium": ("small", "medium"), "full": ()}
 """What replaces the paper's own values at each scale, one after the other."""
 
@@ -183,7 +186,7 @@ def _config(items: Sequence[str | Mapping[str, Any]], scale: Scale) -> Config:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     return content
 
 
