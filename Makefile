@@ -30,7 +30,7 @@ lint: $(STAMP)  ## style and types
 docs: .venv/.docs-installed  ## the site, in `site`
 	$(BIN)/mkdocs build --strict
 
-papers: $(STAMP)  ## the figures and tables of three papers, run again; SCALE=full for their own setting, ROOT for the data
+papers: $(STAMP)  ## the figures and tables of three papers, run again; SCALE=medium for what takes hours to decide, full for their own setting, ROOT for the data
 	$(BIN)/python -W ignore -m examples.papers --scale $(or $(SCALE),small) --root $(or $(ROOT),data)
 
 dist-check: $(STAMP)  ## build sdist and wheel, and try them; DOWNLOAD=1 installs the dependencies as for a user

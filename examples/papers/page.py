@@ -1,12 +1,13 @@
 """The page of the documentation that collects the outcomes."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from examples.papers.experiments import PAPERS
+from examples.papers.experiments import PAPERS, names
 from examples.papers.verdicts import Decided, Outcome, Verdict
 
 _HEAD = """\
@@ -25,71 +26,100 @@ of them:
 `lyapunov-lightning fit` takes as they are; every run leaves its own in its folder. A broken-off run goes on where it
 was, and figures that need the same training share it. `--scale full` is the papers' own setting, for a GPU.
 
-What stands here was run at scale `small`, which everybody can repeat on two cores: narrow networks, images of 16 x 16
-or 8 x 8 pixels where the papers have 32 x 32, a part of the data, and hundreds of steps where the papers take tens of
-thousands. **So a verdict is about the claim in that setting.** *Holds*: with every seed. *Does not hold*: with none.
-*Not decided at this scale*: the seeds disagree, the training did not come to what the claim is about, or the data were
-not there.
+Most of what stands here was run at scale `small`, which everybody can repeat on two cores: narrow networks, images of
+16 x 16 or 8 x 8 pixels where the papers have 32 x 32, a part of the data, and hundreds of steps where the papers take
+tens of thousands. Where that did not come to what a claim is about, there is a scale `medium` (`make papers
+SCALE=medium`), of the same networks in thousands of steps; it takes hours. Each section tells its scale. **So a verdict
+is about the claim in that setting.** *Holds*: with every seed. *Does not hold*: with none. *Not decided*: the seeds
+disagree, the training did not come to what the claim is about, or the data were not there: the ten claims of tables 5
+and 6 are about Fashion-MNIST and CIFAR-100, which were not at hand.
+
+The last chapter stands beside the papers: which curvature settles at the edge of stability under mini-batches. What
+follows from it for the chaos-theory paper has [a page of its own](which_curvature.md).
 
 A claim about several runs has a number for each. "Seen" gives for each seed their median, their range, and how many of
 them lie within the threshold: all have to, unless a share is stated. So *does not hold* may mean one run of six.
 """
+
+_COUNTED = {"of the papers": tuple(PAPERS)[:3], "beside them": tuple(PAPERS)[3:]}
+"""Which chapters' claims are counted together."""
 
 
 def write_page(outcomes: Sequence[Outcome], page: Path) -> None:
     """Write the page, and its pictures to ``images/papers`` in the folder above it.
 
     Args:
-        outcomes: In the order in which they are to be told.
-        page: The file.
+        outcomes: What was run.
+        page: The file. What it tells of other experiments stays, so that none has to be run again for the sake of one.
 
     """
-    images = page.parents[1] / "images" / "papers"
-    images.mkdir(parents=True, exist_ok=True)
-    counts = Counter(claim.verdict for outcome in outcomes for claim in outcome.claims)
-    holds, does_not, undecided = (counts[verdict] for verdict in get_args(Verdict))
-    lines = [
-        _HEAD,
-        f"Of {sum(counts.values())} claims {holds} hold, {does_not} do not, and {undecided} are not decided.",
-    ]
-    lines += ["", *_overview(outcomes)]
+    told = _told_on(page) if page.exists() else {}
+    told.update({outcome.name: _section(outcome, page) for outcome in outcomes})
+    sections = {name: told[name] for name in names() if name in told}
+    lines = [_HEAD]
+    for of, chapters in _COUNTED.items():
+        counted = Counter(v for name, text in sections.items() if _paper(name) in chapters for v in _verdicts(text))
+        if counted:
+            holds, does_not, undecided = (counted[verdict] for verdict in get_args(Verdict))
+            total = f"Of {counted.total()} claims {of}"
+            lines.append(f"{total} {holds} hold, {does_not} do not, and {undecided} are not decided.")
+    lines += ["", *_overview(sections)]
     for paper, title in PAPERS.items():
-        chapter = [outcome for outcome in outcomes if outcome.name.startswith(f"{paper}-")]
+        chapter = [text for name, text in sections.items() if _paper(name) == paper]
         if chapter:
             lines += ["", f"## {title}"]
-        for outcome in chapter:
-            lines += ["", *_section(outcome)]
-            if outcome.picture is not None:
-                name = f"{outcome.name}.png"
-                _shrink(Path(outcome.picture), images / name)
-                link = os.path.relpath(images / name, page.parent)
-                lines += ["", f"![{outcome.title}]({link})"]
+        for text in chapter:
+            lines += ["", text]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _overview(outcomes: Sequence[Outcome]) -> list[str]:
+def _paper(name: str) -> str:
+    return name.split("-")[0]
+
+
+def _told_on(page: Path) -> dict[str, str]:
+    """The section of each experiment, as the page has it."""
+    sections = re.split(r"^(?=##+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = [(re.match(r"### .* \{ #(\S+) \}$", text, flags=re.MULTILINE), text.strip()) for text in sections]
+    return {heading[1]: text for heading, text in named if heading is not None}
+
+
+def _overview(sections: Mapping[str, str]) -> list[str]:
     rows = ["| | holds | does not hold | not decided |", "|---|---|---|---|"]
-    for outcome in outcomes:
-        verdicts = Counter(claim.verdict for claim in outcome.claims)
+    for name, text in sections.items():
+        verdicts = Counter(_verdicts(text))
         counts = " | ".join(str(verdicts[verdict] or "") for verdict in get_args(Verdict))
-        rows.append(f"| [{outcome.name}](#{outcome.name}) {outcome.title} | {counts} |")
+        title = text.removeprefix("### ").split(" {", 1)[0]
+        rows.append(f"| [{name}](#{name}) {title} | {counts} |")
     return rows
 
 
-def _section(outcome: Outcome) -> list[str]:
+def _verdicts(section: str) -> list[str]:
+    """The verdict of each claim: at the end of its row."""
+    return re.findall(r"\| \*\*([^*]+)\*\*[^|]*\|$", section, flags=re.MULTILINE)
+
+
+def _section(outcome: Outcome, page: Path) -> str:
     lines = [f"### {outcome.title} {{ #{outcome.name} }}", "", f"*{outcome.source}.* {outcome.about.strip()}", ""]
     lines += ["| claim | what decides | threshold | seen | verdict |", "|---|---|---|---|---|"]
     lines += [_row(claim) for claim in outcome.claims]
-    lines += ["", f"`{outcome.name}`: {outcome.runs} runs, {len(outcome.seeds)} seeds."]
+    lines += ["", f"`{outcome.name}`: scale `{outcome.scale}`, {outcome.runs} runs, {len(outcome.seeds)} seeds."]
     if outcome.failures:
         reasons = sorted({failure.split(": ", 1)[1].rsplit(" (", 1)[0] for failure in outcome.failures})
         lines += ["", f"Runs that broke off: {len(outcome.failures)} of {outcome.runs}. " + " ".join(reasons)]
-    return lines
+    if outcome.picture is not None:
+        images = page.parents[1] / "images" / "papers"
+        images.mkdir(parents=True, exist_ok=True)
+        picture = images / f"{outcome.name}.png"
+        _shrink(Path(outcome.picture), picture)
+        lines += ["", f"![{outcome.title}]({os.path.relpath(picture, page.parent)})"]
+    return "\n".join(lines)
 
 
 def _row(claim: Decided) -> str:
-    cells = (claim.claim, claim.quantity, claim.threshold, claim.seen, f"**{claim.verdict}**")
+    verdict = f"**{claim.verdict}**" + (f": {claim.reason}" if claim.reason else "")
+    cells = (claim.claim, claim.quantity, claim.threshold, claim.seen, verdict)
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

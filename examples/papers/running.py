@@ -177,7 +177,7 @@ def _begin_worker(threads: int) -> None:
     """Take a share of the cores, and end with the program even where that is killed."""
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, torch.get_num_threads()))  # fewer where OMP_NUM_THREADS says so
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -37,6 +37,22 @@ def judge(claim: Claim, numbers: Sequence[Numbers | None]) -> Verdict:
     return "does not hold" if votes == {False} else "not decided at this scale"
 
 
+def why_undecided(claim: Claim, numbers: Sequence[Numbers | None]) -> str:
+    """What keeps a claim from being decided; nothing for one that is.
+
+    Args:
+        claim: It.
+        numbers: As for `judge`.
+
+    """
+    if judge(claim, numbers) != "not decided at this scale":
+        return ""
+    if None in numbers:
+        return "not run"
+    unknown = [_vote(claim, seed) is None for seed in numbers if seed is not None]
+    return "the training did not come to it" if any(unknown) else "the seeds disagree"
+
+
 def _vote(claim: Claim, numbers: Numbers) -> bool | None:
     """What one seed says."""
     if not numbers:
@@ -75,6 +91,7 @@ class Decided:
         numbers: What was seen with each seed; None where the runs broke off.
         inside: How many of these numbers speak for the claim.
         verdict: What follows.
+        reason: Why it is not decided, where it is not.
 
     """
 
@@ -84,6 +101,7 @@ class Decided:
     numbers: list[Numbers | None]
     inside: list[int]
     verdict: Verdict
+    reason: str = ""
 
     @property
     def seen(self) -> str:
@@ -159,7 +177,8 @@ def conclude(
             numbers.append(experiment.function(claim.measure)(of_seed, **claim.options) if is_whole else None)
         verdict = judge(claim, numbers)
         inside = [0 if seed is None else _inside(claim, seed) for seed in numbers]
-        decided.append(Decided(claim.claim, claim.quantity, claim.threshold, numbers, inside, verdict))
+        reason = why_undecided(claim, numbers)
+        decided.append(Decided(claim.claim, claim.quantity, claim.threshold, numbers, inside, verdict, reason))
     folder.mkdir(parents=True, exist_ok=True)
     picture = None
     if not failures:

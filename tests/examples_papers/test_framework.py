@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from lightning.pytorch.cli import LightningCLI
 
 from examples.papers import experiments
 from examples.papers.__main__ import main
-from examples.papers.experiments import PAPERS, Claim, Run, load, names
+from examples.papers.experiments import PAPERS, Claim, Run, has_own_setting, load, names
 from examples.papers.record import Record
-from examples.papers.verdicts import Outcome, judge
+from examples.papers.verdicts import Outcome, judge, why_undecided
 from lyapunov_lightning import callbacks  # noqa: F401  # known by their short names
 
 ABOVE_ONE = Claim(claim="It is large.", quantity="its size", measure="size", above=1.0)
@@ -20,7 +21,7 @@ FIGURES = Path(experiments.__file__).parent / "figures"
 PARTS = FIGURES.parent / "parts"
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("scale", ["small", "medium", "full"])
 @pytest.mark.parametrize("name", names())
 def test_experiment_names_measures_and_drawings_that_take_its_options(name: str, scale: experiments.Scale) -> None:
     experiment = load(name, scale)
@@ -65,10 +66,9 @@ def test_every_part_is_used() -> None:
 def test_configurations_are_understood() -> None:
     """One run of each kind of network, data and callbacks: the numbers in them differ."""
     kinds = {}
-    for name in names():
-        for config in load(name, "small").runs.values():
-            shape = str(_without_numbers(config))
-            kinds.setdefault(shape, config)
+    scales: tuple[experiments.Scale, ...] = ("small", "medium")
+    for config in [config for name in names() for scale in scales for config in load(name, scale).runs.values()]:
+        kinds.setdefault(str(_without_numbers(config)), config)
     cli = LightningCLI(args=next(iter(kinds.values())), run=False, save_config_callback=None)
     for config in kinds.values():
         cli.parser.parse_object(config)
@@ -123,7 +123,9 @@ def _write(folder: Path, name: str, **changes: object) -> None:
     (folder / "figures" / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
-def test_parts_are_merged_in_order_and_small_values_count_at_that_scale_only(own_experiments: Path) -> None:
+def test_parts_are_merged_in_order_and_values_of_a_scale_count_at_that_scale(
+    own_experiments: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (own_experiments / "parts").unlink()
     (own_experiments / "parts").mkdir()
     parts = {
@@ -136,7 +138,22 @@ def test_parts_are_merged_in_order_and_small_values_count_at_that_scale_only(own
     _write(own_experiments, "chaos-made", runs=runs)
     called = [{"class_path": "A"}, {"class_path": "B", "init_args": {"k": 2}}]
     assert load("chaos-made", "full").runs["run"] == {"trainer": {"max_steps": 9, "callbacks": called, "devices": 1}}
-    assert load("chaos-made", "small").runs["run"] == {"trainer": {"max_steps": 3, "callbacks": called, "devices": 5}}
+    small = {"trainer": {"max_steps": 3, "callbacks": called, "devices": 5}}
+    assert load("chaos-made", "small").runs["run"] == load("chaos-made", "medium").runs["run"] == small
+    assert not has_own_setting("chaos-made", "medium")
+    assert has_own_setting("chaos-made", "full")
+
+    runs["run"].append({"medium": {"trainer.devices": 6}})
+    _write(own_experiments, "chaos-made", runs=runs, medium={"trainer.max_steps": 7})
+    medium = {"trainer": {"max_steps": 7, "callbacks": called, "devices": 6}}
+    assert load("chaos-made", "small").runs["run"] == small
+    assert load("chaos-made", "medium").runs["run"] == medium
+    assert load("chaos-made", "full").runs["run"] == {"trainer": {"max_steps": 9, "callbacks": called, "devices": 1}}
+    assert has_own_setting("chaos-made", "medium")
+
+    _write(own_experiments, "chaos-fig1", runs={"run": ["more"]})
+    assert main(["--list", "--scale", "medium"]) == []
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["chaos-made"]
 
 
 def test_equal_runs_of_different_figures_have_one_key() -> None:
@@ -184,7 +201,19 @@ def test_runs_are_made_once_kept_and_told(
     assert "**holds**" in text
     assert "../images/papers/chaos-fig1.png" in text
     assert "Runs that broke off: 2 of 4" in text
+    assert "| [chaos-fig2](#chaos-fig2) Digits |  |  | 1 |" in text
+    assert "**not decided at this scale**: not run |" in text
     assert (page.parents[1] / "images" / "papers" / "chaos-fig1.png").exists()
+
+    # The page has the largest scale of what was run, and keeps what it says of all else.
+    (out / "medium" / "outcomes").mkdir(parents=True)
+    replace(first, name="chaos-fig2", scale="medium").save(out / "medium" / "outcomes" / "chaos-fig2.json")
+    (out / "small" / "outcomes" / "chaos-fig1.json").unlink()
+    assert [outcome.scale for outcome in main(["--out", str(out), "--page", str(page)])] == ["medium"]
+    later = page.read_text()
+    assert text[text.index("### Digits { #chaos-fig1 }") : text.index("### Digits { #chaos-fig2 }")] in later
+    assert "`chaos-fig2`: scale `medium`, 4 runs, 2 seeds." in later
+    assert "Of 2 claims of the papers 2 hold, 0 do not, and 0 are not decided." in later
 
 
 def _log_of(outcome: Outcome) -> str:
@@ -223,6 +252,20 @@ def test_list_says_what_there_is_and_runs_nothing(capsys: pytest.CaptureFixture[
 def test_verdicts(numbers: list[dict[str, float | None] | None], share: float, verdict: str) -> None:
     claim = Claim(claim="It is large.", quantity="its size", measure="size", above=1.0, share=share)
     assert judge(claim, numbers) == verdict
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ([{"a": 2.0}, {"a": 3.0}], ""),
+        ([{"a": 0.5}, {"a": 0.1}], ""),
+        ([{"a": 2.0}, {"a": 0.5}], "the seeds disagree"),
+        ([{"a": 2.0}, {"a": None}], "the training did not come to it"),
+        ([{"a": None}, None], "not run"),
+    ],
+)
+def test_a_claim_that_is_not_decided_has_a_reason(numbers: list[dict[str, float | None] | None], reason: str) -> None:
+    assert why_undecided(ABOVE_ONE, numbers) == reason
 
 
 def test_a_claim_needs_a_threshold() -> None:
