@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 # Lightning takes what is set here for the user's choice. Without it a test that trains with DDP makes all later tests
@@ -52,6 +53,12 @@ def _drawn_anew() -> None:
     torch.manual_seed(0)
     numpy.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heeded() -> None:
+    """Not so in a suite that a shell has put in the background, nor after a run that Lightning has ended by it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

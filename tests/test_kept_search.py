@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class Evaluations:
 
 
 @pytest.fixture(autouse=True)
-def evaluations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluations]:
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> Evaluations:
     defaults = HessianOperator.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "max_graph_bytes", defaults["max_graph_bytes"])  # to be put back
     for owner, name in (
@@ -84,9 +83,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluations]:
         (TrainingObjective, "evaluated"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    handler = signal.getsignal(signal.SIGINT)
-    yield Evaluations()
-    signal.signal(signal.SIGINT, handler)  # which Lightning leaves ignored where it ends a process
+    return Evaluations()
 
 
 def assert_equal(one: SpectrumResult, other: SpectrumResult) -> None:

@@ -175,8 +175,8 @@ class SpectrumTracker(CurvatureCallback):
                 "`schedule` should have no `max_overhead` with `estimator='benettin'`, which measures at every step,"
                 f" got {schedule.max_overhead!r}."
             )
-        ignored = {"random_vectors": random_vectors, "density_steps": density_steps, "groups": groups}
-        for name, value in (ignored | {"save_vectors": save_vectors}).items():
+        estimates: dict[str, Any] = {"random_vectors": random_vectors, "density_steps": density_steps}
+        for name, value in {**estimates, "groups": groups, "save_vectors": save_vectors}.items():
             if self._along_training and value:
                 raise ValueError(
                     f"`{name}` should be left out with `estimator='benettin'`, which measures exponents and nothing"
