@@ -448,8 +448,10 @@ class CurvatureProbe(CurvatureCallback):
         if found is None:
             return
         self._cadence.spend(found)
+        if self._is_rarity_told or not self._cadence.goes_by_cost:
+            return
         # Infinite or -1 where nobody knows the end.
-        if not self._is_rarity_told and self._cadence.is_over(trainer.estimated_stepping_batches):
+        if self._cadence.is_over(trainer.estimated_stepping_batches):
             self._is_rarity_told = True
             self._recorder.say(
                 f"an eigenvalue takes {found.matvecs} products, which is more than {100 * _EIGENVALUE_SHARE:.0f} % of"
@@ -630,9 +632,14 @@ class _Cadence:
         """Count what an eigenvalue has cost."""
         self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / _EIGENVALUE_SHARE)
 
+    @property
+    def goes_by_cost(self) -> bool:
+        """Whether an eigenvalue is due once the steps since the last one are worth it."""
+        return self._every is None
+
     def is_over(self, num_steps: float) -> bool:
-        """Whether a training of so many steps ends before another eigenvalue is due."""
-        return self._every is None and self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
+        """Whether a training of so many steps ends before that."""
+        return self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """How many measurements there were, and when the next eigenvalue is due."""

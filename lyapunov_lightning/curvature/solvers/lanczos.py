@@ -427,8 +427,9 @@ class Search:
             if basis.length < target.count or not (last or basis.is_full or basis.length >= self._next_check):
                 continue
             ritz = challenge.compared(basis.ritz(target))
-            self.excess.append((self.num_matvecs, _excess(ritz, target)))
-            self._next_check = basis.length + _products_to_go(ritz, target)
+            excess = _excess(ritz, target)
+            self.excess.append((self.num_matvecs, excess))
+            self._next_check = basis.length + _products_to_go(excess)
             enough = self.num_matvecs >= _least(ritz, target, self._least)
             if last or (enough and challenge.is_met(ritz, self.num_matvecs)):
                 return ritz, challenge.missed(ritz)
@@ -453,12 +454,12 @@ def _excess(ritz: RitzPairs, target: Target) -> float:
     return float((ritz.residuals / (target.tol * ritz.values.abs()).clamp_min(ritz.negligible)).max())
 
 
-def _products_to_go(ritz: RitzPairs, target: Target) -> int:
+def _products_to_go(excess: float) -> int:
     """After how many products the pairs are looked at again: the eigenproblem of the projection takes time, too.
 
     It grows with the cube of the basis, from 2 ms at 16 vectors to 33 ms at 199 on one core.
     """
-    return max(1, int(math.log(_excess(ritz, target), _FALL)))
+    return max(1, int(math.log(excess, _FALL)))
 
 
 def _least(ritz: RitzPairs, target: Target, least: int) -> int:
