@@ -5,6 +5,7 @@ well below the edge of stability, at it, and beyond it. About half a minute on t
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,11 @@ RUNS = {"below": (0.1, 5), "edge": (0.4, 5), "fast": (1.7, 1)}
 """For each picture the learning rate, and every how many steps is measured: what diverges does so within a few."""
 
 
-def train(learning_rate: float, every_n_steps: int, num_steps: int, log_dir: Path) -> CurvatureProbe:
-    """One run of gradient descent, with the probe that watched it."""
+def descend(callback: pl.Callback, widths: Sequence[int], learning_rate: float, num_steps: int, log_dir: Path) -> None:
+    """One run of gradient descent on all digits, with a callback that watches it."""
     pl.seed_everything(0)
-    probe = CurvatureProbe(every_n_steps)
     module = Classifier(
-        MLP(64, [64, 64], activation="tanh"),
+        MLP(64, widths, activation="tanh"),
         loss="squared_error",
         optimizer=partial(torch.optim.SGD, lr=learning_rate),
     )
@@ -37,10 +37,9 @@ def train(learning_rate: float, every_n_steps: int, num_steps: int, log_dir: Pat
         enable_model_summary=False,
         enable_progress_bar=False,
         logger=pl.loggers.CSVLogger(log_dir),
-        callbacks=[probe],
+        callbacks=[callback],
     )
     trainer.fit(module, Digits())
-    return probe
 
 
 def main() -> None:
@@ -51,7 +50,8 @@ def main() -> None:
     options = parser.parse_args()
 
     for name, (learning_rate, every_n_steps) in RUNS.items():
-        probe = train(learning_rate, every_n_steps, options.steps, options.log_dir)
+        probe = CurvatureProbe(every_n_steps)
+        descend(probe, [64, 64], learning_rate, options.steps, options.log_dir)
         picture = options.pictures / f"reading_{name}.png"
         probe.plot().savefig(picture, dpi=130)  # `save` would write a larger one, and an SVG
         print(f"\nLearning rate {learning_rate}, {picture}:\n{probe.diagnosis()}")

@@ -5,46 +5,12 @@ up to the edge of stability and along it. About a minute on two cores.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
-import torch
-
-from examples.data import Digits
-from examples.models import MLP, Classifier
+from examples.docs_pictures import descend
 from lyapunov_lightning import HessianConfig, SpectrumTracker
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "sharp_layers.png"
-
-
-def train(num_steps: int, every_n_steps: int, log_dir: Path) -> SpectrumTracker:
-    """One run of gradient descent, with the tracker that watched its layers."""
-    pl.seed_everything(0)
-    tracker = SpectrumTracker(
-        every_n_steps,
-        largest=1,
-        groups="layers",
-        random_vectors=10,
-        tol=0.02,
-        hessian=HessianConfig(num_batches=1),  # each of them is the whole training set
-        save_dir=str(log_dir),
-    )
-    module = Classifier(
-        MLP(64, [32] * 5, activation="tanh"), loss="squared_error", optimizer=partial(torch.optim.SGD, lr=0.4)
-    )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=num_steps,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        logger=pl.loggers.CSVLogger(log_dir),
-        callbacks=[tracker],
-    )
-    trainer.fit(module, Digits())
-    return tracker
 
 
 def main() -> None:
@@ -55,7 +21,16 @@ def main() -> None:
     parser.add_argument("--log-dir", type=Path, default=Path("logs/sharp_layers"), help="where to log")
     options = parser.parse_args()
 
-    tracker = train(options.steps, options.every, options.log_dir)
+    tracker = SpectrumTracker(
+        options.every,
+        largest=1,
+        groups="layers",
+        random_vectors=10,
+        tol=0.02,
+        hessian=HessianConfig(num_batches=1),  # each of them is the whole training set
+        save_dir=str(options.log_dir),
+    )
+    descend(tracker, [32] * 5, 0.4, options.steps, options.log_dir)
     tracker.plot("blocks").savefig(options.picture, dpi=130)  # `save` would write a larger one, and an SVG
     first, last = tracker.results[0], tracker.results[-1]
     print(f"products at first and at last: {first.block_matvecs} and {last.block_matvecs} of the layers")
