@@ -1,7 +1,5 @@
 """The sharpness of the training loss, step by step."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,9 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lyapunov_lightning.callbacks.cadence import EIGENVALUE_SHARE, EigenvalueCadence
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, MeasuredStep, Moment
 from lyapunov_lightning.callbacks.estimators.base import missed
-from lyapunov_lightning.callbacks.gauges import DecreaseGauge, Gauged, SharpnessGauge
+from lyapunov_lightning.callbacks.gauges import DecreaseGauge, SharpnessGauge
+from lyapunov_lightning.callbacks.pending import PendingResult
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
@@ -25,7 +25,7 @@ from lyapunov_lightning.training.config import HessianConfig, HessianLike, Sched
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import is_sharded
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
-from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient
+from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient, OwnLoss
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.reporting.losses import LossSeries
 from lyapunov_lightning.training.reporting.recording import Charts, Record
@@ -39,19 +39,6 @@ if TYPE_CHECKING:
 _READINGS_PER_LOG, _RAREST_PER_LOG = 0.4, 2.0
 """Steps from one measurement to the next in those between which the trainer logs, by default: 20 of its 50, and rarer
 as the run goes on, up to 100."""
-
-_FIRST_EIGENVALUE = 2
-"""The measurement, counted from 0, from which on the eigenvalue is measured too, by default: the one at step 20. It
-costs what ten to thirty steps do, and that of fresh weights says little."""
-
-_HELD = 4
-"""For how many measurements more an eigenvalue counts, by default: sharpness changes, and an old one would bind."""
-
-_EIGENVALUE_SHARE = 0.03
-"""The share of the steps that it may cost: after one of eight products, it is due again some 600 steps later."""
-
-_GRADIENTS_OF_PRODUCT = 2.3
-"""What a product costs, in gradients and so in steps."""
 
 _EARLY_STEP = 5
 """A step that is measured besides, by default: how far a rate may go is decided early, where the sharpness has not met
@@ -67,11 +54,11 @@ class CurvatureProbe(CurvatureCallback):
     its own gradient asks for, and with momentum the limit falls with how little the batches agree. The probe measures
     all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
-    The batch sharpness takes three evaluations of the loss along the gradient that the step has computed, or the
-    gradient and one Hessian-vector product: where the eigenvalue is measured too, where the losses do not tell
-    (`lyapunov_lightning.curvature.directions.second_difference`), and at the first measurements and every eighth, which
-    take as much again to compare with another batch. All batches that the step accumulates count. The eigenvalue is
-    measured on the same data, or on fixed data, by one of four estimators
+    The batch sharpness takes two evaluations of the loss along the gradient that the step has computed, three where the
+    step's loss is not that of its replay, or the gradient and one Hessian-vector product: where the eigenvalue is
+    measured too, where the losses do not tell (`lyapunov_lightning.curvature.directions.second_difference`), and at the
+    first measurements and every eighth, which take as much again to compare with another batch. All batches that
+    the step accumulates count. The eigenvalue is measured on the same data, or on fixed data, by one of four estimators
     (`lyapunov_lightning.callbacks.estimators` says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
@@ -225,11 +212,11 @@ class CurvatureProbe(CurvatureCallback):
         self.request = self._estimator.request
         self._gauge_method = made_of(HessianConfig, "hessian", hessian).method
         self._eigenvalue_every = eigenvalue_every
-        self._cadence = _Cadence(eigenvalue_every or 1)
+        self._cadence = EigenvalueCadence(eigenvalue_every or 1)
         self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
-        self._own_gradient = OwnGradient()
+        self._own_gradient, self._own_loss = OwnGradient(), OwnLoss()
         self._step_hook = StepHook()
-        self._pending: _Pending | None = None
+        self._pending: PendingResult | None = None
         self._is_clipped = False
         self._is_stepping = False
         self._seconds = 0.0
@@ -254,7 +241,7 @@ class CurvatureProbe(CurvatureCallback):
         if not self._is_restored:  # a probe may serve one run after another, of other parameters
             self._cadence.start()
             self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
-            self._own_gradient = OwnGradient()
+            self._own_gradient, self._own_loss = OwnGradient(), OwnLoss()
         self._is_rarity_told = False
         self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
@@ -340,7 +327,7 @@ class CurvatureProbe(CurvatureCallback):
             warn_once=self._recorder.warn_once,
             owner=type(self).__name__,
         )
-        pending = _Pending(at)
+        pending = PendingResult(at)
         if self._cadence.is_full:
             moment: Moment = self._estimator.begin(at)
             if moment == "start":
@@ -366,6 +353,11 @@ class CurvatureProbe(CurvatureCallback):
             self._pending = pending
             return None
         return pending.complete(self.results, self._cadence.held)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._pending is not None and self._pending.glanced is not None and pl_module.automatic_optimization:
+            self._own_loss.see(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -411,7 +403,7 @@ class CurvatureProbe(CurvatureCallback):
     def _stateful(self) -> dict[str, Stateful]:
         own: dict[str, Stateful] = {"losses": self._losses, "edge": self._edge, "cadence": self._cadence}
         gauges: dict[str, Stateful] = {"sharpness": self._sharpness, "decrease": self._decrease}
-        gauges["step_gradient"] = self._own_gradient
+        gauges |= {"step_gradient": self._own_gradient, "step_loss": self._own_loss}
         return {**super()._stateful(), **own, **gauges, **self._estimator.parts()}
 
     @override
@@ -454,7 +446,7 @@ class CurvatureProbe(CurvatureCallback):
         if self._cadence.is_over(trainer.estimated_stepping_batches):
             self._is_rarity_told = True
             self._recorder.say(
-                f"an eigenvalue takes {found.matvecs} products, which is more than {100 * _EIGENVALUE_SHARE:.0f} % of"
+                f"an eigenvalue takes {found.matvecs} products, which is more than {100 * EIGENVALUE_SHARE:.0f} % of"
                 " the rest of this training, so it is measured this once, and the batch sharpness at all measurements."
                 " `eigenvalue_every=1` asks for both each time."
             )
@@ -508,7 +500,7 @@ class CurvatureProbe(CurvatureCallback):
         is_it = config == self.config and self.config.data == "batch"
         return at.hessian if is_it else self.shared.on_batches(at.step, config)
 
-    def _gauge_step(self, at: MeasuredStep, pending: "_Pending", own: LossHessian) -> None:
+    def _gauge_step(self, at: MeasuredStep, pending: PendingResult, own: LossHessian) -> None:
         """Measure how near the step is to its edge, as far as that can be seen before it."""
         stability = at.stability()
         if stability is not None:
@@ -523,25 +515,32 @@ class CurvatureProbe(CurvatureCallback):
             pending.awaited.append("update")
 
     def _may_glance(self, at: MeasuredStep) -> bool:
-        """Whether three values of the loss are enough for this step."""
+        """Whether values of the loss are enough for this step."""
         # On sharded models a rank that failed alone in the first values of the loss would be missing in collectives
         # that no measurement has shown before, and the others would wait for it.
         if not self._sharpness.may_glance or is_sharded(list(at.step.pl_module.parameters())):
             return False
         return at.stability(counts_gradient=False) is not None
 
-    def _glance(self, at: MeasuredStep, pending: "_Pending", own: LossHessian, gradient: Tensor) -> None:
+    def _glance(
+        self,
+        at: MeasuredStep,
+        pending: PendingResult,
+        own: LossHessian,
+        gradient: Tensor,
+        loss: float | None = None,
+    ) -> None:
         """Measure how near the step is to its edge by values of its loss, and by a product where they do not tell."""
         stability = at.stability(gradient)
         assert stability is not None  # or `_may_glance` would not have said so
         batches = at.step.own_batches
-        gauged = self._sharpness.glance(own, gradient, batches, stability)
+        gauged = self._sharpness.glance(own, gradient, batches, stability, loss)
         if gauged is None:
             gradient = own.gradient(keep_graph=True)
             gauged = self._sharpness.measure(own, gradient, batches, stability)
         pending.result, pending.gauged = self._bare(at, stability), gauged
 
-    def _await_clipping(self, pending: "_Pending") -> None:
+    def _await_clipping(self, pending: PendingResult) -> None:
         """Wait for the update where what clipping leaves of the gradient is to be seen."""
         if self._is_clipped:
             pending.awaited.append("update")
@@ -567,7 +566,7 @@ class CurvatureProbe(CurvatureCallback):
                     self._spend_steps(trainer, pending.result)
                 else:
                     own, pending.glanced = pending.glanced, None
-                    self._glance(later, pending, own, self._own_gradient.take(own))
+                    self._glance(later, pending, own, self._own_gradient.take(own), self._own_loss.take(own))
             if moment == "update":
                 if self._decrease.is_observing:
                     pending.gauged = self._decrease.measure()
@@ -588,126 +587,6 @@ class CurvatureProbe(CurvatureCallback):
         self._is_stepping, self._seconds = False, 0.0
         self._sharpness.start()
         self._step_hook.release()
-
-
-class _Cadence:
-    """Which of the measurements are for the eigenvalue as well.
-
-    Args:
-        every: Every how many of them, besides the first two; None for as many as its share of the training allows.
-
-    """
-
-    def __init__(self, every: int | None) -> None:
-        self.follow(every)
-        self.start()
-
-    def start(self) -> None:
-        """Begin a run."""
-        self._count = 0
-        self._due_at = 0
-        self._step = 0
-        self.is_full = True
-
-    def follow(self, every: int | None) -> None:
-        """Take over the number."""
-        self._every = every
-
-    @property
-    def held(self) -> int:
-        """For how many measurements an eigenvalue stands that is not measured anew."""
-        return _HELD if self._every is None else max(1, self._every - 1)
-
-    def begin(self, step: int) -> bool:
-        """Begin a measurement; returns whether it is for the eigenvalue as well."""
-        if self._every is not None:
-            self.is_full = self._count < 2 or self._count % self._every == 0
-        else:
-            self.is_full = self._count >= _FIRST_EIGENVALUE and step >= self._due_at
-        self._count += 1
-        self._step = step
-        return self.is_full
-
-    def spend(self, found: ProbeResult) -> None:
-        """Count what an eigenvalue has cost."""
-        self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / _EIGENVALUE_SHARE)
-
-    @property
-    def goes_by_cost(self) -> bool:
-        """Whether an eigenvalue is due once the steps since the last one are worth it."""
-        return self._every is None
-
-    def is_over(self, num_steps: float) -> bool:
-        """Whether a training of so many steps ends before that."""
-        return self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many measurements there were, and when the next eigenvalue is due."""
-        return {"count": self._count, "due_at": self._due_at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self._count, self._due_at = state["count"], state["due_at"]
-
-
-class _Pending:
-    """A measurement that goes on in later moments of its step.
-
-    Args:
-        at: The step.
-
-    Attributes:
-        step: Its index.
-        awaited: The moments that are still to come.
-        later: The step as it is to be measured at one of these moments, until it is. It holds the operator after the
-            shared one is dropped, since one that is made later has other random numbers.
-        glanced: The Hessian on the step's own data, where that is all that is measured then.
-        result: What the estimator found, once it has.
-        gauged: What the gauges found.
-        gradient_norm: The length of the gradient before clipping.
-
-    """
-
-    def __init__(self, at: MeasuredStep) -> None:
-        self.step = at.step.index
-        self.awaited: list[Moment] = []
-        self.later: MeasuredStep | None = None
-        self.glanced: LossHessian | None = None
-        self.result: ProbeResult | None = None
-        self.gauged: Gauged = {}
-        self.gradient_norm: float | None = None
-        self._clipping: float | None = None
-        # Not the operator, whose kept graphs would take their memory from the step.
-        self._parameters, self._layout, self._space = at.hessian.parameters, at.hessian.layout, at.hessian.space
-
-    def norm_of_gradient(self) -> float:
-        """The length of the gradient in ``.grad``."""
-        return float(self._space.norm(self._layout.flatten([parameter.grad for parameter in self._parameters])))
-
-    def see_clipping(self) -> None:
-        """Compare the gradient that the optimizer has used with that before clipping."""
-        if self.gradient_norm:
-            self._clipping = self.norm_of_gradient() / self.gradient_norm
-
-    def complete(self, earlier: Sequence[ProbeResult], held: int) -> ProbeResult | None:
-        """The result, with what the gauges found.
-
-        Args:
-            earlier: The results so far, of which the last has the eigenvalue that stands until the next one.
-            held: For how many measurements it stands.
-
-        """
-        if self.result is None:
-            return None
-        found = replace(self.result, **self.gauged, clipping=self._clipping)
-        # Not across the step at which an Adam's moments settle: before it they are those of another metric.
-        is_alike = bool(earlier) and earlier[-1].is_settled == found.is_settled
-        stands = is_alike and any(result.has_eigenvalue for result in earlier[-held:])
-        if found.decisive_eigenvalue is None and stands:
-            found = replace(found, decisive_eigenvalue=earlier[-1].decisive_eigenvalue)
-        if found.noise_ratio is not None and self._clipping is not None:  # a shorter step is a less noisy one
-            found = replace(found, noise_ratio=found.noise_ratio * self._clipping)
-        return found
 
 
 def _reading(result: ProbeResult) -> Reading:

@@ -61,7 +61,8 @@ class SharpnessGauge:
     """The batch sharpness of the training's own steps, and the limit at the measured agreement of its batches.
 
     A measurement takes the gradient and one product. A comparison with another batch, the one that was measured last
-    or the fixed data, takes the same again. A glance takes the gradient and three values of the loss.
+    or the fixed data, takes the same again. A glance takes the gradient and three values of the loss,
+    one of which the training may have.
 
     Attributes:
         others: The batches that the next measurement is to be compared with. They are not part of the state.
@@ -127,7 +128,12 @@ class SharpnessGauge:
         return self._gauged(curvature, stability, batches if fixed is None else None)
 
     def glance(
-        self, own: LossHessian, gradient: Tensor, batches: Sequence[ProbeBatch], stability: Stability
+        self,
+        own: LossHessian,
+        gradient: Tensor,
+        batches: Sequence[ProbeBatch],
+        stability: Stability,
+        loss: float | None = None,
     ) -> Gauged | None:
         """Measure the batch of the step by three values of its loss, where `may_glance` says that it is enough.
 
@@ -136,6 +142,7 @@ class SharpnessGauge:
             gradient: The gradient there.
             batches: This batch, to compare a later one with.
             stability: What the optimizer is about to do.
+            loss: The loss there, if it is known.
 
         Returns:
             What was found; None if the losses do not tell.
@@ -150,7 +157,7 @@ class SharpnessGauge:
         expected = max(_LEAST_SHARPNESS * limit, 0.0 if seen is None else seen.value)
         if not 0 < expected < math.inf:
             return None
-        curvature = glanced_step(own, gradient, stability, expected)
+        curvature = glanced_step(own, gradient, stability, expected, loss)
         if curvature is None:
             self._failures += 1
             return None
@@ -197,8 +204,8 @@ class SharpnessGauge:
 
 def _limit(stability: Stability, agreement: float | None) -> float | None:
     """The limit at an agreement; None where it is infinite, or depends on an agreement that is not known yet."""
-    least, most = stability.limit_at(1e-3), stability.limit_at(1.0)
     if agreement is None:
+        least, most = stability.limit_at(1e-3), stability.limit_at(1.0)
         limit = most if abs(most - least) <= _SAME_LIMIT * most else math.inf
     else:
         limit = stability.limit_at(agreement)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig, Schedule
-from lyapunov_lightning.callbacks import curvature_probe
+from lyapunov_lightning.callbacks import cadence
 from lyapunov_lightning.callbacks.estimators import LyapunovExponents
 from lyapunov_lightning.callbacks.gauges import DecreaseGauge, SharpnessGauge
 from lyapunov_lightning.callbacks.results.probe import WHOLE_AGREEMENT, ProbeResult
@@ -368,6 +368,48 @@ def test_between_eigenvalues_losses_give_the_sharpness_of_the_step(
         assert result.step_sharpness == pytest.approx(sharpness, rel=rel, abs=rel * result.batch_sharpness)
 
 
+class Counted(SmallRegressor):
+    """Adds to its loss what depends on how many steps it has made itself: not the same in a replay of the step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.count = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count += 1
+        return super().training_step(batch, batch_idx) + 0.01 * self.count
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "is_known"),
+    [(SmallRegressor, {}, True), (Counted, {}, False), (SmallRegressor, {"accumulate_grad_batches": 2}, False)],
+    ids=name_of,
+)
+def test_the_loss_of_the_step_is_used_where_a_replay_has_the_same(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, module: Any, options: dict[str, Any], is_known: bool
+) -> None:
+    asked: list[list[float]] = []
+    values = HessianOperator.values_along
+    monkeypatch.setattr(
+        HessianOperator,
+        "values_along",
+        lambda operator, direction, distances: (asked.append(distances), values(operator, direction, distances))[1],
+    )
+    evaluations: list[int] = []
+    one = HessianOperator.value
+    monkeypatch.setattr(HessianOperator, "value", lambda *args: (evaluations.append(1), one(*args))[1])
+    dense, probe = Dense(), CurvatureProbe(1, eigenvalue_every=100)
+    fit(module(KNOWN["momentum"][0]), dense, probe, max_steps=24, **options)
+    # The middle one is measured where the step's own loss is not that of the replay.
+    assert ([0.0] not in asked) == is_known
+    assert len(evaluations) == (0 if options else 1)  # the comparison
+    for result in probe.results:
+        gradient, hessian = dense.seen[result.step]
+        assert result.step_sharpness == pytest.approx(
+            float(gradient @ hessian @ gradient / gradient.dot(gradient)), rel=0.1
+        )
+
+
 def test_after_three_that_do_not_tell_losses_are_not_asked_any_more(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     class Noisy(SmallRegressor):
         """Its loss is another one at each evaluation, by more than its slope says, and its gradient is not."""
@@ -653,7 +695,7 @@ def test_an_estimator_that_fails_in_mid_step_is_one_failure(fit: Fit, monkeypatc
 
 
 def test_a_look_at_the_gradient_that_fails_is_one_failure(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lyapunov_lightning.callbacks.curvature_probe._Pending.norm_of_gradient", fails)
+    monkeypatch.setattr("lyapunov_lightning.callbacks.pending.PendingResult.norm_of_gradient", fails)
     assert failures_of(fit, CurvatureProbe(1), gradient_clip_val=1.0) == [0.0] * 12
 
 
@@ -783,7 +825,7 @@ def test_by_default_eigenvalues_come_as_their_share_of_the_steps_allows(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, estimator: Any
 ) -> None:
     share = 0.3  # and not 0.03: a tenth of the steps shows the same
-    monkeypatch.setattr(curvature_probe, "_EIGENVALUE_SHARE", share)
+    monkeypatch.setattr(cadence, "EIGENVALUE_SHARE", share)
     probe = CurvatureProbe(estimator=estimator)
     fit(SmallRegressor(), probe, max_steps=170, log_every_n_steps=10)
     measured, with_eigenvalue = measured_at(probe)

@@ -239,6 +239,22 @@ def test_gradients_are_divided_by_the_number_of_accumulated_batches(fit):
     )
 
 
+def test_before_the_backward_pass_the_loss_of_the_step_is_passed_on(fit):
+    class Losing(Module):
+        def training_step(self, batch, batch_idx):
+            self.last = super().training_step(batch, batch_idx)
+            return self.last
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = Hooks(on_before_backward=lambda trainer, module, loss: seen.append((loss.detach(), module.last.detach())))
+    fit(Losing(), hooks)
+    assert seen
+    assert all(torch.equal(loss, own) for loss, own in seen), (
+        needed_by("callbacks/curvature_probe", "training/optimizers/own_gradient")
+        + "without accumulation `on_before_backward` gets what the step returned"
+    )
+
+
 def test_global_step_stands_still_over_accumulated_batches(fit):
     steps = []
     hooks = Hooks(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lyapunov_lightning import CurvatureProbe, HessianConfig
 from lyapunov_lightning.callbacks import gauges as gauges_module
-from lyapunov_lightning.callbacks.curvature_probe import _Pending
+from lyapunov_lightning.callbacks.pending import PendingResult
 from tests.distributed.models import (
     PlannedError,
     Saving,
@@ -141,8 +141,8 @@ EVALUATIONS = {"momentum": {"batch": 1, "other batch": 2}, "unknown": {"batch": 
 
 CALLS: dict[str, tuple[Any, str, int]] = {
     "after all sums": (gauges_module, "_limit", FAILING_STEP),
-    "before clipping": (_Pending, "norm_of_gradient", 2 * FAILING_STEP),
-    "after clipping": (_Pending, "norm_of_gradient", 2 * FAILING_STEP + 1),
+    "before clipping": (PendingResult, "norm_of_gradient", 2 * FAILING_STEP),
+    "after clipping": (PendingResult, "norm_of_gradient", 2 * FAILING_STEP + 1),
 }
 """Functions that fail by themselves, and in which call."""
 

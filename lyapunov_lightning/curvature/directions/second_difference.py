@@ -53,7 +53,7 @@ class LineCurvature:
 
 
 def curvature_along(
-    losses_along: LossAlong, slope: float, sharpness: float, *, precision: float
+    losses_along: LossAlong, slope: float, sharpness: float, *, precision: float, base: float | None = None
 ) -> LineCurvature | None:
     """The curvature along a direction, by a second difference.
 
@@ -62,6 +62,7 @@ def curvature_along(
         slope: The first derivative of the loss along the direction, from the gradient; positive.
         sharpness: About what the curvature over the slope is expected to be; positive.
         precision: The last place of a loss in relation to it, such as ``torch.finfo(torch.float32).eps``.
+        base: The loss where the direction begins, of the same function; evaluated if None.
 
     Returns:
         The curvature; None where these losses cannot tell it.
@@ -79,7 +80,8 @@ def curvature_along(
         8.0
 
     """
-    base = float(losses_along([0.0])[0])
+    asked = 0 if base is not None else 1
+    base = float(losses_along([0.0])[0]) if base is None else base
     if not math.isfinite(base):
         raise NonFiniteCurvatureError(f"The loss is {base}, which is not finite.")
     clear = _CLEAR_OF_ROUNDING * precision * abs(base)
@@ -93,6 +95,6 @@ def curvature_along(
             return None
         is_told = abs((above - below) / (2 * distance) - slope) <= _SAME_SLOPE * slope
         if is_told and abs(value) * distance <= _FURTHEST * slope:
-            return LineCurvature(value, distance, 1 + 2 * attempt)
+            return LineCurvature(value, distance, asked + 2 * attempt)
         sharpness = max(abs(value) / slope, 2 * sharpness)
     return None

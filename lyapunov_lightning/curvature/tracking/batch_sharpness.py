@@ -122,7 +122,7 @@ def step_curvature(matrix: LinearOperator, direction: Tensor) -> tuple[StepCurva
 
 
 def glanced_step(
-    hessian: LossHessian, gradient: Tensor, stability: Stability, sharpness: float
+    hessian: LossHessian, gradient: Tensor, stability: Stability, sharpness: float, loss: float | None = None
 ) -> StepCurvature | None:
     """Slope and curvature of a batch along its own step, by three values of its loss.
 
@@ -131,6 +131,7 @@ def glanced_step(
         gradient: The gradient of the batch, of shape ``(n,)``.
         stability: What the optimizer is about to do.
         sharpness: About what the batch sharpness is expected to be; positive.
+        loss: The loss of the batch, which saves one of the three; evaluated if None.
 
     Returns:
         Both; None where the losses do not tell, see `lyapunov_lightning.curvature.directions.second_difference`.
@@ -154,6 +155,7 @@ def glanced_step(
         slope,
         sharpness,
         precision=torch.finfo(hessian.dtype).eps,
+        base=loss,
     )
     return None if line is None else StepCurvature(slope, stability.sign * line.value + shifted)
 

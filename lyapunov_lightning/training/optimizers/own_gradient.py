@@ -1,5 +1,6 @@
-"""The gradient that the training itself has computed, used in place of a second computation."""
+"""The gradient and the loss that the training itself has computed, used in place of a second computation."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from lyapunov_lightning.training.lightning_names import Trainer
 
 _ROUNDING_DISTANCE = 1e-5
 """Relative distance up to which two gradients count as the same one, summed in another order."""
+
+_SAME_LOSS = 4
+"""Last places by which two losses may differ and count as the same one: a product on a replica may take another kernel.
+A second difference has to be 200 of them, see `lyapunov_lightning.curvature.directions.second_difference`."""
 
 
 class OwnGradient:
@@ -44,6 +49,41 @@ class OwnGradient:
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the gradients were the same; None before the comparison."""
+        return {"fits": self._fits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._fits = state["fits"]
+
+
+class OwnLoss:
+    """Lets a measurement use the loss of the training step, where a replay of the step has the same.
+
+    As with `OwnGradient` the first one is compared: a step that counts its calls, or a loss scaler, makes it another.
+
+    """
+
+    def __init__(self) -> None:
+        self._fits: bool | None = None
+        self._seen: Tensor | None = None
+
+    def see(self, loss: Tensor) -> None:
+        """Note the loss of the step, right before its backward pass."""
+        if self._fits is not False:
+            self._seen = loss.detach().clone()
+
+    def take(self, operator: LossHessian) -> float | None:
+        """The loss at the present parameters, right after the step's backward pass; None if it is not known."""
+        seen, self._seen = self._seen, None
+        if seen is None or self._fits:
+            return None if seen is None else float(seen)
+        own, computed = float(seen), operator.value()
+        if math.isfinite(own - computed):
+            self._fits = abs(own - computed) <= _SAME_LOSS * torch.finfo(operator.dtype).eps * abs(computed)
+        return computed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the losses were the same; None before the comparison."""
         return {"fits": self._fits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

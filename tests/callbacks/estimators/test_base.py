@@ -84,7 +84,7 @@ def test_a_state_from_before_the_estimators_is_taken_up(name: EstimatorName) -> 
     assert state.pop("version") == 1
     # What was not measured then begins as in a new probe, and is not known of its results.
     assert {
-        part: state.pop(part) for part in ("cadence", "sharpness", "decrease", "step_gradient")
+        part: state.pop(part) for part in ("cadence", "sharpness", "decrease", "step_gradient", "step_loss")
     }.items() <= fresh.items()
     unknown = asdict(ProbeResult(step=0, epoch=0.0))
     for result, before in zip(state["results"]["items"], kept["state"]["results"]["items"], strict=True):

@@ -57,6 +57,15 @@ def test_it_takes_three_losses_where_the_expectation_was_right(curvature: float)
     assert losses.asked == [0.0, -found.distance, found.distance]
 
 
+def test_it_takes_two_where_one_is_known() -> None:
+    losses = parabola(1.0, 5.0)
+    found = curvature_along(losses, 1.0, 5.0, precision=SINGLE, base=3.0)
+    assert found == LineCurvature(pytest.approx(5.0, abs=1e-9), pytest.approx(0.04), 2)
+    assert losses.asked == [-found.distance, found.distance]
+    with pytest.raises(NonFiniteCurvatureError, match="is nan"):
+        curvature_along(losses, 1.0, 5.0, precision=SINGLE, base=float("nan"))
+
+
 def test_a_direction_that_is_more_curved_than_expected_is_looked_at_once_more_from_nearer() -> None:
     losses = parabola(1.0, 5000.0)
     found = curvature_along(losses, 1.0, 5.0, precision=DOUBLE)

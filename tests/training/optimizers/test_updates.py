@@ -16,7 +16,7 @@ from lyapunov_lightning.curvature.operators.hessian import HessianOperator
 from lyapunov_lightning.curvature.vectors.layout import FlatLayout
 from lyapunov_lightning.training.optimizers.learning_rates import LearningRates
 from lyapunov_lightning.training.optimizers.moves import move_parameters, scale_gradients
-from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient
+from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient, OwnLoss
 from lyapunov_lightning.training.optimizers.updates import (
     LastUpdate,
     ObservedUpdate,
@@ -289,6 +289,36 @@ def test_a_gradient_of_something_else_is_not_used() -> None:
     assert not own.may_fit(TRAINER)
     assert not OwnGradient().may_fit(SimpleNamespace(world_size=2, accumulate_grad_batches=1))
     assert not OwnGradient().may_fit(SimpleNamespace(world_size=1, accumulate_grad_batches=2))
+
+
+def test_the_steps_own_loss_is_used_once_it_was_right() -> None:
+    module, own = Bowl(), OwnLoss()
+    operator = module.operator()
+    calls = itertools.count()
+    compute = operator.value
+    operator.value = lambda *args: (next(calls), compute(*args))[1]  # type: ignore[method-assign]
+    assert own.take(operator) is None  # none was seen
+    for _ in range(3):
+        own.see(module.loss())
+        assert own.take(operator) == float(module.loss().detach())
+        assert own.take(operator) is None
+    assert next(calls) == 1
+    other = OwnLoss()
+    other.load_state_dict(own.state_dict())
+    other.see(module.loss())
+    assert other.take(operator) == float(module.loss().detach())
+    assert next(calls) == 2
+
+
+@pytest.mark.parametrize(("factor", "fits"), [(1 + 4e-16, True), (1 + 4e-15, False), (float("nan"), None)])
+def test_a_loss_of_something_else_is_not_used(factor: float, fits: bool | None) -> None:
+    module, own = Bowl(), OwnLoss()
+    operator = module.operator()
+    own.see(module.loss() * factor)
+    assert own.take(operator) == float(module.loss().detach())  # the computed one
+    assert own.state_dict() == {"fits": fits}
+    own.see(module.loss())
+    assert (own.take(operator) is None) == (fits is False)
 
 
 def test_a_gradient_that_is_not_finite_settles_nothing() -> None:
