@@ -1,5 +1,6 @@
-"""What the callbacks add to a training: its time with them over its time without."""
+"""What the callbacks add to a training: its CPU time with them over that without."""
 
+import gc
 import logging
 import math
 import tempfile
@@ -10,16 +11,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torchvision
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import override
 
 from benchmarks.peers import excused
-from benchmarks.problems import Batch, drawn, images
+from benchmarks.problems import Batch, SmallTransformer, drawn, images
 from benchmarks.report import Figure, Outcome, Settings, Table, dot, names_axis, spread
-from benchmarks.timing import Sample, timed
+from benchmarks.timing import Sample
 from benchmarks.workers import shared
 from examples.models import MLP, Classifier, LeNet
 from lyapunov_lightning import CurvatureProbe, QuasiNewtonLRController, Schedule, SpectrumTracker
@@ -27,11 +30,12 @@ from lyapunov_lightning.figures.style import BLUE, INK, OCHRE, RED, TEAL
 from lyapunov_lightning.figures.ticks import log_axis
 
 ABOUT = """\
-Time of `Trainer.fit` with one callback over its time without, in pairs that follow each other: SGD with momentum,
-metrics, a TensorBoard logger, images in memory, one thread. All that the callback does is in it, the first (cold)
-measurement and the figure at the end of a run of so few steps as well: longer runs pay less. Cockpit has no callback
-for Lightning; its `HessMaxEV` (power iteration for the eigenvalue of largest modulus) is set beside the same loop in
-plain PyTorch."""
+CPU time of `Trainer.fit` with one callback over that without, in pairs that follow each other, from the same
+parameters: metrics, a TensorBoard logger, data in memory, one thread; SGD with momentum for the networks on images. All
+that the callback does is in it, the first (cold) measurement and the figure at the end of so short a run as well:
+longer runs pay less. The last row of ours is of steps in which the probe does not measure. Cockpit has no callback for
+Lightning; its `HessMaxEV` (power iteration for the eigenvalue of largest modulus) is set beside the same loop in plain
+PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +44,123 @@ class Way:
 
     Attributes:
         callback: Makes it.
-        seconds: About how long a plain run is to take.
-        least: The fewest steps of a run.
+        steps: How many a run has; 0 for those of an epoch.
         bound: The target.
+        repeats: How often it is measured at most.
+        milliseconds: The longest step of a network with which it is tried.
+        counted_from: The step from which on the time is counted; that of the start of the run is in it at 0.
 
     """
 
     callback: Callable[[], pl.Callback]
-    seconds: float
-    least: int
+    steps: int
     bound: float | None = None
+    repeats: int = 3
+    milliseconds: float = math.inf
+    counted_from: int = 0
 
 
 WAYS: dict[str, Way] = {
-    "CurvatureProbe, default (every 50 steps)": Way(lambda: CurvatureProbe(), 4.0, 150, 1.1),
-    "CurvatureProbe, every 10 steps": Way(lambda: CurvatureProbe(10), 1.0, 50, 1.6),
-    "CurvatureProbe, every step": Way(lambda: CurvatureProbe(1), 0.3, 15),
-    "CurvatureProbe, every step, lyapunov": Way(lambda: CurvatureProbe(1, estimator="lyapunov"), 1.0, 40, 2.2),
-    "SpectrumTracker, every epoch": Way(lambda: SpectrumTracker(schedule=Schedule(every_n_epochs=1)), 1.0, 0),
-    "QuasiNewtonLRController": Way(lambda: QuasiNewtonLRController(), 1.0, 60),
+    "CurvatureProbe()": Way(lambda: CurvatureProbe(), 400, 1.1),
+    "CurvatureProbe(), 2,000 steps": Way(lambda: CurvatureProbe(), 2000, 1.05, repeats=1, milliseconds=60),
+    "CurvatureProbe(10)": Way(lambda: CurvatureProbe(10), 100, 1.6),
+    'CurvatureProbe(1, "lyapunov")': Way(lambda: CurvatureProbe(1, "lyapunov"), 40, 2.2),
+    "SpectrumTracker, every epoch": Way(lambda: SpectrumTracker(schedule=Schedule(every_n_epochs=1)), 0, 2.0),
+    "QuasiNewtonLRController()": Way(lambda: QuasiNewtonLRController(), 300, 1.3, milliseconds=60),
+    "a step without a measurement": Way(
+        lambda: CurvatureProbe(schedule=Schedule(at_steps=(10**9,))), 300, 1.005, counted_from=20
+    ),
 }
 COCKPIT = {"cockpit HessMaxEV, every 50 steps": 50, "cockpit HessMaxEV, every 10 steps": 10}
 
-SETUPS = {"LeNet, batch 128": (LeNet, 128), "LeNet, batch 512": (LeNet, 512)}
-SETUPS |= {f"MLP, batch {size}": (lambda: MLP(3072, [200, 200, 200]), size) for size in (128, 512)}
-IMAGES = 10_000
-"""Which make an epoch of 78 or 19 steps."""
 
+class LanguageModel(pl.LightningModule):
+    """A small transformer on random words, by AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = SmallTransformer()
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        """The loss of the next words."""
+        words = batch[0]
+        loss = functional.cross_entropy(self.network(words[:, :-1]), words[:, 1:])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """As transformers are trained."""
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training.
+
+    Attributes:
+        network: Makes the network of a classifier of images; None for the language model.
+        batch_size: Samples of a step.
+        repeats: How often a callback is measured at most.
+
+    """
+
+    network: Callable[[], torch.nn.Module] | None
+    batch_size: int
+    repeats: int = 3
+
+    def module(self) -> pl.LightningModule:
+        """The module, with the same parameters each time."""
+        torch.manual_seed(0)
+        if self.network is None:
+            return LanguageModel()
+        return Classifier(self.network(), optimizer=lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9))
+
+    def data(self, root: str | None, quick: bool = False) -> Batch:
+        """What it is trained on: images of CIFAR-10 below `root`, else noise; or words."""
+        if self.network is None:
+            return (torch.randint(200, (4000, 65), generator=torch.Generator().manual_seed(0)),)
+        return images(root, 32 if quick else IMAGES)
+
+
+IMAGES = 10_000
+"""Which make an epoch of 78 steps of 128."""
 
 QUICK = "toy MLP, batch 8"
-SETUPS[QUICK] = (lambda: MLP(3072, [4]), 8)
+
+SETUPS = {
+    "LeNet, batch 128": Setup(LeNet, 128),
+    "MLP, batch 128": Setup(lambda: MLP(3072, [200, 200, 200]), 128),
+    "transformer, AdamW, batch 16": Setup(None, 16),
+    "ResNet-18, batch 32": Setup(lambda: torchvision.models.resnet18(num_classes=10), 32, repeats=2),
+    QUICK: Setup(lambda: MLP(3072, [4]), 8),
+}
 
 
-def fit(setup: str, data: Batch, steps: int, callbacks: list[pl.Callback]) -> None:
-    """One training from the same parameters."""
-    make, batch_size = SETUPS[setup]
-    torch.manual_seed(0)
-    module = Classifier(make(), optimizer=lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9))
-    train(module, data, batch_size, steps, callbacks)
+class Clock(pl.Callback):
+    """Takes the CPU time from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._began = 0.0
+        self.seconds = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self._step:
+            self._began = time.process_time()
+
+    @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seconds = time.process_time() - self._began
+
+
+def cpu_seconds(setup: Setup, data: Batch, steps: int, callbacks: list[pl.Callback], counted_from: int = 0) -> float:
+    """CPU time of one training, or of its steps from one on."""
+    module, clock = setup.module(), Clock(counted_from)
+    gc.collect()
+    began = time.process_time()
+    train(module, data, setup.batch_size, steps, [clock, *callbacks])
+    return clock.seconds if counted_from else time.process_time() - began
 
 
 def train(
@@ -98,13 +181,13 @@ def train(
         trainer.fit(module, DataLoader(TensorDataset(*data), batch_size, shuffle=True, drop_last=True))
 
 
-def loop(setup: str, data: Batch, steps: int, interval: int | None) -> None:
-    """The same in plain PyTorch, with cockpit or without."""
-    make, batch_size = SETUPS[setup]
+def loop(setup: Setup, data: Batch, steps: int, interval: int | None) -> None:
+    """A classifier in plain PyTorch, with cockpit or without."""
+    assert setup.network is not None
     torch.manual_seed(0)
-    network, criterion = make(), torch.nn.CrossEntropyLoss()
+    network, criterion = setup.network(), torch.nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
-    batches = drawn(data, batch_size)
+    batches = drawn(data, setup.batch_size)
     watch = _cockpit(network, criterion, interval) if interval else None
     for step in range(steps):
         inputs, labels = next(batches)
@@ -115,7 +198,12 @@ def loop(setup: str, data: Batch, steps: int, interval: int | None) -> None:
             loss.backward()
         else:
             one_by_one = functional.cross_entropy(outputs.detach(), labels, reduction="none")
-            info = {"batch_size": batch_size, "individual_losses": one_by_one, "loss": loss, "optimizer": optimizer}
+            info = {
+                "batch_size": setup.batch_size,
+                "individual_losses": one_by_one,
+                "loss": loss,
+                "optimizer": optimizer,
+            }
             with watch(step, info=info):
                 loss.backward(create_graph=watch.create_graph(step))
         optimizer.step()
@@ -132,46 +220,56 @@ def _cockpit(network: Any, criterion: Any, interval: int) -> Any:
     return Cockpit(network.parameters(), quantities=[HessMaxEV(track_schedule=schedules.linear(interval))])
 
 
-def work(setup: str, settings: Settings) -> dict[str, Any]:
+def work(name: str, settings: Settings) -> dict[str, Any]:
     """The ratios of all callbacks in one training, or why there are none."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = images(settings.root, 32 if settings.quick else IMAGES)
-    batch_size = SETUPS[setup][1]
-    epoch = len(data[0]) // batch_size
-    fit(setup, data, 2, [])
-    seconds_of_step = timed(lambda: fit(setup, data, 2 if settings.quick else 20, []))[0] / 20
-    found: dict[str, Any] = {"ratios": {}, "steps": {}, "missing": {}, "ms": 1e3 * seconds_of_step}
-    for name, way in WAYS.items():
-        steps = 2 if settings.quick else max(way.least, math.ceil(way.seconds / seconds_of_step))
-        if "epoch" in name:
-            steps = epoch * max(1, round(steps / epoch))
-        fit(setup, data, 1, [way.callback()])  # imports, and what libraries set up at the first call
-        found["ratios"][name] = _ratios(
-            lambda steps=steps: fit(setup, data, steps, []),
-            lambda steps=steps, way=way: fit(setup, data, steps, [way.callback()]),
-            settings.repeats,
+    setup = SETUPS[name]
+    data = setup.data(settings.root, settings.quick)
+    cpu_seconds(setup, data, 2, [])
+    few = 2 if settings.quick else 20
+    step = 1e3 * cpu_seconds(setup, data, few, []) / few
+    found: dict[str, Any] = {"ratios": {}, "steps": {}, "missing": {}, "ms": step}
+    for kind, way in WAYS.items():
+        if step > way.milliseconds and not settings.quick:
+            found["missing"][kind] = "not tried: it takes long"
+            continue
+        steps = min(way.steps, few) if settings.quick else way.steps
+        steps = steps or len(data[0]) // setup.batch_size
+        cpu_seconds(setup, data, 2, [way.callback()])  # imports, and what libraries set up at the first call
+        repeats = min(settings.repeats, way.repeats, setup.repeats)
+        found["ratios"][kind] = _ratios(
+            lambda steps=steps, way=way: cpu_seconds(setup, data, steps, [], way.counted_from),
+            lambda steps=steps, way=way: cpu_seconds(setup, data, steps, [way.callback()], way.counted_from),
+            repeats,
         )
-        found["steps"][name] = steps
-    for name, interval in COCKPIT.items():
-        if batch_size > 128:
-            found["missing"][name] = "not tried: it takes minutes"
+        found["steps"][kind] = steps
+    for kind, interval in COCKPIT.items():
+        if setup.network is None or step > 60:
+            found["missing"][kind] = "not tried"
             continue
         steps = 2 if settings.quick else 2 * interval
         with excused() as reasons:
             loop(setup, data, 1, interval)
-            found["ratios"][name] = _ratios(
-                lambda steps=steps: loop(setup, data, steps, None),
-                lambda steps=steps, interval=interval: loop(setup, data, steps, interval),
+            found["ratios"][kind] = _ratios(
+                lambda steps=steps: _cpu_of(lambda: loop(setup, data, steps, None)),
+                lambda steps=steps, interval=interval: _cpu_of(lambda: loop(setup, data, steps, interval)),
                 settings.repeats,
             )
-            found["steps"][name] = steps
+            found["steps"][kind] = steps
         if reasons:
-            found["missing"][name] = reasons[0]
+            found["missing"][kind] = reasons[0]
     return found
 
 
-def _ratios(plain: Callable[[], None], watched: Callable[[], None], repeats: int) -> list[float]:
-    pairs = [(timed(plain)[0], timed(watched)[0]) for _ in range(repeats)]
+def _cpu_of(task: Callable[[], object]) -> float:
+    gc.collect()
+    began = time.process_time()
+    task()
+    return time.process_time() - began
+
+
+def _ratios(plain: Callable[[], float], watched: Callable[[], float], repeats: int) -> list[float]:
+    pairs = [(plain(), watched()) for _ in range(repeats)]
     return [with_it / without for without, with_it in pairs]
 
 
@@ -179,7 +277,7 @@ def run(settings: Settings) -> Outcome:
     """Measure."""
     started = time.perf_counter()
     # Long ones first, so that the processes end together.
-    names = [QUICK] if settings.quick else ["LeNet, batch 512", "LeNet, batch 128", "MLP, batch 512", "MLP, batch 128"]
+    names = [QUICK] if settings.quick else [name for name in reversed(SETUPS) if name != QUICK]
     found = dict(zip(names, shared(work, names, settings.jobs, settings), strict=True))
     return outcome_of({name: found[name] for name in SETUPS if name in found}, time.perf_counter() - started)
 
@@ -187,22 +285,24 @@ def run(settings: Settings) -> Outcome:
 def outcome_of(found: dict[str, dict[str, Any]], seconds: float) -> Outcome:
     """The figures and the table."""
     figures = [
-        Figure(f"{setup}: time with {name} over without", Sample(tuple(cells["ratios"][name])), way.bound)
+        Figure(f"{setup}: CPU time with {name} over without", Sample(tuple(cells["ratios"][name])), way.bound)
         for name, way in WAYS.items()
         if way.bound is not None
         for setup, cells in found.items()
+        if name in cells["ratios"]
     ]
     header = ["with", *(f"{setup} ({cells['ms']:.0f} ms a step)" for setup, cells in found.items())]
     rows = [[name, *(_cell(cells, name) for cells in found.values())] for name in (*WAYS, *COCKPIT)]
     ratios = {setup: cells["ratios"] for setup, cells in found.items()}
-    table = Table("Time over that of the run without (steps of the run)", header, rows)
+    table = Table("CPU time over that of the run without; steps of the run", header, rows)
     return Outcome("training", "Training with a callback", ABOUT, figures, [table], {"ratios": ratios}, seconds)
 
 
 def _cell(cells: dict[str, Any], name: str) -> str:
     if name in cells["missing"]:
         return str(cells["missing"][name])
-    return f"{spread(Sample(tuple(cells['ratios'][name])))}; {cells['steps'][name]}"
+    sample = Sample(tuple(cells["ratios"][name]))
+    return f"{spread(sample, 3 if sample.median < 1.02 else 2)}; {cells['steps'][name]}"
 
 
 def draw(panel: Axes, plot: dict[str, Any]) -> None:
@@ -223,4 +323,4 @@ def draw(panel: Axes, plot: dict[str, Any]) -> None:
         if bound is not None:
             panel.plot([bound, bound], [height - 0.4, height + 0.4], color=INK, linewidth=0.8, linestyle=":")
     log_axis(panel, "x")
-    panel.set_xlabel("time over that without (dotted: targets)")
+    panel.set_xlabel("CPU time over that without (dotted: targets)")
