@@ -34,6 +34,10 @@ _MUCH_LEFT = 0.1
 """Share of a product that has to be left where the basis is taken out of it once, or that is done again: what rounding
 leaves of the basis is 1e-5 of the product in float32, and ten times that of what is left."""
 
+_LITTLE_LEFT = 0.1
+"""What is left of a direction, once its share of a new vector is taken out, from which on its length is measured: in
+float32 Pythagoras tells 0.1 to five digits, and 1e-4 to none."""
+
 _NEGLIGIBLE_RESIDUAL = 1e-8
 """Residual, relative to the operator's norm, below which a pair has converged whatever its value: the error of the
 eigenvalue goes with the square of the residual, so it is then known to the rounding error of double precision."""
@@ -318,10 +322,18 @@ class KrylovBasis:
         row = self._room(self.length)
         for aside, leak, share in zip(self._aside, self._leaks, shares, strict=True):
             known += share * leak
-            # By Pythagoras, without a message of its own. Of what is as good as taken in no more than rounding is left.
-            left = math.sqrt(max(0.0, 1 - share**2))
+            aside.sub_(row, alpha=share)
+            left = math.sqrt(max(0.0, 1 - share**2))  # by Pythagoras, without a message of its own
+            if left < _LITTLE_LEFT:
+                # Much of it is rounding, which has a length of its own and lies along the basis, too. Divided by what
+                # Pythagoras says it would grow from product to product, and in the end beyond all numbers.
+                left = float(self.space.orthonormalise(aside, self._rows(self.length)))
+                if left < 10 * torch.finfo(self.space.dtype).eps:
+                    aside.zero_()
+                    left = 0.0
+            else:
+                aside.div_(left)
             leak *= left
-            aside.sub_(row, alpha=share).div_(max(left, torch.finfo(self.space.dtype).eps))
         return known
 
     def _taken_out(self, row: Tensor, *beside: Tensor, once: bool) -> Tensor:

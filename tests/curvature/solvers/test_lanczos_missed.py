@@ -145,6 +145,24 @@ def test_the_residual_is_known_whatever_was_set_aside() -> None:
     assert basis.asymmetry <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_basis_takes_in_leaves_no_rounding_that_grows(dtype: torch.dtype) -> None:
+    """Divided by a length that was not its own it came to 1e97, or to infinity, and the eigenvalues to NaN."""
+    seeds = range(30)
+    for seed in seeds:
+        matrix = symmetric_matrix([3.0, 2.0, 1e-2, 1e-6, *[0.0] * 10], seed=seed).to(dtype)
+        basis = KrylovBasis(DenseOperator(matrix), 13, torch.Generator().manual_seed(seed))
+        basis.begin()
+        for product in range(13):
+            basis.expand()
+            if product in (1, 2, 3):
+                basis.begin()
+        lengths = torch.stack([torch.linalg.vector_norm(vector) for vector in basis._aside])
+        assert bool(((lengths == 0) | ((lengths - 1).abs() < 1e-3)).all())
+        values = basis.ritz(Target(2, 1, 1e-4)).values
+        assert values.tolist() == pytest.approx([3.0, 2.0, 0.0], abs=1e-5)
+
+
 def test_the_basis_is_larger_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory decides; a single value never takes more than 32."""
     module = sys.modules[lanczos.__module__]
