@@ -17,7 +17,7 @@ PLACES = [*state.ATTRIBUTES, *state.TENSORS, *state.CODE, *objects.OBJECTS, *hab
 def test_callbacks_do_not_show_in_a_generated_module(seed: int) -> None:
     case = case_of(seed)
     verdict = check(case)
-    if verdict.failed:
+    if verdict.failed or verdict.kind == "does not train":  # which is a fault of the generator
         pytest.fail(f"{verdict}\n\n{case.source()}", pytrace=False)
 
 

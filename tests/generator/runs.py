@@ -281,7 +281,8 @@ class Verdict:
 
     case: Case
     kind: str
-    """``"exact"``, ``"identical"``, ``"refused"``, ``"not measured"``, or ``"FAILED"``."""
+    """``"exact"``, ``"identical"``, ``"refused"``, ``"not measured"``,
+    ``"does not train"`` by itself, or ``"FAILED"``."""
     reasons: tuple[str, ...] = ()
 
     @property
@@ -295,9 +296,13 @@ class Verdict:
 
 def check(case: Case) -> Verdict:
     """Whether the callbacks leave a case's training alone, and measure right."""
-    without = run(case)
-    if without.error is not None:
-        return Verdict(case, "FAILED", (f"does not train by itself: {without.error!r}",))
+    try:
+        without = run(case)
+        error = without.error
+    except Exception as its_own:  # ingredients that do not go together, such as a traced layer in a deep copy
+        error = its_own
+    if error is not None:
+        return Verdict(case, "does not train", (f"by itself: {error!r}",))
     measured = run(case, [reader.make(reader.every) for reader in case.readers])
     warned = tuple(f"warned: {text}" for text in measured.warned)
     if isinstance(measured.error, MisconfigurationException) and not measured.steps:
@@ -348,14 +353,6 @@ def shrink(case: Case) -> Verdict:
     """The smallest case that still fails in the same kind of way, and how."""
     verdict = check(case)
     for smaller in case.smaller():
-        if smaller.readers and (found := check(smaller)).failed and _same(found, verdict):
+        if smaller.readers and check(smaller).failed:
             return shrink(smaller)
     return verdict
-
-
-def _same(one: Verdict, other: Verdict) -> bool:
-    return _own_fault(one) == _own_fault(other)
-
-
-def _own_fault(verdict: Verdict) -> bool:
-    return verdict.reasons[0].startswith("does not train")
