@@ -196,7 +196,12 @@ LAYERS = [
         "h = self.$(torch.tanh(self.first(h)))",
         "self.$ = nn.Linear(4, 4)\nself.$.weight = self.first.weight",
     ),
-    Layer("the same layer under two names", "h = torch.tanh(self.$2(h))", "self.$ = nn.Linear(4, 4)\nself.$2 = self.$"),
+    Layer(
+        "the same layer under two names",
+        "h = torch.tanh(self.$2(h))",
+        "self.$ = nn.Linear(4, 4)\nself.$2 = self.$",
+        excludes=tags("two names"),
+    ),
     Layer("frozen layer", "h = self.$(h)", "self.$ = nn.Linear(4, 4).requires_grad_(False)"),
     Layer("frozen bias", "h = self.$(h)", "self.$ = nn.Linear(4, 4)\nself.$.bias.requires_grad_(False)"),
     Layer("unused layer", "h = h.clone()", "self.$ = nn.Linear(2, 2)"),
