@@ -79,7 +79,7 @@ def case(known: str, outliers: tuple[float, ...], seed: int) -> tuple[Tensor, di
 
 @pytest.mark.parametrize(
     ("num_probes", "known"),
-    [*itertools.product((2, 20), KNOWN), *itertools.product((3, 5), ("blind", "unconverged"))],
+    [*itertools.product((2, 20), KNOWN), *itertools.product((3,), ("blind", "unconverged"))],
 )
 @pytest.mark.parametrize("outliers", [[], [50.0], [50.0, 30.0, 10.0], [20.0, -30.0]], ids=["none", "one", "3", "both"])
 def test_intervals_cover_trace_and_norm_in_92_of_100_cases(num_probes: int, known: str, outliers: list[float]) -> None:
