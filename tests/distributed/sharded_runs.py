@@ -71,10 +71,10 @@ READING: dict[str, Any] = {
         2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}, **options
     ),
     "layerwise": lambda **options: SpectrumTracker(
-        3, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS), **options
+        3, 1, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS), **options
     ),
     "differences": lambda **options: SpectrumTracker(
-        3, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0), **options
+        3, 1, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0), **options
     ),
     "benettin": lambda **options: SpectrumTracker(1, 2, 1, estimator="benettin", **options),
     "negative": lambda **options: NegativeCurvatureTracker(
