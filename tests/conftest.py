@@ -14,7 +14,8 @@ import numpy
 import pytest
 import torch
 
-from lyapunov_lightning.training.reporting import outlets, telling
+from lyapunov_lightning.training.reporting import recording, telling
+from lyapunov_lightning.training.reporting.outlets import takes_figures
 
 torch.set_num_threads(1)
 for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
@@ -62,14 +63,19 @@ def _ctrl_c_is_heeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_picture_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn and not written: most runs here have no logger that takes them, and a file takes 0.2 seconds.
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures are drawn for files, which takes longer than most runs here and of which few tests see anything.
 
-    Tests of the files are marked ``pictures``.
+    Those that do are marked ``pictures``; figures for a logger are drawn in any test.
 
     """
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr(outlets, "write_figure", lambda figure, path: None)
+        draw = recording.Recorder.draw
+        monkeypatch.setattr(
+            recording.Recorder,
+            "draw",
+            lambda self, trainer, figures: not takes_figures(trainer) or draw(self, trainer, figures),
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """Runs with `lightning.pytorch` and with `pytorch_lightning` are the same bit by bit, callbacks, figures and all."""
 
+import functools
 import io
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -99,19 +101,14 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(tmp_path) -> Run:
+def run(library: ModuleType, *callbacks: Any, **settings: Any) -> Outcome:
     """Trains for two epochs of four steps from a fixed seed, and notes the outcome."""
-
-    def train(library: ModuleType, *callbacks: Any, **settings: Any) -> Outcome:
-        library.seed_everything(3, verbose=False)
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(62, 3, generator=generator)
-        data = TensorDataset(inputs, inputs.prod(dim=1, keepdim=True))
-        logger = library.loggers.TensorBoardLogger(tmp_path, name=f"{library.__name__}{len(list(tmp_path.iterdir()))}")
+    library.seed_everything(3, verbose=False)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(62, 3, generator=generator)
+    data = TensorDataset(inputs, inputs.prod(dim=1, keepdim=True))
+    with tempfile.TemporaryDirectory() as folder:
+        logger = library.loggers.TensorBoardLogger(folder, name=library.__name__)
         trainer = library.Trainer(
             accelerator="cpu",
             devices=1,
@@ -132,21 +129,38 @@ def run(tmp_path) -> Run:
         generators = (bits(torch.get_rng_state()), random.getstate(), repr(np.random.get_state()))
         state = trainer.optimizers[0].state
         events = EventAccumulator(logger.log_dir, {"images": 0, "scalars": 0, "tensors": 0}).Reload()
-        tags = events.Tags()
-        return Outcome(
-            {name: bits(tensor) for name, tensor in module.state_dict().items()},
-            [bits(state[parameter]["momentum_buffer"]) for parameter in module.parameters()],
-            generators,
-            {
-                tag: [(event.step, event.value) for event in events.Scalars(tag)]
-                for tag in tags["scalars"]
-                if not TAGS_WITH_TIMES.search(tag)
-            },
-            {tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)] for tag in tags["images"]},
-            [event.tensor_proto.SerializeToString() for tag in tags["tensors"] for event in events.Tensors(tag)],
-        )
+    tags = events.Tags()
+    return Outcome(
+        {name: bits(tensor) for name, tensor in module.state_dict().items()},
+        [bits(state[parameter]["momentum_buffer"]) for parameter in module.parameters()],
+        generators,
+        {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in tags["scalars"]
+            if not TAGS_WITH_TIMES.search(tag)
+        },
+        {tag: [(image.step, image.encoded_image_string) for image in events.Images(tag)] for tag in tags["images"]},
+        [event.tensor_proto.SerializeToString() for tag in tags["tensors"] for event in events.Tensors(tag)],
+    )
 
-    return train
+
+@functools.cache
+def plain_run(library: ModuleType) -> Outcome:
+    """Without a callback of ours, once for all tests."""
+    return run(library)
+
+
+@functools.cache
+def run_with(library: ModuleType, name: str) -> tuple[Outcome, list[dict[str, float]]]:
+    """With one of the callbacks, once for all tests, and what it keeps of its measurements."""
+    callback = CALLBACKS[name]()
+    return run(library, callback), results_of(callback)
+
+
+@functools.cache
+def run_without_a_bar(library: ModuleType) -> Outcome:
+    """What a probe leaves behind where no progress is shown."""
+    return run(library, CurvatureProbe(2))
 
 
 @pytest.fixture
@@ -169,37 +183,37 @@ def results_of(callback: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_callback_measures_and_acts_the_same_under_both_names(run, name):
-    first, second = CALLBACKS[name](), CALLBACKS[name]()
-    one, other = run(lightning.pytorch, first), run(pytorch_lightning, second)
+def test_a_callback_measures_and_acts_the_same_under_both_names(name):
+    (one, found), (other, others) = (run_with(library, name) for library in LIBRARIES)
     assert one == other
     assert any(OWN_TAGS.search(tag) for tag in one.scalars)
-    assert results_of(first) == results_of(second) != []
+    assert found == others != []
 
 
 @both_names
 @pytest.mark.parametrize("name", READING)
-def test_a_reading_callback_changes_nothing_under_either_name(run, library, name):
-    assert run(library, READING[name]()).of_the_user == run(library)
+def test_a_reading_callback_changes_nothing_under_either_name(library, name):
+    outcome, _ = run_with(library, name)
+    assert outcome.of_the_user == plain_run(library)
 
 
 @both_names
-def test_the_controller_acts_under_either_name(run, library):
-    acted, plain = run(library, QuasiNewtonLRController(1)), run(library)
+def test_the_controller_acts_under_either_name(library):
+    acted, _ = run_with(library, "controller")
     assert acted.scalars["quasi_newton/learning_rate"]
-    assert acted.tensors != plain.tensors
+    assert acted.tensors != plain_run(library).tensors
 
 
 @both_names
-def test_the_figures_of_the_tracker_are_in_tensorboard_under_either_name(run, library):
-    outcome = run(library, CALLBACKS["tracker"]())
+def test_the_figures_of_the_tracker_are_in_tensorboard_under_either_name(library):
+    outcome, _ = run_with(library, "tracker")
     assert outcome.figures
     assert all(tag.startswith("spectrum/") and images for tag, images in outcome.figures.items())
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_distributed_strategy_is_recognised_under_both_names(run, name):
+def test_a_distributed_strategy_is_recognised_under_both_names(name):
     def with_ddp(library: ModuleType) -> Outcome:
         return run(library, CALLBACKS[name](), strategy=library.strategies.DDPStrategy(process_group_backend="gloo"))
 
@@ -219,22 +233,22 @@ def test_a_trainer_takes_a_callback_without_a_list(library):
 
 
 @both_names
-def test_a_measurement_is_a_task_in_the_display_of_a_rich_bar(run, library, monkeypatch):
+def test_a_measurement_is_a_task_in_the_display_of_a_rich_bar(library, monkeypatch):
     monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", -1.0)
     terminal = io.StringIO()
     console = {"file": terminal, "force_terminal": True, "width": 160}
     bar = library.callbacks.RichProgressBar(console_kwargs=console)
     outcome = run(library, CurvatureProbe(2), bar, enable_progress_bar=True)
     assert "CurvatureProbe" in terminal.getvalue()
-    assert outcome == run(library, CurvatureProbe(2))
+    assert outcome == run_without_a_bar(library)
 
 
 @both_names
-def test_a_measurement_has_a_line_beside_a_tqdm_bar(run, library, monkeypatch, capsys):
+def test_a_measurement_has_a_line_beside_a_tqdm_bar(library, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", -1.0)
     outcome = run(library, CurvatureProbe(2), library.callbacks.TQDMProgressBar(), enable_progress_bar=True)
     assert "CurvatureProbe" in capsys.readouterr().out
-    assert outcome == run(library, CurvatureProbe(2))
+    assert outcome == run_without_a_bar(library)
 
 
 # Refusals.

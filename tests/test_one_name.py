@@ -1,13 +1,12 @@
 """With one name of Lightning installed and the other not, a run is measured, a refusal caught, a module measured."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lyapunov_lightning
+from tests.processes import outputs
 
 SCRIPT = """
 import sys
@@ -66,18 +65,17 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("library", NAMES)
-def test_a_run_is_measured_with_one_name_alone(library, tmp_path):
-    pytest.importorskip(library)
-    script = SCRIPT.format(library=library, missing=NAMES[library])
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-4:] == [
-        "[True, True] True",
-        "MisconfigurationException",
-        "True",
-        f"['{library.partition('.')[0]}'] True",
-    ]
+def test_a_run_is_measured_with_one_name_alone(tmp_path):
+    for library in NAMES:
+        pytest.importorskip(library)
+    scripts = [SCRIPT.format(library=library, missing=missing) for library, missing in NAMES.items()]
+    for library, printed in zip(NAMES, outputs(tmp_path, *scripts), strict=True):
+        assert printed[-4:] == [
+            "[True, True] True",
+            "MisconfigurationException",
+            "True",
+            f"['{library.partition('.')[0]}'] True",
+        ]
 
 
 def test_one_module_knows_the_names():

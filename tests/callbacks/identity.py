@@ -73,7 +73,7 @@ def train(
     module: Callable[[], pl.LightningModule] = BusyModule,
     dataset: Callable[[], Any] = few_clusters,
     batch_size: int = 9,
-    steps: int = 22,
+    steps: int = 14,
     accumulate: int = 1,
     clip: Optional[float] = 0.5,
     clip_by: Optional[str] = None,

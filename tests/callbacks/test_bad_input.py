@@ -365,15 +365,15 @@ def test_loss_that_is_not_finite_is_warned_of_once(fit: Fit, estimator: str) -> 
 def test_probe_recovers_from_one_bad_batch(fit: Fit, estimator: str) -> None:
     # as with skipped steps of a loss scaler: one batch overflows, the parameters stay good
     def loss_fn(module: Any, batch: Any) -> Tensor:
-        return squared_error(module, batch) * (math.nan if module.global_step in (0, 3) else 1)
+        return squared_error(module, batch) * (math.nan if module.global_step in (0, 2) else 1)
 
     dense = Dense()
     options = {"iterations": 200, "delta_q": 1e-5} if estimator == "lyapunov" else {"tol": 1e-3}
     probe = CurvatureProbe(1, estimator, hessian=HessianConfig(loss_fn=loss_fn), **options)
     with pytest.warns(CurvatureWarning, match="not finite"):
-        logger = fit(SmallRegressor(), dense, probe, max_steps=6).logger
+        logger = fit(SmallRegressor(), dense, probe, max_steps=4).logger
     found = logger.curve("curvature/lambda_max")
-    assert found.keys() == {1, 2, 4, 5}
+    assert found.keys() == {1, 3}
     assert found == pytest.approx({step: dense.largest[step] for step in found}, rel=1e-2)
 
 

@@ -31,9 +31,11 @@ from lyapunov_lightning import (
 )
 from lyapunov_lightning.callbacks.negative_curvature_tracker import Descent
 from lyapunov_lightning.curvature.acting.pace import LRBounds
+from lyapunov_lightning.training.reporting.recording import Recorder
 from tests.modules import SmallRegressor, regression_data
 
 torch.set_num_threads(1)
+Recorder.draw = lambda self, trainer, figures: True  # nobody looks at the pictures
 warnings.simplefilter("ignore")
 
 HALF = HessianConfig(fraction=0.5)

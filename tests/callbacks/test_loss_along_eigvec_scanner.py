@@ -222,7 +222,7 @@ def run_without(**options: Any) -> Outcome:
 @pytest.mark.parametrize(
     ("scanner", "options"),
     [
-        ({"largest": 2, "smallest": 1, "num_batches": 2}, {}),
+        pytest.param({"largest": 2, "smallest": 1, "num_batches": 2}, {}, marks=pytest.mark.pictures),
         ({"smallest": 0, "random": 1, "units": "norm"}, WITHOUT_METRICS),
         ({"largest": 0, "smallest": 0, "random": 1, "sgd_steps": ()}, WITHOUT_METRICS),
         ({"scales": (), "sgd_steps": (1.0,)}, WITHOUT_METRICS),

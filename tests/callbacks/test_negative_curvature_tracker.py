@@ -230,7 +230,7 @@ def run_without(**options: Any) -> Outcome:
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        ({"smallest": 3}, {}),
+        pytest.param({"smallest": 3}, {}, marks=pytest.mark.pictures),
         ({"freeze_at": [0, 5, 20]}, WITHOUT_METRICS),
         ({"data": "batch"}, WITHOUT_METRICS),
         ({"num_batches": 2}, WITHOUT_METRICS),

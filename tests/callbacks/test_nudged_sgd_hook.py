@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lyapunov_lightning import HessianConfig, NudgedSGDHook, Schedule
 from tests.callbacks.identity import Outcome, assert_identical, train
 from tests.callbacks.nudging import VARIANTS, Gradients, Quadratic, fit, hook, seeded, sgd, two_groups, weights
-from tests.modules import SmallRegressor, dense_hessian, regression_data, regression_loader
+from tests.modules import BusyModule, SmallRegressor, dense_hessian, regression_data, regression_loader
 
 # The step.
 
@@ -159,8 +159,8 @@ def test_top_only_and_no_top_are_parts_of_the_plain_update(tmp_path: Path, momen
 # A factor of 1 is plain SGD.
 
 
-SHORT = {"steps": 14}
-"""Into the second epoch, of nine batches."""
+WITHOUT_METRICS = {"module": functools.partial(BusyModule, use_metrics=False)}
+"""They take most of a run's time, and are put back in one place for all callbacks: one run with them is enough here."""
 
 
 @functools.cache
@@ -172,14 +172,14 @@ def plain(**options: Any) -> Outcome:
     ("options", "run"),
     [
         ({}, {}),
-        ({"every_n_steps": 7}, SHORT),
-        ({"frozen": True}, SHORT),
-        ({"hessian": HessianConfig(num_batches=2, mode="eval")}, SHORT),
-        ({"hessian": HessianConfig("batch"), "schedule": Schedule(first_n_steps=3, every_n_epochs=1)}, SHORT),
-        ({"log_prefix": "mine"}, {"precision": "bf16-mixed", **SHORT}),
-        ({}, {"accumulate": 4, "steps": 14}),
-        ({"every_n_steps": 5}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 14}),
-        ({"hessian": HessianConfig(mode="eval")}, {"validate": True, **SHORT}),
+        ({"every_n_steps": 7}, WITHOUT_METRICS),
+        ({"frozen": True}, WITHOUT_METRICS),
+        ({"hessian": HessianConfig(num_batches=2, mode="eval")}, WITHOUT_METRICS),
+        ({"hessian": HessianConfig("batch"), "schedule": Schedule(first_n_steps=3, every_n_epochs=1)}, WITHOUT_METRICS),
+        ({"log_prefix": "mine"}, {"precision": "bf16-mixed", **WITHOUT_METRICS}),
+        ({}, {"accumulate": 4, "steps": 14, **WITHOUT_METRICS}),
+        ({"every_n_steps": 5}, {"accumulate": 3, "precision": "bf16-mixed", "steps": 14, **WITHOUT_METRICS}),
+        ({"hessian": HessianConfig(mode="eval")}, {"validate": True, **WITHOUT_METRICS}),
     ],
     ids=["epoch", "steps", "frozen", "eval", "batch", "bf16", "accumulated", "both", "validated"],
 )

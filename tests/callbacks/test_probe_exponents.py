@@ -23,8 +23,8 @@ def test_lyapunov_converges_to_the_largest_eigenvalue(fit: Fit, dropout: float, 
     reference = Reference()
     probe = CurvatureProbe(1, "lyapunov", tol=1e-3, iterations=iterations, delta_q=1e-5)
     module, loader = SmallRegressor(sgd(lr=1e-12), dropout), regression_loader(batch_size=48)
-    logger = fit(module, reference, probe, loader=loader, max_steps=settled + 2).logger
-    steps = range(settled, settled + 2)
+    logger = fit(module, reference, probe, loader=loader, max_steps=settled + 1).logger
+    steps = range(settled, settled + 1)
     largest = {step: reference.largest[step] for step in steps}
     assert {step: logger.curve("curvature/lambda_max")[step] for step in steps} == pytest.approx(largest, rel=1e-3)
     assert {logger.curve("curvature_details/converged")[step] for step in steps} == {1.0}
@@ -75,13 +75,13 @@ def test_lyapunov_reuses_the_gradient_of_the_step(
     assert [replays[step] for step in range(12)] == [first, 0, 0, 0, later, 0, 0, 0, later, 0, 0, 0]
 
 
-@pytest.mark.parametrize("batch_size", [8, 20])
-def test_lyapunov_follows_the_mean_over_all_accumulated_batches(fit: Fit, replays: Any, batch_size: int) -> None:
+def test_lyapunov_follows_the_mean_over_all_accumulated_batches(fit: Fit, replays: Any) -> None:
     # An epoch of 20, 20 and 8 samples, the last one a step by itself: `.grad` is half of its gradient.
     reference = Reference()
     probe = CurvatureProbe(1, "lyapunov", delta_q=1e-6, iterations=200)
-    loader = regression_loader(batch_size=batch_size)
-    logger = fit(SmallRegressor(), reference, probe, loader=loader, accumulate_grad_batches=2, max_steps=4).logger
+    loader = regression_loader(batch_size=20)
+    logger = fit(SmallRegressor(), reference, probe, loader=loader, accumulate_grad_batches=2, max_steps=2).logger
+    assert len(reference.largest) == 2
     assert logger.curve("curvature/lambda_max") == pytest.approx(reference.largest, rel=1e-3)
     assert replays[0] == 2 * (201 + GAUGE + SYMMETRY)
 

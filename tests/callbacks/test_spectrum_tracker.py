@@ -335,7 +335,7 @@ def run_without(**options: Any) -> Outcome:
 @pytest.mark.parametrize(
     ("tracker", "options"),
     [
-        ({"largest": 3, "smallest": 2}, {}),
+        pytest.param({"largest": 3, "smallest": 2}, {}, marks=pytest.mark.pictures),
         ({"largest": 2, "random_vectors": 2, "density_steps": 4, "groups": "modules"}, WITHOUT_METRICS),
         ({"largest": 1, "random_vectors": 2, "groups": "layers"}, WITHOUT_METRICS),
         ({"largest": 2, "estimator": "benettin"}, WITHOUT_METRICS),

@@ -142,7 +142,6 @@ class Watched:
 
 @contextmanager
 def without_garbage_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

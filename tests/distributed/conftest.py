@@ -21,42 +21,64 @@ PATIENCE = 600
 
 Outcomes = Callable[[str], list[Any]]
 
+_STARTED = pytest.StashKey["subprocess.Popen[bytes]"]()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Waiting for the ranks, which a busy machine may let take any time, does not count against a test's time."""
-    for item in items:
-        if "outcomes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.timeout(func_only=True))
+    for item in filter(_looks_at_ranks, items):
+        item.add_marker(pytest.mark.timeout(func_only=True))
 
 
-@pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What all ranks returned from a check, which is a reason to fail where one of them did not.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the ranks, which run beside the other tests: by themselves they mostly wait for each other.
 
     The checks are those of the modules that the selected tests call ``runs``. Where tests are spread over several
-    processes, the first of them that comes here starts the ranks for all. All checks are waited for here, and none in
-    a test.
+    processes, the first of them that comes here starts the ranks for all.
 
     """
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks"
-    modules = {
-        item.module.runs.__name__ for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())
-    }
-    process = None
+    modules = {item.module.runs.__name__ for item in session.items if _looks_at_ranks(item)}
+    if not modules or session.config.option.collectonly:
+        return
+    folder = _folder(session.config)
     try:
         folder.mkdir()
     except FileExistsError:
-        pass  # another one was first
-    else:
-        process = _start(folder, sorted(modules))
-    try:
-        _wait(folder)
-    finally:
-        if process is not None:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return  # another one was first
+    session.config.stash[_STARTED] = _start(folder, sorted(modules))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Wait for the ranks, at which other processes of the tests may look yet; end them where the tests broke off."""
+    process = session.config.stash.get(_STARTED, None)
+    if process is None:
+        return
+    if not (session.shouldstop or session.shouldfail or exitstatus == pytest.ExitCode.INTERRUPTED):
+        _wait(_folder(session.config))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _looks_at_ranks(item: pytest.Item) -> bool:
+    return "outcomes" in getattr(item, "fixturenames", ())
+
+
+def _folder(config: pytest.Config) -> Path:
+    """What all processes of the tests have in common."""
+    folder: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "ranks"
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """What all ranks returned from a check, which is a reason to fail where one of them did not.
+
+    All checks are waited for here, and none in a test.
+
+    """
+    folder = _folder(request.config)
+    _wait(folder)
 
     @cache
     def load(name: str) -> list[Any]:

@@ -10,7 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lyapunov_lightning.training.reporting import outlets
+from lyapunov_lightning.training.reporting.recording import Recorder
 
 WORLD_SIZE = 2
 """Ranks of a check, if it does not say how many it wants."""
@@ -36,6 +38,20 @@ CHECKS: dict[str, Callable[[int], Any]] = {}
 
 NUM_RANKS: dict[str, int] = {}
 """On how many ranks each check runs."""
+
+
+_draw = Recorder.draw
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """The first rank draws figures, as it does in any training, and writes none."""
+    without = Recorder.draw
+    Recorder.draw = _draw
+    try:
+        yield
+    finally:
+        Recorder.draw = without
 
 
 @dataclass
@@ -84,7 +100,8 @@ def main(folder: Path, modules: list[str]) -> None:
 def _run(folder: Path, rank: int, num_ranks: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
-    outlets.write_figure = lambda figure, path: None  # nobody looks at them
+    outlets.write_figure = lambda figure, path: None
+    Recorder.draw = lambda self, trainer, figures: True  # nobody looks at them, and the others would wait
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     meeting = f"file://{folder / 'rendezvous'}-{num_ranks}"

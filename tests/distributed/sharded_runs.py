@@ -71,10 +71,10 @@ READING: dict[str, Any] = {
         2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}, **options
     ),
     "layerwise": lambda **options: SpectrumTracker(
-        3, 2, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS), **options
+        3, 1, 1, tol=1e-8, hessian=HessianConfig(num_batches=2, max_gather_bytes=6 * 8 * PARAMETERS), **options
     ),
     "differences": lambda **options: SpectrumTracker(
-        3, 2, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0), **options
+        3, 1, 1, tol=1e-4, hessian=HessianConfig(num_batches=2, max_gather_bytes=0), **options
     ),
     "benettin": lambda **options: SpectrumTracker(1, 2, 1, estimator="benettin", **options),
     "negative": lambda **options: NegativeCurvatureTracker(
@@ -105,11 +105,13 @@ CALLBACKS = {**READING, **ACTING}
 
 QUICK: dict[str, Any] = {
     **CALLBACKS,
-    "probe": lambda: CurvatureProbe(1, end="both", tol=0.1),
-    "spectrum": lambda: SpectrumTracker(
-        2, 2, 1, tol=1e-4, hessian=FIXED, random_vectors=2, groups={"head": "net.head*"}
+    "probe": lambda **options: CurvatureProbe(1, end="both", tol=0.1, **options),
+    "spectrum": lambda **options: SpectrumTracker(
+        2, 2, 1, tol=1e-4, hessian=FIXED, random_vectors=2, groups={"head": "net.head*"}, **options
     ),
-    "negative": lambda: NegativeCurvatureTracker(2, 1, hessian=FIXED, freeze_at=[1], estimator="online", tol=0.1),
+    "negative": lambda **options: NegativeCurvatureTracker(
+        2, 1, hessian=FIXED, freeze_at=[1], estimator="online", tol=0.1, **options
+    ),
     "nudge": lambda: NudgedSGDHook(2, k=1, hessian=FIXED, tol=0.1),
 }
 """The same, for runs in which it is not the numbers that count."""
@@ -535,12 +537,12 @@ def raise_planned(*_: Any) -> None:
 
 # Resuming.
 
-RESUMED: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("probe", "spectrum", "negative", "controller")},
-    "lyapunov": {"lr": 0.05},
-    "nudge": {"optimizer": partial(torch.optim.SGD, momentum=0.5)},
-}
-"""Callbacks, with the options of the modules that they watch."""
+RESUMED: list[tuple[tuple[str, ...], dict[str, Any], tuple[bool, ...]]] = [
+    (("probe", "lyapunov", "spectrum", "negative"), {"lr": 0.05}, (True,)),
+    (("controller",), {}, (True,)),
+    (("nudge",), {"optimizer": partial(torch.optim.SGD, momentum=0.5)}, (True, False)),
+]
+"""Callbacks of one training, the options of the module that they watch, and whether its checkpoints are sharded."""
 
 
 @check
@@ -548,28 +550,25 @@ def sharded_resume(rank: int) -> dict[str, Any]:
     """Trainings that go on from sharded checkpoints, and one from a whole checkpoint."""
     folder = shared_folder()
     found: dict[str, Any] = {}
-    for name, options in RESUMED.items():
-        for is_sharded in (True, False) if name == "nudge" else (True,):
-            path = folder / f"{name}-{is_sharded}.ckpt"
-            kind = {"save_distributed_checkpoint": is_sharded}
-            runs = [
-                trained(
+    for names, options, kinds in RESUMED:
+        for is_sharded in kinds:
+            kind = "sharded" if is_sharded else "whole"
+            path = folder / f"{names[0]}-{kind}.ckpt"
+            for way, start in (("straight", None), ("resumed", path)):
+                prefixes = [{"log_prefix": name} if len(names) > 1 else {} for name in names]
+                callbacks = [QUICK[name](**prefix) for name, prefix in zip(names, prefixes, strict=True)]
+                run = trained(
                     rank,
                     *callbacks,
+                    *([] if start else [Saving(path)]),
                     module=Decoder(**options),
                     num_batches=2,
                     max_epochs=2,
-                    strategy=sharded_strategy(**kind),
+                    strategy=sharded_strategy(save_distributed_checkpoint=is_sharded),
                     ckpt_path=start,
                 )
-                for callbacks, start in (
-                    ([QUICK[name](), Saving(path)], None),
-                    ([QUICK[name]()], path),
-                )
-            ]
-            found[f"{name}, {'sharded' if is_sharded else 'whole'}"] = dict(
-                zip(("straight", "resumed"), runs, strict=True)
-            )
+                for name, results in zip(names, run["results"], strict=True):
+                    found.setdefault(f"{name}, {kind}", {})[way] = {**run, "results": [results]}
     return found
 
 

@@ -327,7 +327,9 @@ def test_a_rank_that_fails_on_fewer_batches_than_before_leaves_no_other_waiting(
 # Resuming.
 
 
-@pytest.mark.parametrize("name", [f"{name}, sharded" for name in runs.RESUMED] + ["nudge, whole"])
+@pytest.mark.parametrize(
+    "name", [f"{name}, sharded" for names, *_ in runs.RESUMED for name in names] + ["nudge, whole"]
+)
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(outcomes, name):
     for outcome in outcomes("sharded_resume"):
         straight, resumed = outcome[name]["straight"], outcome[name]["resumed"]

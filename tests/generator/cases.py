@@ -170,11 +170,76 @@ def case_of(seed: int) -> Case:
     optimizer, loader, batch = pick(training.OPTIMIZERS), pick(data.LOADERS), pick(data.BATCHES)
     options, callbacks = some(training.OPTIONS, [0, 1, 1, 2]), some(training.CALLBACKS, [0, 0, 1])
     parts, states = some(layers.LAYERS, [1, 1, 2]), some(STATES, [1, 2, 2])
-    precision = next((option.settings["precision"] for option in options if "precision" in option.settings), None)
-    dtype = {"64-true": "float64", "bf16-mixed": "float32"}.get(precision, rng.choice(["float64"] * 3 + ["float32"]))
+    dtype = _dtype(rng, options)
     return Case(
         seed, dtype, parts, states, batch, loader, optimizer, options, callbacks, readers.readers_of(rng, dtype)
     )
+
+
+def covering_cases() -> list[Case]:
+    """Few cases that together hold every ingredient that is not slow, each of them many.
+
+    What cannot be measured, or is not compared with a dense Hessian, is in cases of its own and costs no other
+    ingredient its comparison. Where a case does not train by itself, two of its ingredients do not go together and need
+    a tag that excludes them.
+
+    """
+    rng = random.Random(5)
+    cases: list[Case] = []
+    for is_plain in (True, False):
+        waiting = [
+            _waiting([one for one in kind if not one.slow and (one.exact and one.measurable) is is_plain], rng)
+            for kind in KINDS
+        ]
+        while any(waiting):
+            left = sum(map(len, waiting))
+            cases.append(_crowded(len(cases), rng, waiting))
+            if sum(map(len, waiting)) == left:
+                raise ValueError(f"nothing provides what they need: {waiting}")
+    return cases
+
+
+KINDS: list[list[Any]] = [
+    training.OPTIMIZERS,
+    data.LOADERS,
+    data.BATCHES,
+    training.OPTIONS,
+    training.CALLBACKS,
+    layers.LAYERS,
+    STATES,
+]
+_MOST = (1, 1, 1, 1, 1, 3, 7)
+"""Of each kind in a crowded case: with these the ingredients of all kinds run out after about as many cases."""
+
+
+def _waiting(candidates: list[_T], rng: random.Random) -> list[_T]:
+    """In random order, but first of all what needs another ingredient that is itself in few cases."""
+    return sorted(rng.sample(candidates, len(candidates)), key=lambda one: not one.needs)
+
+
+def _crowded(seed: int, rng: random.Random, waiting: list[list[Any]]) -> Case:
+    """The case of the next ingredients that go together, which wait no longer."""
+    taken: list[Ingredient] = []
+    parts: list[tuple[Any, ...]] = []
+    for candidates, most in zip(waiting, _MOST, strict=True):
+        chosen: list[Any] = []
+        for one in [*candidates]:
+            if len(chosen) < most and _fits(one, taken, 0):
+                candidates.remove(one)
+                chosen.append(one)
+                taken.append(one)
+        parts.append(tuple(chosen))
+    first = [chosen[0] if chosen else kind[0] for chosen, kind in zip(parts[:3], KINDS, strict=False)]
+    optimizer, loader, batch = first
+    _, _, _, options, callbacks, chosen_layers, states = parts
+    dtype = _dtype(rng, options)
+    turn = readers.readers_in_turn(seed, dtype)
+    return Case(seed, dtype, chosen_layers, states, batch, loader, optimizer, options, callbacks, turn)
+
+
+def _dtype(rng: random.Random, options: tuple[Option, ...]) -> str:
+    precision = next((option.settings["precision"] for option in options if "precision" in option.settings), None)
+    return {"64-true": "float64", "bf16-mixed": "float32"}.get(precision, rng.choice(["float64"] * 3 + ["float32"]))
 
 
 def _fits(one: Ingredient, taken: list[Ingredient], seed: int) -> bool:

@@ -291,5 +291,6 @@ LOADERS = [
         "return Data()",
         above="class Data(pl.LightningDataModule):\n    def train_dataloader(self):\n"
         "        return DataLoader(Points(), 6, shuffle=True, collate_fn=collate)\n",
+        provides=tags("data module"),
     ),
 ]

@@ -136,7 +136,9 @@ DERIVATIVES = [
         "slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True, allow_unused=True)\n"
         "adapted = {n: p if g is None else p - 0.05 * g for (n, p), g in zip(named.items(), slopes)}\n"
         "loss = loss + F.mse_loss(torch.func.functional_call(self.net, adapted, (x,)), y)",
-        excludes=tags("derivative", "derivative of the network", "no third derivative"),
+        excludes=tags(
+            "derivative", "derivative of the network", "no third derivative", "slow third derivative", "two names"
+        ),
     ),
     State(
         "Jacobian by torch.func",

@@ -2,6 +2,9 @@
 
 from tests.generator.ingredients import Layer, tags
 
+_SLOW_THIRD = tags("slow third derivative")
+"""Networks that go step by step, MAML, and the detection of anomalies: any two of them in a case take ten seconds."""
+
 _TOKENS = "(h.detach() * 2).long().clamp(-2, 2) + 2"
 
 COUNTING = """
@@ -156,11 +159,13 @@ LAYERS = [
         "LSTM",
         "h = self.$(h.view(-1, 2, 2))[0].flatten(1)",
         "self.$ = nn.LSTM(2, 2, batch_first=True)",
+        excludes=_SLOW_THIRD,
     ),
     Layer(
         "bidirectional GRU with dropout",
         "h = self.$(h.view(-1, 4, 1))[0].sum(-1)",
         "self.$ = nn.GRU(1, 1, num_layers=2, dropout=0.3, bidirectional=True, batch_first=True)",
+        excludes=_SLOW_THIRD,
     ),
     Layer("RNNCell", "h = self.$(h[:, 2:], h[:, :2]).repeat(1, 2)", "self.$ = nn.RNNCell(2, 2)"),
     Layer(
@@ -196,7 +201,12 @@ LAYERS = [
         "h = self.$(torch.tanh(self.first(h)))",
         "self.$ = nn.Linear(4, 4)\nself.$.weight = self.first.weight",
     ),
-    Layer("the same layer under two names", "h = torch.tanh(self.$2(h))", "self.$ = nn.Linear(4, 4)\nself.$2 = self.$"),
+    Layer(
+        "the same layer under two names",
+        "h = torch.tanh(self.$2(h))",
+        "self.$ = nn.Linear(4, 4)\nself.$2 = self.$",
+        excludes=tags("two names"),
+    ),
     Layer("frozen layer", "h = self.$(h)", "self.$ = nn.Linear(4, 4).requires_grad_(False)"),
     Layer("frozen bias", "h = self.$(h)", "self.$ = nn.Linear(4, 4)\nself.$.bias.requires_grad_(False)"),
     Layer("unused layer", "h = h.clone()", "self.$ = nn.Linear(2, 2)"),

@@ -22,6 +22,9 @@ FIRST = 2
 
 DIFFERENCES = HessianConfig(method="finite_difference")
 
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-4}
+"""Of the searches whose eigenvalues are compared."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -50,15 +53,29 @@ class Reader:
 
 def readers_of(rng: random.Random, dtype: str) -> tuple[Reader, ...]:
     """An exact probe of both ends, and usually another callback beside it."""
-    tol = 1e-6 if dtype == "float64" else 1e-4
-    probe = Reader(
+    probe = replace(exact_probe(dtype), every=rng.choice([1, 2, 2, 3]))
+    other = rng.choice(others(dtype))
+    return (probe, replace(other, every=rng.choice([2, 3])))[: rng.choice([1, 2, 2])]
+
+
+def readers_in_turn(number: int, dtype: str) -> tuple[Reader, ...]:
+    """An exact probe and another callback, for each of several cases by its number another one."""
+    beside = others(dtype)
+    return replace(exact_probe(dtype), every=1 + number % 2), replace(beside[number % len(beside)], every=2)
+
+
+def exact_probe(dtype: str) -> Reader:
+    return Reader(
         "CurvatureProbe(end='both')",
-        lambda every: CurvatureProbe(every, end="both", tol=tol, hessian=BATCH, log_prefix="exact"),
-        rng.choice([1, 2, 2, 3]),
-        {"exact/curvature/lambda_max": -1, "exact/curvature/lambda_min": 0},
-        "exact/curvature_details/converged",
+        lambda every: CurvatureProbe(every, end="both", tol=_TOLERANCE[dtype], hessian=BATCH, log_prefix="exact"),
+        eigenvalues={"exact/curvature/lambda_max": -1, "exact/curvature/lambda_min": 0},
+        counts="exact/curvature_details/converged",
     )
-    others = [
+
+
+def others(dtype: str) -> list[Reader]:
+    tol = _TOLERANCE[dtype]
+    return [
         Reader("CurvatureProbe('lyapunov')", lambda every: CurvatureProbe(every, "lyapunov", hessian=BATCH)),
         Reader("CurvatureProbe(data='fixed')", lambda every: CurvatureProbe(every, hessian=FIXED), first=FIRST),
         Reader("CurvatureProbe(mode='eval')", lambda every: CurvatureProbe(every, hessian=HessianConfig(mode="eval"))),
@@ -95,5 +112,3 @@ def readers_of(rng: random.Random, dtype: str) -> tuple[Reader, ...]:
             counts="scan_details/converged",
         ),
     ]
-    other = rng.choice(others)
-    return (probe, replace(other, every=rng.choice([2, 3])))[: rng.choice([1, 2, 2])]

@@ -118,7 +118,11 @@ OPTIONS = [
     ),
     Option("logging in every step", settings={"log_every_n_steps": 1}),
     Option("epochs instead of steps", settings={"max_epochs": 1, "max_steps": -1}, excludes=tags("length")),
-    Option("anomaly detection", settings={"detect_anomaly": True}),
+    Option(
+        "anomaly detection",  # which notes where each part of a graph was made
+        settings={"detect_anomaly": True},
+        excludes=tags("slow third derivative"),
+    ),
     Option("deterministic", settings={"deterministic": True}),
     Option("inference_mode off", settings={"inference_mode": False}),
     Option(

@@ -1,8 +1,6 @@
 """Classes of `lightning.pytorch` and of `pytorch_lightning` are recognised alike, and ours belong to both."""
 
 import importlib
-import subprocess
-import sys
 
 import lightning.fabric.utilities.exceptions
 import lightning.pytorch
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lyapunov_lightning.training import lightning_names
 from lyapunov_lightning.training.lightning_names import Callback, MisconfigurationException, either, in_library_of
+from tests.processes import outputs
 
 pytorch_lightning = pytest.importorskip("pytorch_lightning", reason="the second name is not installed")
 
@@ -188,19 +187,20 @@ def test_our_refusals_are_caught_by_the_exception_of_either_name(kind):
 # The import.
 
 
-@pytest.mark.parametrize("in_use", ["lightning.pytorch", "pytorch_lightning"])
-def test_messages_are_logged_under_the_name_that_was_in_use(in_use):
-    """Else `logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)` has no effect beside this package."""
-    script = f"""
-import {in_use}
+IN_USE = """
+import {name}
 import lyapunov_lightning.training.lightning_names
-import {in_use}
-from {in_use}.utilities.rank_zero import LightningDeprecationWarning
+import {name}
+from {name}.utilities.rank_zero import LightningDeprecationWarning
 from lightning_utilities.core import rank_zero
-assert rank_zero.log.name == "{in_use}.utilities.rank_zero", rank_zero.log
+assert rank_zero.log.name == "{name}.utilities.rank_zero", rank_zero.log
 assert rank_zero.rank_zero_deprecation_category is LightningDeprecationWarning
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_messages_are_logged_under_the_name_that_was_in_use(tmp_path):
+    """Else `logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)` has no effect beside this package."""
+    outputs(tmp_path, *(IN_USE.format(name=name) for name in ("lightning.pytorch", "pytorch_lightning")))
 
 
 def test_messages_are_claimed_where_no_name_is_in_use(monkeypatch):

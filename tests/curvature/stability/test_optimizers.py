@@ -384,7 +384,7 @@ if "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(data=st.data())
 def test_limit_is_where_the_spectral_radius_of_the_step_passes_one(kind: str, data: Any) -> None:
     make, options, variants = KINDS[kind]

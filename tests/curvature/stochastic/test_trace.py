@@ -79,12 +79,12 @@ def case(known: str, outliers: tuple[float, ...], seed: int) -> tuple[Tensor, di
 
 @pytest.mark.parametrize(
     ("num_probes", "known"),
-    [*itertools.product((2, 20), KNOWN), *itertools.product((3, 5), ("blind", "unconverged"))],
+    [*itertools.product((2, 20), KNOWN), *itertools.product((3,), ("blind", "unconverged"))],
 )
 @pytest.mark.parametrize("outliers", [[], [50.0], [50.0, 30.0, 10.0], [20.0, -30.0]], ids=["none", "one", "3", "both"])
 def test_intervals_cover_trace_and_norm_in_92_of_100_cases(num_probes: int, known: str, outliers: list[float]) -> None:
     covered = {"trace": 0, "norm": 0}
-    for seed in range(200):
+    for seed in range(100):
         diagonal, options = case(known, tuple(outliers), seed)
         operator = DiagonalOperator(diagonal)
         moments = stochastic_moments(operator, num_probes=num_probes, seed=seed + 1000, **options)
@@ -95,7 +95,7 @@ def test_intervals_cover_trace_and_norm_in_92_of_100_cases(num_probes: int, know
             low, high = estimate.interval
             covered[name] += low <= value <= high
         assert moments.num_matvecs == operator.num_matvecs
-    assert min(covered.values()) >= 184, covered
+    assert min(covered.values()) >= 92, covered
 
 
 def test_the_intervals_of_signs_cover_where_nothing_is_diagonal() -> None:

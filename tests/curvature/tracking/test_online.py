@@ -76,7 +76,7 @@ def test_300_products_find_a_lower_end_that_is_small_beside_the_upper_one() -> N
     assert after(STEPS, operator).value == pytest.approx(float(values[0]), rel=0.05)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     size=st.integers(2, 60),
     top=st.floats(-2, 3).map(lambda exponent: 10**exponent),
