@@ -101,9 +101,9 @@ class StreamWithLength(Stream):
 
 
 def run(callbacks: Any, module: Any = None, data: Any = None, **options: Any) -> Any:
-    """Train for two steps. Returns the callback, or all of them."""
+    """Train for a step. Returns the callback, or all of them."""
     several = callbacks if isinstance(callbacks, list) else [callbacks]
-    settings = {"max_steps": 2, "logger": MemoryLogger(), "log_every_n_steps": 1, **options}
+    settings = {"max_steps": 1, "logger": MemoryLogger(), "log_every_n_steps": 1, **options}
     with tempfile.TemporaryDirectory() as folder:
         train(
             Module() if module is None else module,
@@ -121,6 +121,11 @@ def fit(callbacks: Any, module: Any = None, data: Any = None, **options: Any) ->
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         is_right(callback)
     return callbacks
+
+
+def scanner(**options: Any) -> LossAlongEigvecScanner:
+    """One that scans as little as it may."""
+    return LossAlongEigvecScanner(**{"every_n_steps": 2, "smallest": 0, "points": 3, "sgd_steps": (), **options})
 
 
 def is_right(callback: Any) -> None:
@@ -189,7 +194,7 @@ ARGUMENTS = [
     argument("tol should be a positive float", lambda tol: CurvatureProbe(1, tol=tol), 0, {"positive": 1e-3}),
     argument(
         "estimator should be one of lanczos, lyapunov, power, critical",
-        lambda name: fit(CurvatureProbe(1, name, iterations=100), max_steps=1),
+        lambda name: fit(CurvatureProbe(1, name, iterations=25), max_steps=1),
         "arpack",
         {name: name for name in ("lanczos", "lyapunov", "power", "critical")},
     ),
@@ -221,7 +226,7 @@ ARGUMENTS = [
     ),
     argument(
         "scales should be different positive floats",
-        lambda scales: fit(LossAlongEigvecScanner(1, scales=scales)),
+        lambda scales: fit(scanner(scales=scales)),
         [0.1, 0.1],
         {"different": [0.1, 0.2]},
     ),
@@ -235,7 +240,7 @@ ARGUMENTS = [
     ),
     argument(
         "points should be an int of at least 3",
-        lambda points: fit(LossAlongEigvecScanner(1, points=points)),
+        lambda points: fit(scanner(points=points)),
         2,
         {"at least 3": 3},
     ),
@@ -321,7 +326,7 @@ ARGUMENTS = [
     ),
     *(
         Row(
-            f"hessian should not have {of} with estimator='benettin'",
+            f"hessian should not have {of} with estimator='benettin', which follows the steps",
             lambda hessian=hessian: SpectrumTracker(1, hessian=hessian, **BENETTIN),
             {of: lambda: fit(SpectrumTracker(1, 1, **BENETTIN))},
         )
@@ -424,7 +429,7 @@ def _drawn_on(what: str) -> None:
 def _surface_on(options: dict[str, str]) -> None:
     figure, axes = plt.subplots(subplot_kw=options)
     try:
-        fit(LossAlongEigvecScanner(1, 2, plane=Plane(points=3)), max_steps=1).plot("plane_surface", ax=axes)
+        fit(scanner(largest=2, plane=Plane(points=3)), max_steps=1).plot("plane_surface", ax=axes)
     finally:
         plt.close(figure)
 
@@ -633,7 +638,7 @@ MODULES = [
         {"torch.view_as_complex in forward": lambda: fit(CurvatureProbe(1), TwoParts())},
     ),
     Row(
-        "cannot find 5 eigenvalues of a model with 3 trainable parameters.",
+        "cannot find 5 eigenvalues of a model with 3 trainable parameters. Ask for fewer.",
         lambda: fit(SpectrumTracker(1, 5)),
         {"Ask for fewer": lambda: fit(SpectrumTracker(1, 3))},
     ),
@@ -652,7 +657,7 @@ MODULES = [
             },
         )
         for remedy, wrong, right in [
-            ("estimator='lanczos'", lambda: CurvatureProbe(1, "lyapunov", iterations=100), lambda: CurvatureProbe(1)),
+            ("estimator='lanczos'", lambda: CurvatureProbe(1, "lyapunov", iterations=25), lambda: CurvatureProbe(1)),
             ("estimator='lanczos'", lambda: CurvatureProbe(1, "critical"), lambda: CurvatureProbe(1)),
             (
                 "estimator='lanczos' and method='auto'",
@@ -666,8 +671,8 @@ MODULES = [
     ),
     Row(
         f"LossAlongEigvecScanner evaluates the loss or its gradient {HALF} Keep … precision does.",
-        lambda: fit(LossAlongEigvecScanner(1), narrow()),
-        {KEEP: lambda: fit(LossAlongEigvecScanner(1), Module())},
+        lambda: fit(scanner(), narrow()),
+        {KEEP: lambda: fit(scanner(), Module())},
     ),
     *(
         Row(
@@ -711,13 +716,13 @@ MODULES = [
     ),
     Row(
         "The training step hands … of the module to",
-        lambda: fit(NudgedSGDHook(1, 1), HandsOver("in the step")),
+        lambda: fit(NudgedSGDHook(1, 1), HandsOver("in the step"), max_steps=3),
         {
             "Hand it over outside of the step, for example in on_fit_start": lambda: fit(
-                NudgedSGDHook(1, 1), HandsOver("at the start")
+                NudgedSGDHook(1, 1), HandsOver("at the start"), max_steps=3
             ),
             "define curvature_loss(self, batch)": lambda: fit(
-                NudgedSGDHook(1, 1), with_own_loss(HandsOver("in the step"))
+                NudgedSGDHook(1, 1), with_own_loss(HandsOver("in the step")), max_steps=3
             ),
         },
     ),
@@ -774,7 +779,7 @@ def of_objects() -> DataLoader:
     return DataLoader(range(8), 4, collate_fn=lambda batch: NoTensor())
 
 
-OWN = "from the DataLoader in HessianConfig(data=...), since an IterableDataset, Stream, cannot be read a second time."
+OWN = "cannot take its data from the DataLoader in HessianConfig(data=...), since … Stream, cannot be read"
 
 DATA = [
     Row(
@@ -863,7 +868,11 @@ def nudge(every: int, log_prefix: str | None = None) -> NudgedSGDHook:
     return NudgedSGDHook(every, 1, log_prefix=log_prefix)
 
 
-nudge.__name__ = NudgedSGDHook.__name__
+def negative(every: int, log_prefix: str | None = None) -> NegativeCurvatureTracker:
+    return NegativeCurvatureTracker(every, 1, log_prefix=log_prefix)
+
+
+nudge.__name__, negative.__name__ = NudgedSGDHook.__name__, NegativeCurvatureTracker.__name__
 
 
 def two(kind: Any, *prefixes: str | None) -> list[Any]:
@@ -882,7 +891,7 @@ TRAINERS = [
             lambda kind=kind: run(two(kind, None, None)),
             {f"{kind.__name__}(log_prefix='second')": lambda kind=kind: fit(two(kind, None, "second"))},
         )
-        for kind in (CurvatureProbe, LossAlongEigvecScanner)
+        for kind in (CurvatureProbe, negative)
     ),
     *(
         Row(
@@ -1063,7 +1072,7 @@ OPTIMIZERS = [
         {
             "Use estimator='lanczos'": lambda: fit(CurvatureProbe(1, "lanczos", "both"), optimized(Adam)),
             "or ask for the upper end only": lambda: fit(
-                CurvatureProbe(1, "lyapunov", "largest", iterations=100), optimized(Adam)
+                CurvatureProbe(1, "lyapunov", "largest", iterations=25), optimized(Adam)
             ),
         },
     ),
@@ -1144,10 +1153,12 @@ OPTIMIZERS = [
         {"Use SGD": lambda: controlled(plain), "Adam": lambda: controlled(lambda p: Adam(p, lr=0.1))},
     ),
     Row(
-        "cannot steer SGD, which goes uphill (maximize)", lambda: controlled(maximizing), controlled_or_not(maximizing)
+        "cannot steer SGD, which goes uphill (maximize). Use SGD, Adam or any other optimizer",
+        lambda: controlled(maximizing),
+        controlled_or_not(maximizing),
     ),
     Row(
-        "cannot steer Rprop, which takes steps that are not in proportion to its learning rate",
+        "cannot steer Rprop, which takes steps … Use SGD, Adam or any other optimizer",
         lambda: controlled(torch.optim.Rprop),
         controlled_or_not(torch.optim.Rprop),
     ),
@@ -1179,16 +1190,19 @@ OPTIMIZERS = [
     ),
     *(
         Row(
-            f"{says} the learning rate was set to",
-            lambda first=first: run(QuasiNewtonLRController(1), WarmsUp(first)),
+            says,
+            lambda first=first: run(QuasiNewtonLRController(1), WarmsUp(first), max_steps=2),
             {
                 "Leave one of the two out": lambda: (
-                    fit(QuasiNewtonLRController(1), WarmsUp(None)),
-                    run([], WarmsUp(0)),
+                    fit(QuasiNewtonLRController(1), WarmsUp(None), max_steps=2),
+                    run([], WarmsUp(0), max_steps=2),
                 )
             },
         )
-        for says, first in [("sets the learning rate, and", 0), ("at step 1", 1)]
+        for says, first in [
+            ("sets the learning rate, and the learning rate was set to … Leave one of the two out", 0),
+            ("at step 1 the learning rate was set to … It is set again here. This is said once.", 1),
+        ]
     ),
     *(
         Row(
@@ -1203,8 +1217,8 @@ OPTIMIZERS = [
     ),
     Row(
         "the optimizer has no learning rate, so scan/expected_change_... is left out.",
-        lambda: run(LossAlongEigvecScanner(1), optimized(WithoutRate)),
-        {"need an lr": lambda: fit(LossAlongEigvecScanner(1))},
+        lambda: run(scanner(sgd_steps=(1.0,)), optimized(WithoutRate)),
+        {"need an lr": lambda: fit(scanner(sgd_steps=(1.0,)))},
     ),
 ]
 
@@ -1309,7 +1323,7 @@ def with_all_eigenvalues() -> None:
 
 RUNS = [
     Row(
-        "2 of 4 eigenpairs converged at step 0",
+        "2 of 4 eigenpairs converged at step 0, … Ask for fewer, or raise tol",
         lambda: nudged_in_few_products(4, 1e-3),
         {
             "Ask for fewer": lambda: nudged_in_few_products(2, 1e-3),
@@ -1323,7 +1337,7 @@ RUNS = [
     ),
     Row(
         "what estimator='lyapunov' follows has come to rest, and not at an eigenvalue of a symmetric matrix",
-        lambda: run(CurvatureProbe(1, "lyapunov", iterations=100), Module(loss=stopped), max_steps=1),
+        lambda: run(CurvatureProbe(1, "lyapunov", iterations=25), Module(loss=stopped), max_steps=1),
         {"estimator='lanczos'": lambda: run(CurvatureProbe(1, "lanczos"), Module(loss=stopped), max_steps=1)},
     ),
     Row(

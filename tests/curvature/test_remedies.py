@@ -255,7 +255,7 @@ DERIVATIVES = [
         },
     ),
     Row(
-        "so its curvature is taken from finite differences … is marked with @once_differentiable",
+        "so its curvature is taken from finite differences … is marked with @once_differentiable: it cannot be",
         lambda: lanczos(of(by_function(Adjoint))),
         {
             'HessianConfig(method="finite_difference")': lambda: has(
@@ -604,7 +604,7 @@ PLANES = [
         {"Use plane='eigenvectors', which takes two of them": lambda: plane_over("eigenvectors", largest=2)},
     ),
     Row(
-        "plane='eigenvectors' takes 2 eigenvectors, and largest + smallest is 1.",
+        "plane='eigenvectors' takes 2 eigenvectors, and largest + smallest is 1. Ask for more, or use plane='random'.",
         lambda: plane_over("eigenvectors"),
         {
             "Ask for more": lambda: plane_over("eigenvectors", largest=2),
