@@ -29,7 +29,7 @@ from lyapunov_lightning.curvature.stochastic.density import SpectralDensity, spe
 from lyapunov_lightning.kept_search import KeptSearch, digest_of
 from lyapunov_lightning.search_under_way import SearchUnderWay
 from lyapunov_lightning.spectrum_result import MeasuredPlane, ScannedLine, SpectrumResult, direction_names
-from lyapunov_lightning.training.checks import check_objective, check_parameters, check_size
+from lyapunov_lightning.training.checks import check_objective, check_parameters, check_precision, check_size
 from lyapunov_lightning.training.config import HessianConfig, HessianLike
 from lyapunov_lightning.training.data.loaders import seeded
 from lyapunov_lightning.training.data.readings import HELD_BYTES, MeasuredBatches, batches_of
@@ -247,7 +247,15 @@ class _Once(Callback):
         config, owner = self._config, "measure"
         put_away(pl_module)
         check_objective(owner, trainer, pl_module, config)
-        check_parameters(owner, pl_module, config)
+        check_parameters(owner, pl_module)
+        ways_out = {
+            "measure with exact products: `method='auto'`": config.method == "finite_difference",
+            "leave `lines` out": self._lines > 0,
+            "leave `plane` out": self._plane is not None,
+        }
+        instead = [way_out for way_out, is_needed in ways_out.items() if is_needed]
+        if instead:
+            check_precision(owner, pl_module, " and ".join(instead))
         check_size(owner, pl_module, self._largest + self._smallest)
         for inner, is_training in self._modes.items():  # which `predict` has switched to evaluation
             inner.training = is_training

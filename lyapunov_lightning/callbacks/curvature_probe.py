@@ -21,6 +21,7 @@ from lyapunov_lightning.curvature.stability import Stability, is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
+from lyapunov_lightning.training.checks import is_narrow
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import is_sharded
@@ -518,7 +519,10 @@ class CurvatureProbe(CurvatureCallback):
         """Whether values of the loss are enough for this step."""
         # On sharded models a rank that failed alone in the first values of the loss would be missing in collectives
         # that no measurement has shown before, and the others would wait for it.
-        if not self._sharpness.may_glance or is_sharded(list(at.step.pl_module.parameters())):
+        parameters = list(at.step.pl_module.parameters())
+        if not self._sharpness.may_glance or is_sharded(parameters):
+            return False
+        if is_narrow(parameters):  # whose neighbours are lost in their rounding
             return False
         return at.stability(counts_gradient=False) is not None
 

@@ -48,6 +48,7 @@ from lyapunov_lightning.figures import (
 )
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, non_default
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
+from lyapunov_lightning.training.lightning_names import optimizers_of
 from lyapunov_lightning.training.reporting.recording import Charts
 from lyapunov_lightning.training.results import Row, finite
 from lyapunov_lightning.training.sharded.vector_states import Stateful
@@ -140,6 +141,7 @@ class LossAlongEigvecScanner(CurvatureCallback):
 
     group = "scan"
     result_class = ScanResult
+    moves_in_measurement = True
 
     def __init__(
         self,
@@ -353,7 +355,8 @@ class LossAlongEigvecScanner(CurvatureCallback):
     def _in_sgd_steps(self, hessian: LossHessian, step: Step, vector: Tensor, loss: float) -> StepScan | None:
         """The loss along a direction in steps of SGD; None if there is no learning rate."""
         trainer = step.trainer
-        lr = learning_rate(trainer.optimizers[0]) if trainer.optimizers else math.nan
+        optimizers = optimizers_of(trainer)
+        lr = learning_rate(optimizers[0]) if optimizers else math.nan
         if math.isnan(lr):
             self._recorder.warn_once(
                 "no learning rate", "the optimizer has no learning rate, so `scan/expected_change_...` is left out."

@@ -20,7 +20,7 @@ from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Sta
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together, mean_over_ranks
 from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
-from lyapunov_lightning.training.optimizers.requirements import check_steerable
+from lyapunov_lightning.training.optimizers.requirements import check_own_steps, check_steerable
 from lyapunov_lightning.training.optimizers.steering import Steering
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.optimizers.updates import LastUpdate, SeenUpdate, Update
@@ -172,6 +172,8 @@ class QuasiNewtonLRController(CurvatureCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._check_alone(trainer, "the learning rate is one")
+        if stage == "fit":  # or the base class would name ways to measure what cannot be steered
+            check_own_steps(type(self).__name__, pl_module)
         super().setup(trainer, pl_module, stage)
 
     @override

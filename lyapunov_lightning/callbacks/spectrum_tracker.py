@@ -22,7 +22,12 @@ from lyapunov_lightning.figures.style import MOST_NAMES
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.checks import check_size
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
-from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer
+from lyapunov_lightning.training.lightning_names import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    optimizers_of,
+)
 from lyapunov_lightning.training.optimizers.requirements import check_training_map
 from lyapunov_lightning.training.replica.replica import trainable_parameters
 from lyapunov_lightning.training.reporting.eigenvectors import EigenvectorFiles, check_safetensors
@@ -187,6 +192,12 @@ class SpectrumTracker(CurvatureCallback):
         if self._along_training and hessian.data not in (None, "batch"):
             of = "`data='fixed'`" if hessian.data == "fixed" else "data of its own"
             raise ValueError(f"`hessian` should not have {of} with `estimator='benettin'`, which follows the steps.")
+        for name in ("num_batches", "fraction"):
+            if self._along_training and getattr(hessian, name) is not None:
+                raise ValueError(
+                    f"`hessian` should not have `{name}` with `estimator='benettin'`, which follows the steps, each on"
+                    " its own batch."
+                )
         self._vectors = EigenvectorFiles(save_dir) if save_dir is not None and save_vectors else None
         super().__init__(
             every_n_steps,
@@ -383,7 +394,7 @@ class SpectrumTracker(CurvatureCallback):
     def _exponents(self, hessian: LossHessian, step: Step) -> TrackedSpectrum:
         """One iteration of the perturbations of both ends."""
         # One learning rate for all parameters: `check_training_map` has refused everything else.
-        optimizers = step.trainer.optimizers
+        optimizers = optimizers_of(step.trainer)
         lr = float(optimizers[0].param_groups[0]["lr"]) if optimizers else 0.0
         here = hessian.gradient()
         fields: dict[str, Any] = {}

@@ -14,7 +14,13 @@ from lyapunov_lightning.curvature.loss.products import Method
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian, fault_of
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 from lyapunov_lightning.training.agreement import Description, announce, check_agreement, described, withdraw
-from lyapunov_lightning.training.checks import check_files, check_objective, check_parameters, check_size
+from lyapunov_lightning.training.checks import (
+    check_files,
+    check_objective,
+    check_parameters,
+    check_precision,
+    check_size,
+)
 from lyapunov_lightning.training.config import Data, HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.data.batches import StartPosition
 from lyapunov_lightning.training.distributed import failing_together, ranks_of
@@ -87,6 +93,9 @@ class CurvatureCallback(Callback):
     """Whether a step that accumulates the gradients of several batches is measured before the last of them, when all
     are known, and not before the first."""
 
+    moves_in_measurement: bool = False
+    """Whether a measurement needs the loss at nearby parameters, however products are computed."""
+
     def __init__(
         self,
         every_n_steps: int | None,
@@ -113,6 +122,11 @@ class CurvatureCallback(Callback):
         # Filled in once, here: callbacks share an operator where their configurations are equal, and one that left
         # `data` open would not be equal to one that names its default.
         self.config = hessian.filled(data=data, fraction=_FIXED_FRACTION, mode="train", method=method)
+        self._to_exact_products: str | None = None
+        if not self.moves_in_measurement:
+            chosen = ["`estimator='lanczos'`"] if method is not None else []
+            asked = ["`method='auto'`"] if hessian.method == "finite_difference" else []
+            self._to_exact_products = f"measure with exact products: {' and '.join(chosen + asked)}"
         self._arguments = dict(arguments)
         self.request = request
         self.data_position = StartPosition()
@@ -277,7 +291,9 @@ class CurvatureCallback(Callback):
         # A second time after `setup`: since then the strategy has set the module up, and `sync_batchnorm=True` has put
         # layers into it that cannot be differentiated twice.
         check_objective(owner, trainer, pl_module, self.config)
-        check_parameters(owner, pl_module, self.config)
+        check_parameters(owner, pl_module)
+        if self.moves_in_measurement or self.config.method == "finite_difference":
+            check_precision(owner, pl_module, self._to_exact_products)
         self._space = fitting_space(pl_module, ranks_of(trainer), None, ())
         if self._is_restored:
             untyped: Any = trainer

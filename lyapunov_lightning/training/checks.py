@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.fsdp import reason_against
@@ -43,8 +43,8 @@ def check_objective(owner: str, trainer: Trainer, pl_module: LightningModule, co
         _check_step(owner, pl_module)
 
 
-def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) -> None:
-    """Refuse parameters whose Hessian does not exist, or cannot be measured in the way that is asked for.
+def check_parameters(owner: str, pl_module: nn.Module) -> None:
+    """Refuse parameters whose Hessian does not exist or cannot be measured.
 
     Raises:
         MisconfigurationException: With the cause and the remedy.
@@ -66,15 +66,35 @@ def check_parameters(owner: str, pl_module: nn.Module, config: HessianConfig) ->
             f" {type(pl_module).__name__} are {parameters[not_real[0]].dtype}. Keep real and imaginary parts as two"
             " parameters, with `torch.view_as_complex` in `forward`."
         )
+
+
+def check_precision(owner: str, pl_module: nn.Module, instead: str | None) -> None:
+    """Refuse parameters in half precision where the loss, or its gradient, is evaluated at nearby ones.
+
+    Args:
+        owner: The class that the error names.
+        pl_module: The module that is to be trained.
+        instead: How the user would measure without; None where there is no such way.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
     # A float16 parameter near 1 can change by 5e-4 at least, a bfloat16 one by 4e-3. A step that crosses few kinks of
     # the loss changes single parameters by far less.
-    narrow = [name for name, p in parameters.items() if p.dtype in (torch.float16, torch.bfloat16)]
-    if narrow and config.method == "finite_difference":
+    parameters = trainable_parameters(pl_module)
+    narrow = [name for name, parameter in parameters.items() if is_narrow([parameter])]
+    if narrow:
         raise MisconfigurationException(
-            f"`{owner}` takes differences of gradients at nearby parameters, which are lost in the rounding of"
+            f"`{owner}` evaluates the loss or its gradient at nearby parameters, which are lost in the rounding of"
             f" {parameters[narrow[0]].dtype} ({', '.join(narrow[:3])}). Keep the parameters in float32, as mixed"
-            " precision does, or measure with exact products: `estimator='lanczos'` and `method='auto'`."
+            f" precision does{'' if instead is None else f', or {instead}'}."
         )
+
+
+def is_narrow(parameters: Iterable[Tensor]) -> bool:
+    """Whether there are parameters in half precision."""
+    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters)
 
 
 def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:

@@ -167,6 +167,11 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     return callbacks
 
 
+def optimizers_of(trainer: Trainer) -> list[Any]:
+    """The optimizers, without the one that Lightning puts in the place of none, which has no parameters."""
+    return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+
+
 def log_interval(trainer: Trainer) -> int:
     """After how many steps a trainer logs, 0 for never: another attribute that its class does not declare."""
     untyped: Any = trainer

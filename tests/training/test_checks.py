@@ -77,9 +77,9 @@ def test_what_can_be_measured_is_let_pass(trainer, module, mode, loss_fn):
 
 
 def test_a_module_without_trainable_parameters_is_refused():
-    check_parameters("Owner", Task(mlp()), HessianConfig())
+    check_parameters("Owner", Task(mlp()))
     with pytest.raises(MisconfigurationException, match=r"`Owner`.*Task has none"):
-        check_parameters("Owner", Task(mlp().requires_grad_(False)), HessianConfig())
+        check_parameters("Owner", Task(mlp().requires_grad_(False)))
 
 
 def test_frozen_and_unused_parameters_have_no_curvature(fit, loader):

@@ -21,7 +21,7 @@ from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.stability import Stability, is_adaptive, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.training.callback import Stateful
-from lyapunov_lightning.training.lightning_names import Trainer
+from lyapunov_lightning.training.lightning_names import Trainer, optimizers_of
 from lyapunov_lightning.training.reporting.progress import progress, watched
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
@@ -108,11 +108,12 @@ class MeasuredStep:
                 is computed where it is not known, or that of the last one.
 
         """
-        if not self.step.trainer.optimizers:
+        optimizers = optimizers_of(self.step.trainer)
+        if not optimizers:
             return None
         # There are several under manual optimization only, as for a GAN: which of them descends the measured loss
         # nobody knows, and the first is taken.
-        optimizer = self.step.trainer.optimizers[0]
+        optimizer = optimizers[0]
         if not is_known(optimizer):
             self.warn_once(
                 "unknown optimizer",
@@ -130,7 +131,7 @@ class MeasuredStep:
 
     def limits(self, stability: Stability | None) -> Limits:
         """Learning rate and stability limit for a result, as far as they are known."""
-        optimizers = self.step.trainer.optimizers
+        optimizers = optimizers_of(self.step.trainer)
         lr = learning_rate(optimizers[0]) if optimizers else math.nan
         return {
             "learning_rate": None if math.isnan(lr) else lr,

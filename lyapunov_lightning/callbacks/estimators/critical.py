@@ -1,7 +1,7 @@
 """The critical sharpness along the step that the optimizer takes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from lyapunov_lightning.curvature.directions.critical import CriticalSharpness
 from lyapunov_lightning.curvature.errors import MeasurementError, NonFiniteCurvatureError
 from lyapunov_lightning.curvature.stability import learning_rate
 from lyapunov_lightning.training.callback import Stateful
-from lyapunov_lightning.training.lightning_names import MisconfigurationException, Trainer
+from lyapunov_lightning.training.lightning_names import MisconfigurationException, Trainer, optimizers_of
 
 _ROUNDED = 2.0
 """Length of a step, in units in the last place of the parameters, up to which it is mostly their rounding errors."""
@@ -58,7 +58,7 @@ class CriticalLearningRate(Estimator):
 
     @override
     def start(self, trainer: Trainer, owner: str) -> torch.optim.Optimizer:
-        optimizers = _with_parameters(trainer.optimizers)
+        optimizers: list[torch.optim.Optimizer] = optimizers_of(trainer)
         if len(optimizers) != 1:
             raise MisconfigurationException(
                 f"`CurvatureProbe(estimator='critical')` measures along the update of the one optimizer, and here are"
@@ -78,7 +78,7 @@ class CriticalLearningRate(Estimator):
         before, self._before = self._before, None
         assert before is not None  # noted by `begin`
         hessian = at.hessian
-        [optimizer] = _with_parameters(at.step.trainer.optimizers)
+        [optimizer] = optimizers_of(at.step.trainer)
         lr = learning_rate(optimizer)
         if not 0 < lr < math.inf:
             raise MeasurementError(f"The step was made with a learning rate of {lr}: its update at 1 is not known.")
@@ -147,8 +147,3 @@ class CriticalLearningRate(Estimator):
             learning_rate_limit=None,
             confidence="none",
         )
-
-
-def _with_parameters(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """The optimizers, without the one that Lightning puts in the place of none, which has no parameters."""
-    return [optimizer for optimizer in optimizers if optimizer.param_groups]

@@ -201,7 +201,8 @@ def plane_axes(
     before, left = space.norm(gradient), space.orthonormalise(second, [first[None]])
     if not float(left) > _LEAST_ANGLE * float(before):
         raise MeasurementError(
-            "The gradient lies along the first eigenvector, and the two span no plane. Use `plane='eigenvectors'`."
+            "The gradient lies along the first eigenvector, and the two span no plane. Use `plane='eigenvectors'`,"
+            " which takes two of them."
         )
     return PlaneAxes((names[0], "gradient"), length * torch.stack([first, second]))
 
@@ -229,7 +230,7 @@ def filter_normalised(operator: LossHessian, generator: torch.Generator) -> Tens
     if all(len(shape) < 2 for shape in shapes):
         raise MeasurementError(
             "`plane='random'` scales random directions filter by filter, and no parameter here has filters: all are"
-            " vectors. Use `plane='eigenvectors'`."
+            " vectors. Use `plane='eigenvectors'`, which takes two of them."
         )
     sizes = [shape.numel() for shape in shapes]
     tiny = torch.finfo(direction.dtype).tiny

@@ -91,6 +91,7 @@ class Derivatives:
         self._is_checked = False
         if self._difference is not None:
             self._difference.step = self._given_step
+            self._difference.no_other = None
         self._plain_rnn = False
         # A single derivative needs no special kernels: finite differences measure the loss as it is trained.
         kernels = nullcontext if self._way is self._difference else twice_differentiable_kernels
@@ -257,8 +258,8 @@ class Derivatives:
             self._plain_rnn = True
             self._loss.batches.kernels = partial(twice_differentiable_kernels, plain_rnn=True)
             return
-        self._check_evaluation(index)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._check_evaluation(index, reason)
         if not self._falls_back:
             raise MeasurementError(f"{self._refusal} The reason: {reason}") from error
         self._take_differences()
@@ -270,8 +271,12 @@ class Derivatives:
             stacklevel=5,
         )
 
-    def _check_evaluation(self, index: int) -> None:
-        """Raise what a batch raises without a second derivative: then that is the fault, and the user's to see."""
+    def _check_evaluation(self, index: int, reason: str) -> None:
+        """Raise what a batch raises without a second derivative: then that is the fault, and the user's to see.
+
+        So too where finite differences would only be named: those of half precision are no way. Where forward mode has
+        failed, double backward is left before them.
+        """
         kernels = self._loss.batches.kernels
         if self._difference is None:
             with self._loss.batches.evaluated(index):
@@ -279,7 +284,8 @@ class Derivatives:
         self._loss.batches.kernels = nullcontext
         try:
             self._difference.gradient(index)
-            if self._falls_back:
+            if self._way.name != "forward_over_reverse":
+                self._difference.no_other = reason
                 self._difference.check(index)
         finally:
             self._loss.batches.kernels = kernels

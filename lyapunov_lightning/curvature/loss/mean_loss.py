@@ -163,8 +163,12 @@ class MeanLoss:
         entries = iter(gradient)
         return [next(entries) if trained else None for trained in is_trained]
 
-    def displaced(self, displacement: Tensor | None) -> list[Tensor] | None:
+    def displaced(self, displacement: Tensor | None, otherwise: str = ".") -> list[Tensor] | None:
         """The parameters at a distance from where they are.
+
+        Args:
+            displacement: The distance, of shape ``(size,)``; None if there is none.
+            otherwise: End of the sentence that says what to do where distances are lost.
 
         Raises:
             MeasurementError: If the distance would be lost in the rounding of half-precision parameters.
@@ -174,8 +178,8 @@ class MeanLoss:
             return None
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters):
             raise MeasurementError(
-                "Finite differences are lost in the rounding of half-precision parameters. Keep the parameters in"
-                " float32 (mixed precision does), or use `method='double_backward'`."
+                "Finite differences, and the loss at nearby parameters, are lost in the rounding of half-precision"
+                f" parameters. Keep the parameters in float32 (mixed precision does){otherwise}"
             )
         pieces = self.layout.split(displacement.detach().to(dtype=self.layout.dtype, device=self.layout.device))
         is_trained = [parameter.requires_grad for parameter in self.parameters]

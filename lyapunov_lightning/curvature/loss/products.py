@@ -321,6 +321,7 @@ class FiniteDifference:
 
     Attributes:
         step: This distance.
+        no_other: Why the loss cannot be differentiated twice; None as long as nobody has seen that it cannot.
 
     """
 
@@ -332,6 +333,14 @@ class FiniteDifference:
         self._layout = layout
         self._space = layout.space()
         self.step = step
+        self.no_other: str | None = None
+
+    @property
+    def _otherwise(self) -> str:
+        """End of the sentence that says what to do where differences are lost in rounding."""
+        if self.no_other is None:
+            return ", or use `method='double_backward'`."
+        return f", since the loss cannot be differentiated twice. The reason: {self.no_other}"
 
     def prepared(self, vector: Tensor, step: float | None = None) -> tuple[Tensor, Tensor]:
         """The displacement to one side, and what the difference is to be multiplied by; both stay on the device."""
@@ -373,14 +382,15 @@ class FiniteDifference:
         self._displaced_gradient(index, self._layout.zeros())
 
     def _displaced_gradient(self, index: int, displacement: Tensor) -> Tensor:
-        with self._loss.batches.evaluated(index, self._loss.displaced(displacement)) as evaluation:
+        values = self._loss.displaced(displacement, self._otherwise)
+        with self._loss.batches.evaluated(index, values) as evaluation:
             with torch._C.DisableTorchFunction():  # this is no part of the loss
                 narrow = dtypes_behind(evaluation.loss) & {torch.float16, torch.bfloat16}
             if narrow:
                 raise MeasurementError(
                     "Finite differences are lost in the rounding of half precision: the loss, or a part of it, is"
-                    f" computed in {' and '.join(sorted(map(str, narrow)))}. Compute it in float32, without autocast,"
-                    " or use `method='double_backward'`."
+                    f" computed in {' and '.join(sorted(map(str, narrow)))}. Compute it in float32, without"
+                    f" autocast{self._otherwise}"
                 )
             gradient = self._loss.gradient_of(evaluation)
             return self._layout.flatten(gradient) + self._loss.zero_of(evaluation.loss)

@@ -86,6 +86,9 @@ class ProbeData:
         if self._config.data == "batch":
             return None
         own = None if self._config.data == "fixed" else self._config.data
+        cause = None if own is None else _what_prevents_a_copy(own)
+        if cause is not None:  # whatever its length is
+            raise _cannot_read(owner, cause)
         num_batches = self._num_batches(
             owner, trainer, trainer.num_training_batches if own is None else _length_of(own)
         )
@@ -95,11 +98,7 @@ class ProbeData:
         if cause is None:
             return None
         if own is not None:
-            cause = cause.replace("the training dataloader", "that DataLoader")
-            raise MisconfigurationException(
-                f"`{owner}` cannot take its data from the DataLoader in `HessianConfig(data=...)`, since {cause}. Give"
-                " a `DataLoader` over a dataset with indices, such as a `Subset` or a `TensorDataset`."
-            )
+            raise _cannot_read(owner, cause.replace("the training dataloader", "that DataLoader"))
         # Ranks that wait for different numbers of batches would begin to measure at different steps, and the first of
         # them would wait in its first collective for ever.
         self._num_to_keep = of_first_rank(trainer, num_batches)
@@ -150,8 +149,8 @@ class ProbeData:
             return int(min(self._config.num_batches, epoch))
         if any_rank(trainer, math.isinf(epoch)):
             raise MisconfigurationException(
-                f"`{owner}` cannot take a fraction of training data without a length as its fixed data. Pass"
-                " `HessianConfig(num_batches=...)`, or give the training dataloader a length."
+                f"`{owner}` cannot take a fraction of data without a length as its fixed data. Pass"
+                " `HessianConfig(num_batches=...)` in place of a fraction, or give the dataloader a length."
             )
         assert self._config.fraction is not None  # see `HessianConfig.filled`
         # Rounded first: in floating point 0.07 * 100 is a little more than 7, and would be 8 batches.
@@ -204,6 +203,14 @@ class ProbeData:
 
 
 _ELSEWHERE = "the training dataloader of another rank cannot be read a second time"
+
+
+def _cannot_read(owner: str, cause: str) -> MisconfigurationException:
+    """The refusal of a DataLoader of the user's own."""
+    return MisconfigurationException(
+        f"`{owner}` cannot take its data from the DataLoader in `HessianConfig(data=...)`, since {cause}. Give a"
+        " `DataLoader` over a dataset with indices, such as a `Subset` or a `TensorDataset`."
+    )
 
 
 def _length_of(loader: "DataLoader[Any]") -> float:

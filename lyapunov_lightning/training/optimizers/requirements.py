@@ -105,11 +105,8 @@ def check_movable(owner: str, optimizers: Sequence[torch.optim.Optimizer]) -> No
         )
 
 
-def check_steerable(owner: str, trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
-    """Refuse what keeps a callback from steering the learning rate.
-
-    Returns:
-        The optimizer.
+def check_own_steps(owner: str, pl_module: LightningModule) -> None:
+    """Refuse a module whose updates cannot be seen, before anything is said of how its curvature could be measured.
 
     Raises:
         MisconfigurationException: With the cause and the remedy.
@@ -120,14 +117,6 @@ def check_steerable(owner: str, trainer: Trainer, pl_module: LightningModule) ->
             f"`{owner}` cannot steer a module with manual optimization, since it does not see its steps. Use automatic"
             " optimization."
         )
-    # LambdaLR and OneCycleLR would overwrite what is set here, StepLR and CosineAnnealingLR multiply it by their factor
-    # each time: a learning rate that neither of the two has chosen.
-    if trainer.lr_scheduler_configs:
-        names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
-        raise MisconfigurationException(
-            f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
-            " `configure_optimizers`."
-        )
     # A bfloat16 parameter near 1 moves by 4e-3 or not at all, so most of an update is missing from the difference.
     narrow = {
         str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
@@ -136,6 +125,27 @@ def check_steerable(owner: str, trainer: Trainer, pl_module: LightningModule) ->
         raise MisconfigurationException(
             f"`{owner}` measures updates as differences of parameters, which are lost in the rounding of"
             f" {', '.join(narrow)}. Use mixed precision, which keeps the parameters in float32."
+        )
+
+
+def check_steerable(owner: str, trainer: Trainer, pl_module: LightningModule) -> torch.optim.Optimizer:
+    """Refuse what keeps a callback from steering the learning rate.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        MisconfigurationException: With the cause and the remedy.
+
+    """
+    check_own_steps(owner, pl_module)
+    # LambdaLR and OneCycleLR would overwrite what is set here, StepLR and CosineAnnealingLR multiply it by their factor
+    # each time: a learning rate that neither of the two has chosen.
+    if trainer.lr_scheduler_configs:
+        names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        raise MisconfigurationException(
+            f"`{owner}` sets the learning rate, and so does {names}. Return the optimizer alone from"
+            " `configure_optimizers`, or leave `lr_scheduler` out of the configuration."
         )
     optimizer: torch.optim.Optimizer = trainer.optimizers[0]
     if not optimizer.param_groups:  # what Lightning puts in the place of none
