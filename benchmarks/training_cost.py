@@ -131,7 +131,7 @@ SETUPS = {
     "LeNet, batch 128": Setup(LeNet, 128),
     "MLP, batch 128": Setup(lambda: MLP(3072, [200, 200, 200]), 128),
     "transformer, AdamW, batch 16": Setup(None, 16),
-    "ResNet-18, batch 32": Setup(lambda: torchvision.models.resnet18(num_classes=10), 32, repeats=2),
+    "ResNet-18, batch 32": Setup(lambda: torchvision.models.resnet18(num_classes=10), 32, repeats=1),
     QUICK: Setup(lambda: MLP(3072, [4]), 8),
 }
 
