@@ -14,21 +14,19 @@ import argparse
 import logging
 import math
 import statistics
-import tempfile
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.controller.problems import PROBLEMS, Batch, samples
+from benchmarks import trainers
+from benchmarks.controller.problems import Batch, samples
+from benchmarks.controller.training import OPTIMIZERS, WINDOW, Learner, Run
 from lyapunov_lightning import HessianConfig, NudgedSGDHook
 from lyapunov_lightning.curvature import HessianOperator, MeasurementError, lanczos
 
-K, LAST = 3, 40
+K = 3
 GRID = [math.sqrt(10) ** exponent for exponent in range(-5, 2)]
 GAMMAS = (0.0, 0.1, 0.5, 2.0, 5.0)
 AGES = {"every 40 steps": 40, "once": 10**9}
@@ -48,52 +46,15 @@ class Outcome:
     sharpness: float
 
 
-class Learner(pl.LightningModule):
-    """Trains the network of a problem by SGD, and keeps its losses."""
-
-    def __init__(self, problem: str, rate: float, momentum: float) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.problem = PROBLEMS[problem]
-        self.network = self.problem.network()
-        self.rate, self.momentum = rate, momentum
-        self.losses: list[float] = []
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss."""
-        return self.problem.loss(self.network, batch)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss, and stop where there is nothing left to train."""
-        self.losses.append(float(outputs["loss"]))
-        self.trainer.should_stop = not math.isfinite(self.losses[-1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD, or with momentum."""
-        return torch.optim.SGD(self.parameters(), self.rate, momentum=self.momentum)
-
-
-def train(problem: str, rate: float, momentum: float, gamma: float, interval: int, steps: int) -> Outcome:
+def train(problem: str, optimizer: str, rate: float, gamma: float, interval: int, steps: int) -> Outcome:
     """Train once."""
-    learner = Learner(problem, rate, momentum)
+    learner = Learner(Run(problem, optimizer, "constant", rate, 0, steps))
     data = samples(learner.problem.data)
     torch.manual_seed(1)
     loader = DataLoader(TensorDataset(*data), learner.problem.batch_size, shuffle=True, drop_last=True)
     hook = NudgedSGDHook(k=K, gamma=gamma, every_n_steps=interval, hessian=HessianConfig(num_batches=4), tol=1e-2)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=[] if gamma == 1 else [hook],
-            logger=False,
-            default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(learner, loader)
-    loss = statistics.fmean(learner.losses[-LAST:])
+    trainers.train(learner, loader, [] if gamma == 1 else [hook], steps)
+    loss = statistics.fmean(learner.losses[-WINDOW:])
     if not loss <= learner.losses[0]:  # NaN as well
         return Outcome(math.inf, math.nan)
     return Outcome(loss, sharpness_of(learner, tuple(part[:512] for part in data)))
@@ -130,12 +91,13 @@ def main() -> None:
     print("| problem | momentum | rate | directions measured | " + " | ".join(header) + " |")
     print("|---" * (4 + len(GAMMAS)) + "|", flush=True)
     for problem in arguments.problems:
-        for momentum in (0.0, 0.9):
-            found = {rate: train(problem, rate, momentum, 1.0, 1, arguments.steps) for rate in GRID}
+        for optimizer in ("SGD", "momentum"):
+            momentum = OPTIMIZERS[optimizer][1].get("momentum", 0.0)
+            found = {rate: train(problem, optimizer, rate, 1.0, 1, arguments.steps) for rate in GRID}
             best = min(found, key=lambda rate: found[rate].loss)
             for part, rate in (("best", best), ("a third", GRID[max(0, GRID.index(best) - 1)])):
                 for age, interval in AGES.items():
-                    own = [train(problem, rate, momentum, gamma, interval, arguments.steps) for gamma in GAMMAS]
+                    own = [train(problem, optimizer, rate, gamma, interval, arguments.steps) for gamma in GAMMAS]
                     cells = " | ".join(cell(one, found[rate]) for one in own)
                     print(f"| {problem} | {momentum:g} | {part}, {rate:.2g} | {age} | {cells} |", flush=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Sample
-from benchmarks.training_cost import QUICK, SETUPS, WAYS, cpu_seconds
+from benchmarks.training_cost import QUICK, SETUPS, WAYS, seconds_of
 from lyapunov_lightning import CurvatureProbe
 from lyapunov_lightning.callbacks.estimators.eigenvalues import Eigenvalues
 from lyapunov_lightning.callbacks.gauges import SharpnessGauge
@@ -70,14 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
         setup = SETUPS[name]
         data = setup.data(args.root)
         steps = args.steps or way.steps or len(data[0]) // setup.batch_size
-        cpu_seconds(setup, data, 2, [])
-        cpu_seconds(setup, data, 2, [way.callback()])  # what libraries set up at the first call
+        seconds_of(setup, data, 2, [])
+        seconds_of(setup, data, 2, [way.callback()])  # what libraries set up at the first call
         spent.clear()
         plain: list[float] = []
         ratios: list[float] = []
         for _ in range(args.repeats):
-            plain.append(cpu_seconds(setup, data, steps, [], way.counted_from))
-            ratios.append(cpu_seconds(setup, data, steps, [way.callback()], way.counted_from) / plain[-1])
+            plain.append(seconds_of(setup, data, steps, [], way.counted_from))
+            ratios.append(seconds_of(setup, data, steps, [way.callback()], way.counted_from) / plain[-1])
         sample = Sample(tuple(ratios))
         low, high = sample.quartiles
         step = 1e3 * sum(plain) / len(plain) / steps

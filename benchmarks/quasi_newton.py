@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import trainers
 from examples.models import MLP, LeNet1, TinyResNet
 from lyapunov_lightning import QuasiNewtonLRController
 
@@ -251,16 +252,7 @@ def in_loop(learner: Learner, batches: Iterable[Samples]) -> torch.optim.Optimiz
 
 def in_trainer(learner: Learner, batches: Iterable[Samples], callbacks: list[pl.Callback]) -> torch.optim.Optimizer:
     """Train in a Trainer; returns the optimizer."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=learner.run.steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(learner, batches)
+    trainer = trainers.train(learner, batches, callbacks, learner.run.steps)
     return trainer.optimizers[0]
 
 

@@ -52,6 +52,14 @@ def timed(task: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - started, result
 
 
+def cpu_seconds(task: Callable[[], object]) -> float:
+    """CPU time of one call in this process."""
+    gc.collect()
+    started = time.process_time()
+    task()
+    return time.process_time() - started
+
+
 def interleaved(tasks: Mapping[str, Callable[[], object]], repeats: int, calls: int = 1) -> dict[str, Sample]:
     """Seconds of each task, all of them once in each of the repeats, after one call of each that is not counted.
 

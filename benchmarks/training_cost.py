@@ -1,6 +1,5 @@
 """What the callbacks add to a training: its CPU time with them over that without."""
 
-import gc
 import logging
 import math
 import tempfile
@@ -22,7 +21,7 @@ from typing_extensions import override
 from benchmarks.peers import excused
 from benchmarks.problems import Batch, SmallTransformer, drawn, images
 from benchmarks.report import Figure, Outcome, Settings, Table, dot, names_axis, spread
-from benchmarks.timing import Sample
+from benchmarks.timing import Sample, cpu_seconds
 from benchmarks.workers import shared
 from examples.models import MLP, Classifier, LeNet
 from lyapunov_lightning import CurvatureProbe, QuasiNewtonLRController, Schedule, SpectrumTracker
@@ -154,13 +153,11 @@ class Clock(pl.Callback):
         self.seconds = time.process_time() - self._began
 
 
-def cpu_seconds(setup: Setup, data: Batch, steps: int, callbacks: list[pl.Callback], counted_from: int = 0) -> float:
+def seconds_of(setup: Setup, data: Batch, steps: int, callbacks: list[pl.Callback], counted_from: int = 0) -> float:
     """CPU time of one training, or of its steps from one on."""
     module, clock = setup.module(), Clock(counted_from)
-    gc.collect()
-    began = time.process_time()
-    train(module, data, setup.batch_size, steps, [clock, *callbacks])
-    return clock.seconds if counted_from else time.process_time() - began
+    whole = cpu_seconds(lambda: train(module, data, setup.batch_size, steps, [clock, *callbacks]))
+    return clock.seconds if counted_from else whole
 
 
 def train(
@@ -225,9 +222,9 @@ def work(name: str, settings: Settings) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     setup = SETUPS[name]
     data = setup.data(settings.root, settings.quick)
-    cpu_seconds(setup, data, 2, [])
+    seconds_of(setup, data, 2, [])
     few = 2 if settings.quick else 20
-    step = 1e3 * cpu_seconds(setup, data, few, []) / few
+    step = 1e3 * seconds_of(setup, data, few, []) / few
     found: dict[str, Any] = {"ratios": {}, "steps": {}, "missing": {}, "ms": step}
     for kind, way in WAYS.items():
         if step > way.milliseconds and not settings.quick:
@@ -235,11 +232,11 @@ def work(name: str, settings: Settings) -> dict[str, Any]:
             continue
         steps = min(way.steps, few) if settings.quick else way.steps
         steps = steps or len(data[0]) // setup.batch_size
-        cpu_seconds(setup, data, 2, [way.callback()])  # imports, and what libraries set up at the first call
+        seconds_of(setup, data, 2, [way.callback()])  # imports, and what libraries set up at the first call
         repeats = min(settings.repeats, way.repeats, setup.repeats)
         found["ratios"][kind] = _ratios(
-            lambda steps=steps, way=way: cpu_seconds(setup, data, steps, [], way.counted_from),
-            lambda steps=steps, way=way: cpu_seconds(setup, data, steps, [way.callback()], way.counted_from),
+            lambda steps=steps, way=way: seconds_of(setup, data, steps, [], way.counted_from),
+            lambda steps=steps, way=way: seconds_of(setup, data, steps, [way.callback()], way.counted_from),
             repeats,
         )
         found["steps"][kind] = steps
@@ -251,21 +248,14 @@ def work(name: str, settings: Settings) -> dict[str, Any]:
         with excused() as reasons:
             loop(setup, data, 1, interval)
             found["ratios"][kind] = _ratios(
-                lambda steps=steps: _cpu_of(lambda: loop(setup, data, steps, None)),
-                lambda steps=steps, interval=interval: _cpu_of(lambda: loop(setup, data, steps, interval)),
+                lambda steps=steps: cpu_seconds(lambda: loop(setup, data, steps, None)),
+                lambda steps=steps, interval=interval: cpu_seconds(lambda: loop(setup, data, steps, interval)),
                 settings.repeats,
             )
             found["steps"][kind] = steps
         if reasons:
             found["missing"][kind] = reasons[0]
     return found
-
-
-def _cpu_of(task: Callable[[], object]) -> float:
-    gc.collect()
-    began = time.process_time()
-    task()
-    return time.process_time() - began
 
 
 def _ratios(plain: Callable[[], float], watched: Callable[[], float], repeats: int) -> list[float]:

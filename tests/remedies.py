@@ -68,10 +68,9 @@ def check(row: Row) -> None:
     first, notes = heard(row.case)
     messages = [text for text in first + notes if says(row.says, text)]
     assert messages, f"{row.says!r} was not said, but {first + notes}"
-    page = [plain(entry) for entry in re.split(r"\n\n|\n- ", _PAGE.read_text())]
     longest = max(row.says.split("…"), key=len).strip()
     told = messages[0] + " ".join(
-        entry for entry in page if longest in entry or any(says(bold, messages[0]) for bold in _begins(entry))
+        entry for entry, bold in _BOLD.items() if longest in entry or any(says(part, messages[0]) for part in bold)
     )
     for remedy, act in row.remedies.items():
         assert remedy in told, f"{remedy!r} is not what {messages[0]!r} names, nor its entry in the documentation"
@@ -82,12 +81,8 @@ def check(row: Row) -> None:
         assert not after, f"{remedy!r} leads to {after}"
 
 
-def _begins(entry: str) -> list[str]:
-    """The messages that an entry of the documentation is about."""
-    return _BOLD.get(entry, [])
-
-
 def _bold() -> dict[str, list[str]]:
+    """The entries of the documentation, each with the messages that it is about."""
     entries = re.split(r"\n\n|\n- ", _PAGE.read_text())
     return {plain(entry): [plain(part) for part in re.findall(r"\*\*(.+?)\*\*", entry, re.DOTALL)] for entry in entries}
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from benchmarks import trainers
 from benchmarks.controller.problems import PROBLEMS, Batch
 from benchmarks.quasi_newton import in_loop
 from lyapunov_lightning import QuasiNewtonLRController
@@ -118,14 +119,6 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _in_trainer(learner: Learner, batches: Iterator[Batch]) -> torch.optim.Optimizer:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=learner.run.steps,
-        callbacks=[QuasiNewtonLRController(rule=learner.run.method)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(learner, Sized(batches, learner.run.steps))
+    controller = QuasiNewtonLRController(rule=learner.run.method)
+    trainer = trainers.train(learner, Sized(batches, learner.run.steps), [controller], learner.run.steps)
     return trainer.optimizers[0]

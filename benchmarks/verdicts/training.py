@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from benchmarks import trainers
 from benchmarks.quasi_newton import Samples
 from benchmarks.verdicts.held_out import HELD_OUT
 from benchmarks.verdicts.problems import PROBLEMS, Problem
@@ -187,17 +188,7 @@ def _without_end(batches: DataLoader) -> Iterator[Samples]:
 
 def in_trainer(learner: Learner, batches: DataLoader, callbacks: list[pl.Callback]) -> None:
     """Train in a Trainer that has nothing but the callbacks."""
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=learner.steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(learner, batches)
+    trainers.train(learner, batches, callbacks, learner.steps)
 
 
 def final_loss(cell: Cell, rate: float, root: str, size: Size) -> float:

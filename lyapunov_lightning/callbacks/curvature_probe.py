@@ -19,9 +19,9 @@ from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 from lyapunov_lightning.curvature.stability import Stability, is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
+from lyapunov_lightning.curvature.vectors.layout import is_narrow
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
-from lyapunov_lightning.training.checks import is_narrow
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together
 from lyapunov_lightning.training.fsdp import is_sharded

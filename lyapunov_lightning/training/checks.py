@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lyapunov_lightning.curvature.vectors.layout import is_narrow
 from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.fsdp import reason_against
 from lyapunov_lightning.training.lightning_names import LightningModule, MisconfigurationException, Trainer, either
@@ -90,11 +90,6 @@ def check_precision(owner: str, pl_module: nn.Module, instead: str | None) -> No
             f" {parameters[narrow[0]].dtype} ({', '.join(narrow[:3])}). Keep the parameters in float32, as mixed"
             f" precision does{'' if instead is None else f', or {instead}'}."
         )
-
-
-def is_narrow(parameters: Iterable[Tensor]) -> bool:
-    """Whether there are parameters in half precision."""
-    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters)
 
 
 def check_size(owner: str, pl_module: nn.Module, num_eigenvalues: int) -> None:

@@ -311,10 +311,7 @@ class SharedMeasurements:
             if request.acts and arguments["max_basis_vectors"] is None:
                 # Not by the memory that happens to be free: a training that depends on it would not be repeated.
                 space, bound = shared.operator.space, arguments.get("max_basis_bytes", BASIS_BYTES)
-                least = least_basis_vectors(space, request.largest, request.smallest, bound)
-                # Of a model that is smaller than that the space bounds the basis, and the solver wants to be asked for
-                # two vectors more than eigenvalues.
-                arguments["max_basis_vectors"] = max(least, request.largest + request.smallest + 2)
+                arguments["max_basis_vectors"] = least_basis_vectors(space, request.largest, request.smallest, bound)
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
                     # A start without a component along an eigenvector never finds it, however long it searches. With

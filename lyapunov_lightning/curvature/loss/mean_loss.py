@@ -12,7 +12,7 @@ from lyapunov_lightning.curvature.compat.functions import check_twice_differenti
 from lyapunov_lightning.curvature.compat.operations import differentiated, nodes
 from lyapunov_lightning.curvature.errors import MeasurementError
 from lyapunov_lightning.curvature.loss.fixed_batches import Evaluation, FixedBatches, Total
-from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout, is_narrow
 
 Distances = Sequence[float] | Sequence[Sequence[float]]
 """Where on a line to evaluate a loss, or on a plane: a number for each of its directions."""
@@ -176,7 +176,7 @@ class MeanLoss:
         """
         if displacement is None:
             return None
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters):
+        if is_narrow(self.parameters):
             raise MeasurementError(
                 "Finite differences, and the loss at nearby parameters, are lost in the rounding of half-precision"
                 f" parameters. Keep the parameters in float32 (mixed precision does){otherwise}"

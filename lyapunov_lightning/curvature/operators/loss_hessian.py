@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lyapunov_lightning.curvature.linear import LinearOperator
 from lyapunov_lightning.curvature.loss.mean_loss import Distances
 from lyapunov_lightning.curvature.operators.checks import OperatorCheck
-from lyapunov_lightning.curvature.vectors.layout import FlatLayout
+from lyapunov_lightning.curvature.vectors.layout import FlatLayout, is_narrow
 from lyapunov_lightning.curvature.vectors.space import VectorSpace
 
 Statistic = Callable[[Tensor, Tensor], Tensor]
@@ -72,6 +71,6 @@ def fault_of(hessian: LossHessian, *, seed: int = 0) -> str | None:
 
     """
     # By the rounding of half-precision parameters alone products are not symmetric, to a percent.
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in hessian.parameters):
+    if is_narrow(hessian.parameters):
         return None
     return hessian.check(seed=seed).fault

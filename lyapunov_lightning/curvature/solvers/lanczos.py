@@ -264,20 +264,21 @@ def _target(
 
 def _capacity(space: VectorSpace, target: Target, max_basis_vectors: int | None, max_basis_bytes: int) -> int:
     """How many vectors the basis may hold."""
-    if max_basis_vectors is not None:
-        if max_basis_vectors < target.count + 2:
-            raise ValueError(
-                f"`max_basis_vectors` should be at least `largest + smallest + 2` = {target.count + 2},"
-                f" got {max_basis_vectors!r}."
-            )
-        return min(max_basis_vectors, space.size)
-    return least_basis_vectors(space, target.largest, target.smallest, max_basis_bytes)
+    if max_basis_vectors is None:
+        max_basis_vectors = least_basis_vectors(space, target.largest, target.smallest, max_basis_bytes)
+    elif max_basis_vectors < target.count + 2:
+        raise ValueError(
+            f"`max_basis_vectors` should be at least `largest + smallest + 2` = {target.count + 2},"
+            f" got {max_basis_vectors!r}."
+        )
+    return min(max_basis_vectors, space.size)
 
 
 def least_basis_vectors(space: VectorSpace, largest: int, smallest: int, max_basis_bytes: int = BASIS_BYTES) -> int:
     """The size of the basis by default where there is no memory for more, a number that depends on nothing else.
 
-    For a search whose result has to be the same whatever memory happens to be free.
+    It is one that `lanczos` takes, so that it may be above the size of a small space. For a search whose result has to
+    be the same whatever memory happens to be free.
 
     Args:
         space: The space of the operator.
@@ -286,9 +287,9 @@ def least_basis_vectors(space: VectorSpace, largest: int, smallest: int, max_bas
         max_basis_bytes: As for `lanczos`.
 
     """
-    if space.size <= _WHOLE_SPACE_SIZE:
-        return space.size
     count = largest + smallest
+    if space.size <= _WHOLE_SPACE_SIZE:
+        return max(space.size, count + 2)  # `lanczos` wants to be asked for two vectors more than eigenvalues
     least = 32 if largest else _LOWER_END_ALONE
     affordable = max_basis_bytes // space.vector_bytes
     return min(max(least, 2 * count + 16), max(affordable, count + 4), space.size)

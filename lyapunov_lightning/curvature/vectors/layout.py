@@ -21,6 +21,11 @@ def unique_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
+def is_narrow(tensors: Iterable[Tensor]) -> bool:
+    """Whether some of them are in half precision, where what is near a number is lost in its rounding."""
+    return any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+
+
 def _numbers_of(tensor: Tensor) -> Tensor:
     """The numbers of a tensor in a row, those of this rank if it is sharded."""
     return (local_of(tensor) if tensor.layout is torch.strided else tensor.to_dense()).detach().reshape(-1)

@@ -5,8 +5,9 @@ differ by the parameters alone: of the training data, or of a DataLoader of the 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -86,22 +87,24 @@ class ProbeData:
         if self._config.data == "batch":
             return None
         own = None if self._config.data == "fixed" else self._config.data
-        cause = None if own is None else _what_prevents_a_copy(own)
-        if cause is not None:  # whatever its length is
-            raise _cannot_read(owner, cause)
-        num_batches = self._num_batches(
-            owner, trainer, trainer.num_training_batches if own is None else _length_of(own)
-        )
+        epoch = trainer.num_training_batches if own is None else _length_of(own)
+        # Asked for once the loader can be read: where it cannot, that is what is to be said, and not that its length is
+        # unknown.
+        count = partial(self._num_batches, owner, trainer, epoch)
         # The position that a checkpoint keeps is that of the training data.
         position = StartPosition() if position is None or own is not None else position
-        cause = self._draw(trainer, trainer.train_dataloader if own is None else own, num_batches, position)
+        cause = self._draw(trainer, trainer.train_dataloader if own is None else own, count, position)
         if cause is None:
             return None
         if own is not None:
-            raise _cannot_read(owner, cause.replace("the training dataloader", "that DataLoader"))
+            cause = cause.replace("the training dataloader", "that DataLoader")
+            raise MisconfigurationException(
+                f"`{owner}` cannot take its data from the DataLoader in `HessianConfig(data=...)`, since {cause}. Give"
+                " a `DataLoader` over a dataset with indices, such as a `Subset` or a `TensorDataset`."
+            )
         # Ranks that wait for different numbers of batches would begin to measure at different steps, and the first of
         # them would wait in its first collective for ever.
-        self._num_to_keep = of_first_rank(trainer, num_batches)
+        self._num_to_keep = of_first_rank(trainer, count())
         kept = "first batch" if self._num_to_keep == 1 else f"first {self._num_to_keep} batches"
         return f"The fixed data of `{owner}` are the {kept} of this training, kept on the way, since {cause}."
 
@@ -156,7 +159,7 @@ class ProbeData:
         # Rounded first: in floating point 0.07 * 100 is a little more than 7, and would be 8 batches.
         return max(1, math.ceil(round(self._config.fraction * int(epoch), 6)))
 
-    def _draw(self, trainer: Trainer, loader: Any, num_batches: int, position: StartPosition) -> str | None:
+    def _draw(self, trainer: Trainer, loader: Any, count: Callable[[], int], position: StartPosition) -> str | None:
         """Draw from a copy of a dataloader, all ranks or none.
 
         Returns:
@@ -178,6 +181,7 @@ class ProbeData:
                 cause = _said(error)
         if any_rank(trainer, cause is not None):
             return cause or _ELSEWHERE
+        num_batches = count()
         first = of_first_rank(trainer, fingerprints)
 
         def offset_of(index: int) -> int:
@@ -203,14 +207,6 @@ class ProbeData:
 
 
 _ELSEWHERE = "the training dataloader of another rank cannot be read a second time"
-
-
-def _cannot_read(owner: str, cause: str) -> MisconfigurationException:
-    """The refusal of a DataLoader of the user's own."""
-    return MisconfigurationException(
-        f"`{owner}` cannot take its data from the DataLoader in `HessianConfig(data=...)`, since {cause}. Give a"
-        " `DataLoader` over a dataset with indices, such as a `Subset` or a `TensorDataset`."
-    )
 
 
 def _length_of(loader: "DataLoader[Any]") -> float:

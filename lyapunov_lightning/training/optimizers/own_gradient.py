@@ -75,9 +75,12 @@ class OwnLoss:
     def take(self, operator: LossHessian) -> float | None:
         """The loss at the present parameters, right after the step's backward pass; None if it is not known."""
         seen, self._seen = self._seen, None
-        if seen is None or self._fits:
-            return None if seen is None else float(seen)
-        own, computed = float(seen), operator.value()
+        if seen is None:
+            return None
+        own = float(seen)
+        if self._fits:
+            return own
+        computed = operator.value()
         if math.isfinite(own - computed):
             self._fits = abs(own - computed) <= _SAME_LOSS * torch.finfo(operator.dtype).eps * abs(computed)
         return computed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lyapunov_lightning.curvature.vectors.layout import is_narrow
 from lyapunov_lightning.training.lightning_names import (
     LightningModule,
     MisconfigurationException,
@@ -118,9 +119,7 @@ def check_own_steps(owner: str, pl_module: LightningModule) -> None:
             " optimization."
         )
     # A bfloat16 parameter near 1 moves by 4e-3 or not at all, so most of an update is missing from the difference.
-    narrow = {
-        str(p.dtype) for p in pl_module.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-    }
+    narrow = {str(p.dtype) for p in pl_module.parameters() if p.requires_grad and is_narrow([p])}
     if narrow:
         raise MisconfigurationException(
             f"`{owner}` measures updates as differences of parameters, which are lost in the rounding of"
