@@ -1,4 +1,4 @@
-"""At which of its measurements a probe takes the eigenvalue as well, which costs more than all the rest."""
+"""What each measurement of a probe consists of: the eigenvalue costs more than all the rest, and the rest adds up."""
 
 import math
 from typing import Any
@@ -18,62 +18,89 @@ EIGENVALUE_SHARE = 0.03
 _GRADIENTS_OF_PRODUCT = 2.3
 """What a product costs, in gradients and so in steps."""
 
+_GAUGED_EVERY = 10
+"""Steps from one batch sharpness to the next, at least, where eigenvalues are asked for at steps that are nearer: it
+costs up to three steps, and what counts is the mean over eight of them."""
 
-class EigenvalueCadence:
-    """Which of the measurements are for the eigenvalue as well.
+_PLAIN_FIRST, _PLAIN_EVERY = 1, 5
+"""Of the eigenvalues of a preconditioned Hessian, counted from 0, the first and every how many with which that of the
+Hessian itself is measured too, which costs as much again and which nothing depends on."""
+
+
+class Cadence:
+    """What is due at the present measurement.
 
     Args:
-        every: Every how many of them, besides the first two; None for as many as its share of the training allows.
+        asked: At every how many measurements the user asks for the eigenvalue, besides the first two; None for all.
+
+    Attributes:
+        is_full: Whether the eigenvalue is measured.
+        is_gauged: Whether the batch sharpness is.
+        is_plain: Whether the largest eigenvalue of the Hessian is, where the optimizer's limit is one on that of
+            another matrix. Who asks for eigenvalues at every so many measurements has both at all of these.
 
     """
 
-    def __init__(self, every: int | None) -> None:
-        self.follow(every)
+    def __init__(self, asked: int | None) -> None:
+        self._asked = asked
+        self._goes_by_cost = False
         self.start()
 
     def start(self) -> None:
         """Begin a run."""
-        self._count = 0
-        self._due_at = 0
+        self._count = self._eigenvalues = 0
+        self._due_at = self._gauged_from = 0
         self._step = 0
-        self.is_full = True
+        self.is_full = self.is_gauged = self.is_plain = True
 
-    def follow(self, every: int | None) -> None:
-        """Take over the number."""
-        self._every = every
+    def follow_the_cost(self) -> None:
+        """Measure as many eigenvalues as their share of the training allows, where the user has not said how many."""
+        self._goes_by_cost = self._asked is None
 
     @property
     def held(self) -> int:
         """For how many measurements an eigenvalue stands that is not measured anew."""
-        return _HELD if self._every is None else max(1, self._every - 1)
+        if self._goes_by_cost:
+            return _HELD
+        return 1 if self._asked is None else max(1, self._asked - 1)
 
-    def begin(self, step: int) -> bool:
-        """Begin a measurement; returns whether it is for the eigenvalue as well."""
-        if self._every is not None:
-            self.is_full = self._count < 2 or self._count % self._every == 0
-        else:
+    def begin(self, step: int, is_awaited: bool = False) -> None:
+        """Begin a measurement.
+
+        Args:
+            step: The step.
+            is_awaited: Whether a batch waits for the next one to be compared with.
+
+        """
+        if self._goes_by_cost:
             self.is_full = self._count >= _FIRST_EIGENVALUE and step >= self._due_at
+        else:
+            self.is_full = self._asked is None or self._count < 2 or self._count % self._asked == 0
+        is_dense = self._asked is None and not self._goes_by_cost
+        self.is_gauged = is_awaited or not is_dense or step >= self._gauged_from
+        self.is_plain = self._asked is not None or self._eigenvalues % _PLAIN_EVERY == _PLAIN_FIRST
         self._count += 1
+        self._eigenvalues += self.is_full
         self._step = step
-        return self.is_full
+
+    def note_gauge(self) -> None:
+        """Count a batch sharpness that was measured: a step whose limit nobody knows has none."""
+        self._gauged_from = self._step + _GAUGED_EVERY
 
     def spend(self, found: ProbeResult) -> None:
         """Count what an eigenvalue has cost."""
         self._due_at = self._step + math.ceil(found.matvecs * _GRADIENTS_OF_PRODUCT / EIGENVALUE_SHARE)
 
-    @property
-    def goes_by_cost(self) -> bool:
-        """Whether an eigenvalue is due once the steps since the last one are worth it."""
-        return self._every is None
-
     def is_over(self, num_steps: float) -> bool:
-        """Whether a training of so many steps ends before that."""
-        return self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
+        """Whether a training of so many steps ends before another eigenvalue is due that goes by its cost."""
+        return self._goes_by_cost and self._step + 1 < num_steps <= self._due_at and math.isfinite(num_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many measurements there were, and when the next eigenvalue is due."""
-        return {"count": self._count, "due_at": self._due_at}
+        """How many measurements there were, and when the next ones are due."""
+        counts = {"count": self._count, "eigenvalues": self._eigenvalues}
+        return {**counts, "due_at": self._due_at, "gauged_from": self._gauged_from}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self._count, self._due_at = state["count"], state["due_at"]
+        self._eigenvalues, self._gauged_from = state["eigenvalues"], state["gauged_from"]

@@ -8,25 +8,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lyapunov_lightning.callbacks.cadence import EIGENVALUE_SHARE, EigenvalueCadence
+from lyapunov_lightning.callbacks.cadence import EIGENVALUE_SHARE, Cadence
 from lyapunov_lightning.callbacks.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, MeasuredStep, Moment
 from lyapunov_lightning.callbacks.estimators.base import missed
-from lyapunov_lightning.callbacks.gauges import DecreaseGauge, SharpnessGauge
 from lyapunov_lightning.callbacks.pending import PendingResult
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
+from lyapunov_lightning.callbacks.step_gauge import StepGauge
 from lyapunov_lightning.curvature.arguments import check_choice, check_int, check_positive, made_of
 from lyapunov_lightning.curvature.diagnosis import Diagnosis, EdgeWatch, Reading, diagnose
 from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
-from lyapunov_lightning.curvature.stability import Stability, is_known
+from lyapunov_lightning.curvature.stability import is_known
 from lyapunov_lightning.curvature.tracking.extremes import End
-from lyapunov_lightning.curvature.vectors.layout import is_narrow
 from lyapunov_lightning.figures import sharpness_figure
 from lyapunov_lightning.training.callback import CurvatureCallback, Figures, Stateful, non_default
 from lyapunov_lightning.training.config import HessianConfig, HessianLike, ScheduleLike
 from lyapunov_lightning.training.distributed import failing_together
-from lyapunov_lightning.training.fsdp import is_sharded
 from lyapunov_lightning.training.lightning_names import LightningModule, Trainer, log_interval, may_clip
-from lyapunov_lightning.training.optimizers.own_gradient import OwnGradient, OwnLoss
 from lyapunov_lightning.training.optimizers.step_hook import StepHook
 from lyapunov_lightning.training.reporting.losses import LossSeries
 from lyapunov_lightning.training.reporting.recording import Charts, Record
@@ -56,11 +53,11 @@ class CurvatureProbe(CurvatureCallback):
     all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
     The batch sharpness takes two evaluations of the loss along the gradient that the step has computed, three where the
-    step's loss is not that of its replay, or the gradient and one Hessian-vector product: where the eigenvalue is
-    measured too, where the losses do not tell (`lyapunov_lightning.curvature.directions.second_difference`), and at the
-    first measurements and every eighth, which take as much again to compare with another batch. All batches that
-    the step accumulates count. The eigenvalue is measured on the same data, or on fixed data, by one of four estimators
-    (`lyapunov_lightning.callbacks.estimators` says more of each):
+    step's loss is not that of its replay, or the gradient and one Hessian-vector product: where the eigenvalue comes
+    from such products too, where the losses do not tell (`lyapunov_lightning.curvature.directions.second_difference`),
+    and at the first measurements and every eighth, which take as much again to compare with another batch. All batches
+    that the step accumulates count. The eigenvalue is measured on the same data, or on fixed data, by one of four
+    estimators (`lyapunov_lightning.callbacks.estimators` says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
       eigenvectors; stops when the eigenvalue is known to `tol`. 4 to 10 products of about 2 gradients each.
@@ -77,7 +74,8 @@ class CurvatureProbe(CurvatureCallback):
       loss's second derivative.
     - ``curvature/preconditioned_lambda_max``: the largest eigenvalue of the Hessian as the optimizer sees it, where the
       limit is one on it: with the Adams, RMSprop, Adagrad, parameter groups of different settings and an optimizer that
-      maximizes. With ``"lyapunov"``, which cannot, it is left out.
+      maximizes. ``lambda_max`` then comes with the second one and every fifth after it, unless `eigenvalue_every` or
+      the lower end is asked for. With ``"lyapunov"``, which cannot, it is left out.
     - ``curvature/batch_sharpness``: the mean over the last eight measurements, in the metric of the optimizer.
     - ``curvature/stability_ratio``: what binds, over its limit: under mini-batches the batch sharpness, and where the
       batches agree wholly, as on all of the data, the eigenvalue that counts for this optimizer. The edge of stability
@@ -132,8 +130,9 @@ class CurvatureProbe(CurvatureCallback):
         tol: Relative accuracy of the eigenvalues, by their own estimate, and of the critical sharpness; of ``"power"``
             and ``"lyapunov"`` the relative residual.
         eigenvalue_every: At which of these measurements the eigenvalue is measured too: at the first two, and at every
-            so many. None is all, and where the probe follows the trainer's logging the third one, and further ones
-            whenever 3 % of the steps since are worth one.
+            so many; the batch sharpness is then measured at all. By default the eigenvalue is, and the batch sharpness
+            at every tenth step at most; where the probe follows the trainer's logging it is the other way round, and
+            the eigenvalue is measured at the third one, and again whenever 3 % of the steps since are worth one.
         schedule: Any other schedule, such as ``Schedule(max_overhead=0.05)`` for about 5 % of the time.
         hessian: Which Hessian; by default that of the step's own batch. ``HessianConfig(data=other)`` with a DataLoader
             of other data makes the critical sharpness the *relative* one: how far the training's step could go on them.
@@ -211,14 +210,10 @@ class CurvatureProbe(CurvatureCallback):
             )
         )
         self.request = self._estimator.request
-        self._gauge_method = made_of(HessianConfig, "hessian", hessian).method
-        self._eigenvalue_every = eigenvalue_every
-        self._cadence = EigenvalueCadence(eigenvalue_every or 1)
-        self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
-        self._own_gradient, self._own_loss = OwnGradient(), OwnLoss()
+        self._cadence = Cadence(eigenvalue_every)
+        self._gauge = StepGauge(self.config, made_of(HessianConfig, "hessian", hessian).method, self._cadence)
         self._step_hook = StepHook()
         self._pending: PendingResult | None = None
-        self._is_clipped = False
         self._is_stepping = False
         self._seconds = 0.0
         self._prog_bar = prog_bar
@@ -241,8 +236,7 @@ class CurvatureProbe(CurvatureCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_restored:  # a probe may serve one run after another, of other parameters
             self._cadence.start()
-            self._sharpness, self._decrease = SharpnessGauge(), DecreaseGauge()
-            self._own_gradient, self._own_loss = OwnGradient(), OwnLoss()
+            self._gauge.forget_all()
         self._is_rarity_told = False
         self.request = self._estimator.request
         super().on_train_start(trainer, pl_module)
@@ -251,14 +245,15 @@ class CurvatureProbe(CurvatureCallback):
         optimizer = self._estimator.start(trainer, type(self).__name__)
         # Where there are several, which of them takes the step that is clipped nobody knows.
         is_one = len(trainer.optimizers) == 1
-        self._is_clipped = self._estimator.is_gauged and is_one and may_clip(trainer, pl_module)
+        is_clipped = self._gauge.awaits_clipping = self._estimator.is_gauged and is_one and may_clip(trainer, pl_module)
         if optimizer is None and is_one:
             [only] = trainer.optimizers
-            optimizer = only if only.param_groups and (self._is_clipped or not is_known(only)) else None
+            optimizer = only if only.param_groups and (is_clipped or not is_known(only)) else None
         if optimizer is not None:
             # Not by `on_train_batch_end`: there a scheduler has already set the next learning rate, and another
             # callback may have moved the parameters, so that neither the update nor its rate could be seen.
             self._step_hook.attach(optimizer, partial(self._reach, trainer, "update"))
+        self._gauge.sees_updates = optimizer is not None
 
     @override
     def charts(self) -> Charts:
@@ -283,7 +278,7 @@ class CurvatureProbe(CurvatureCallback):
             'unknown'
 
         """
-        readings = [_reading(result) for result in self.results]
+        readings = [_reading(result) for result in self.results if result.is_fresh]
         return self._estimator.reworded(diagnose(readings, self._losses.series, self._losses.learning_rates))
 
     def suggestion(self) -> float | None:
@@ -316,7 +311,8 @@ class CurvatureProbe(CurvatureCallback):
         is_due = super().advance(trainer, batch_idx)
         if is_due:
             # Here, before any callback asks for its operator: the search that all share is for what all of them want.
-            self.request = self._estimator.request if self._cadence.begin(trainer.global_step) else None
+            self._cadence.begin(trainer.global_step, self._gauge.awaits_another)
+            self.request = self._estimator.request if self._cadence.is_full else None
         return is_due
 
     @override
@@ -325,31 +321,17 @@ class CurvatureProbe(CurvatureCallback):
             hessian=hessian,
             step=step,
             eigenpairs=partial(self.shared.eigenpairs, step, self),
+            hessian_on=partial(self.shared.on_batches, step),
             warn_once=self._recorder.warn_once,
             owner=type(self).__name__,
+            is_plain=self._cadence.is_plain,
         )
         pending = PendingResult(at)
         if self._cadence.is_full:
-            moment: Moment = self._estimator.begin(at)
-            if moment == "start":
-                pending.result = self._estimator.measure(at)
-                self._spend_steps(step.trainer, pending.result)
-            else:
-                pending.later = replace(at, moment=moment)
-                pending.awaited.append(moment)
-            if self._estimator.is_gauged:
-                self._gauge_step(at, pending, self._own_hessian(at))
-        elif self._may_glance(at):
-            own = self._own_hessian(at)
-            if self._own_gradient.may_fit(step.trainer):  # the step is about to compute it
-                pending.later, pending.glanced = replace(at, moment="gradient"), own
-                pending.awaited.append("gradient")
-            else:
-                self._glance(at, pending, own, own.gradient())
-            self._await_clipping(pending)
-        else:
-            pending.result = self._bare(at, at.stability())
-            self._gauge_step(at, pending, self._own_hessian(at))
+            self._begin_eigenvalue(at, pending)
+        if self._estimator.is_gauged:
+            measure = self._gauge.begin if self._cadence.is_gauged else self._gauge.hold
+            measure(at, pending)
         if pending.awaited:
             self._pending = pending
             return None
@@ -358,7 +340,7 @@ class CurvatureProbe(CurvatureCallback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._pending is not None and self._pending.glanced is not None and pl_module.automatic_optimization:
-            self._own_loss.see(loss)
+            self._gauge.see_loss(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -372,7 +354,7 @@ class CurvatureProbe(CurvatureCallback):
         self._is_stepping = True
         self._losses.stepping(trainer.optimizers[0])
         pending = self._pending
-        if pending is not None and self._is_clipped:
+        if pending is not None and self._gauge.awaits_clipping:
             with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
                 pending.gradient_norm = pending.norm_of_gradient()
             self._keep(trainer, record)
@@ -394,8 +376,9 @@ class CurvatureProbe(CurvatureCallback):
             return
         self._forget()
         with self._recorder.measurement(trainer, pending.step) as record:
-            if pending.result is None and pending.later is not None:
-                missed(pending.later.moment)
+            waiting = pending.glanced if pending.later is None else pending.later
+            if pending.result is None and waiting is not None:
+                missed(waiting.moment)
             # What was measured before the step stands, though the step was not made.
             record.result = pending.complete(self.results, self._cadence.held)
         self._keep(trainer, record)
@@ -403,9 +386,7 @@ class CurvatureProbe(CurvatureCallback):
     @override
     def _stateful(self) -> dict[str, Stateful]:
         own: dict[str, Stateful] = {"losses": self._losses, "edge": self._edge, "cadence": self._cadence}
-        gauges: dict[str, Stateful] = {"sharpness": self._sharpness, "decrease": self._decrease}
-        gauges |= {"step_gradient": self._own_gradient, "step_loss": self._own_loss}
-        return {**super()._stateful(), **own, **gauges, **self._estimator.parts()}
+        return {**super()._stateful(), **own, **self._gauge.parts(), **self._estimator.parts()}
 
     @override
     def _follow_the_logging(self, trainer: Trainer) -> None:
@@ -416,7 +397,7 @@ class CurvatureProbe(CurvatureCallback):
             interval = max(1, round(_READINGS_PER_LOG * every))
             rarest = max(interval, round(_RAREST_PER_LOG * every))
             self.schedule_state.follow(Schedule(every_n_steps=interval, thin_to=rarest, at_steps=(_EARLY_STEP,)))
-            self._cadence.follow(self._eigenvalue_every)
+            self._cadence.follow_the_cost()
 
     @override
     def _keep(self, trainer: Trainer, record: Record) -> None:
@@ -432,7 +413,7 @@ class CurvatureProbe(CurvatureCallback):
         with self._recorder.guarded("verdict", "the measurement could not be judged, and training goes on."):
             if self._prog_bar and ratio is not None:
                 self._recorder.show_in_progress_bar(trainer, "sharpness/limit", ratio)
-            warning = self._edge.see(_reading(result), self._losses.series)
+            warning = self._edge.see(_reading(result), self._losses.series) if result.is_fresh else None
             if warning is not None:
                 self._recorder.warn_once("too fast", warning)
 
@@ -441,10 +422,8 @@ class CurvatureProbe(CurvatureCallback):
         if found is None:
             return
         self._cadence.spend(found)
-        if self._is_rarity_told or not self._cadence.goes_by_cost:
-            return
         # Infinite or -1 where nobody knows the end.
-        if self._cadence.is_over(trainer.estimated_stepping_batches):
+        if not self._is_rarity_told and self._cadence.is_over(trainer.estimated_stepping_batches):
             self._is_rarity_told = True
             self._recorder.say(
                 f"an eigenvalue takes {found.matvecs} products, which is more than {100 * EIGENVALUE_SHARE:.0f} % of"
@@ -484,75 +463,15 @@ class CurvatureProbe(CurvatureCallback):
             title="" if diagnosis.kind == "unknown" else diagnosis.title,
         )
 
-    def _bare(self, at: MeasuredStep, stability: Stability | None) -> ProbeResult:
-        """The result of a step of which the estimator measures nothing."""
-        return ProbeResult(step=at.step.index, epoch=at.step.epoch, converged=True, **at.limits(stability))
-
-    @property
-    def _gauge_config(self) -> HessianConfig:
-        """Which Hessian the gauges take, on data of their own."""
-        # Finite differences are chosen for their price by an estimator that takes differences of its own; a single
-        # product by them has its step to find, and costs five times as much as an exact one.
-        return replace(self.config, method=self._gauge_method)
-
-    def _own_hessian(self, at: MeasuredStep) -> LossHessian:
-        """The Hessian on the step's own data, whatever data the eigenvalue is measured on."""
-        config = self._gauge_config
-        is_it = config == self.config and self.config.data == "batch"
-        return at.hessian if is_it else self.shared.on_batches(at.step, config)
-
-    def _gauge_step(self, at: MeasuredStep, pending: PendingResult, own: LossHessian) -> None:
-        """Measure how near the step is to its edge, as far as that can be seen before it."""
-        stability = at.stability()
-        if stability is not None:
-            config = self._gauge_config
-            fixed = at.hessian if config == self.config and self.config.data == "fixed" else None
-            hessian_on = partial(self.shared.on_batches, at.step, config)
-            gradient = at.gradient if own is at.hessian else own.gradient(keep_graph=True)
-            pending.gauged = self._sharpness.measure(own, gradient, at.step.own_batches, stability, hessian_on, fixed)
-            self._await_clipping(pending)
-        elif self._observes_decrease(at):
-            self._decrease.begin(own)
-            pending.awaited.append("update")
-
-    def _may_glance(self, at: MeasuredStep) -> bool:
-        """Whether values of the loss are enough for this step."""
-        # On sharded models a rank that failed alone in the first values of the loss would be missing in collectives
-        # that no measurement has shown before, and the others would wait for it.
-        parameters = list(at.step.pl_module.parameters())
-        if not self._sharpness.may_glance or is_sharded(parameters):
-            return False
-        if is_narrow(parameters):  # whose neighbours are lost in their rounding
-            return False
-        return at.stability(counts_gradient=False) is not None
-
-    def _glance(
-        self,
-        at: MeasuredStep,
-        pending: PendingResult,
-        own: LossHessian,
-        gradient: Tensor,
-        loss: float | None = None,
-    ) -> None:
-        """Measure how near the step is to its edge by values of its loss, and by a product where they do not tell."""
-        stability = at.stability(gradient)
-        assert stability is not None  # or `_may_glance` would not have said so
-        batches = at.step.own_batches
-        gauged = self._sharpness.glance(own, gradient, batches, stability, loss)
-        if gauged is None:
-            gradient = own.gradient(keep_graph=True)
-            gauged = self._sharpness.measure(own, gradient, batches, stability)
-        pending.result, pending.gauged = self._bare(at, stability), gauged
-
-    def _await_clipping(self, pending: PendingResult) -> None:
-        """Wait for the update where what clipping leaves of the gradient is to be seen."""
-        if self._is_clipped:
-            pending.awaited.append("update")
-
-    def _observes_decrease(self, at: MeasuredStep) -> bool:
-        """Whether the step is that of one optimizer, seen from outside, whose limit nobody knows."""
-        optimizers = at.step.trainer.optimizers
-        return self._step_hook.is_attached and not is_known(optimizers[0])
+    def _begin_eigenvalue(self, at: MeasuredStep, pending: PendingResult) -> None:
+        """Let the estimator measure, or note what it measures at."""
+        moment: Moment = self._estimator.begin(at)
+        if moment == "start":
+            pending.result = self._estimator.measure(at)
+            self._spend_steps(at.step.trainer, pending.result)
+        else:
+            pending.later = replace(at, moment=moment)
+            pending.await_moment(moment)
 
     def _reach(self, trainer: Trainer, moment: Moment) -> None:
         """Go on with the measurement that waits for a moment of the step."""
@@ -565,16 +484,12 @@ class CurvatureProbe(CurvatureCallback):
         with self._recorder.measurement(trainer, pending.step) as record, failing_together(trainer):
             if pending.later is not None and pending.later.moment == moment:
                 later, pending.later = pending.later, None
-                if pending.glanced is None:
-                    pending.result = self._estimator.measure(later)
-                    self._spend_steps(trainer, pending.result)
-                else:
-                    own, pending.glanced = pending.glanced, None
-                    self._glance(later, pending, own, self._own_gradient.take(own), self._own_loss.take(own))
+                pending.result = self._estimator.measure(later)
+                self._spend_steps(trainer, pending.result)
+            if moment == "gradient":
+                self._gauge.after_backward(pending)
             if moment == "update":
-                if self._decrease.is_observing:
-                    pending.gauged = self._decrease.measure()
-                pending.see_clipping()
+                self._gauge.after_update(pending)
             if not pending.awaited:
                 record.result = pending.complete(self.results, self._cadence.held)
         self._keep(trainer, record)
@@ -583,13 +498,13 @@ class CurvatureProbe(CurvatureCallback):
         """Wait for no later moment of the step."""
         self._pending = None
         self._estimator.forget()
-        self._decrease.forget()
+        self._gauge.forget()
 
     def _release(self) -> None:
         """Drop what an interrupted step has left, and the hook on its optimizer."""
         self._forget()
         self._is_stepping, self._seconds = False, 0.0
-        self._sharpness.start()
+        self._gauge.release()
         self._step_hook.release()
 
 

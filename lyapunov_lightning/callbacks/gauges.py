@@ -87,6 +87,11 @@ class SharpnessGauge:
         return not self._is_compared_next and self._failures < _GIVEN_UP
 
     @property
+    def awaits_another(self) -> bool:
+        """Whether a batch is kept for the next measurement to be compared with."""
+        return self._is_compared_next and self.others is not None
+
+    @property
     def _is_compared_next(self) -> bool:
         return self._sharpness.num_comparisons < _COMPARED_FIRST or self._count % _COMPARED_EVERY == 0
 
@@ -178,13 +183,28 @@ class SharpnessGauge:
         self._count += 1
         # Once the moments of an adaptive optimizer have settled, comparisons begin anew.
         self.others = batches if self._is_compared_next or not stability.is_settled else None
+        found = self._standing(stability)
+        if "batch_sharpness" in found:
+            found["step_sharpness"] = curvature.sharpness
+        return found
+
+    def standing(self, stability: Stability) -> Gauged:
+        """What the last measurements say of a step that is not measured itself.
+
+        Args:
+            stability: What the optimizer is about to do.
+
+        """
+        self._settle(stability)
+        return self._standing(stability)
+
+    def _standing(self, stability: Stability) -> Gauged:
         estimate = self._sharpness.estimate()
         if estimate is None:  # none of the batches had a gradient
             return {"stability_limit": _limit(stability, None), "is_settled": stability.is_settled}
         return {
             "batch_sharpness": estimate.value,
             "batch_sharpness_error": None if math.isnan(estimate.standard_error) else estimate.standard_error,
-            "step_sharpness": curvature.sharpness,
             "batch_agreement": estimate.agreement,
             "stability_limit": _limit(stability, estimate.agreement),
             "noise_ratio": _noise_ratio(stability, estimate),

@@ -6,7 +6,6 @@ from dataclasses import replace
 from lyapunov_lightning.callbacks.estimators import MeasuredStep, Moment
 from lyapunov_lightning.callbacks.gauges import Gauged
 from lyapunov_lightning.callbacks.results.probe import ProbeResult
-from lyapunov_lightning.curvature.operators.loss_hessian import LossHessian
 
 
 class PendingResult:
@@ -18,9 +17,9 @@ class PendingResult:
     Attributes:
         step: Its index.
         awaited: The moments that are still to come.
-        later: The step as it is to be measured at one of these moments, until it is. It holds the operator after the
-            shared one is dropped, since one that is made later has other random numbers.
-        glanced: The Hessian on the step's own data, where that is all that is measured then.
+        later: The step as the estimator is to measure it at one of these moments, until it has. It holds the operator
+            after the shared one is dropped, since one that is made later has other random numbers.
+        glanced: The step with the Hessian on its own data, where values of the loss are to be taken after its gradient.
         result: What the estimator found, once it has.
         gauged: What the gauges found.
         gradient_norm: The length of the gradient before clipping.
@@ -31,13 +30,18 @@ class PendingResult:
         self.step = at.step.index
         self.awaited: list[Moment] = []
         self.later: MeasuredStep | None = None
-        self.glanced: LossHessian | None = None
+        self.glanced: MeasuredStep | None = None
         self.result: ProbeResult | None = None
         self.gauged: Gauged = {}
         self.gradient_norm: float | None = None
         self._clipping: float | None = None
         # Not the operator, whose kept graphs would take their memory from the step.
         self._parameters, self._layout, self._space = at.hessian.parameters, at.hessian.layout, at.hessian.space
+
+    def await_moment(self, moment: Moment) -> None:
+        """Go on at a moment of the step, for one reason more."""
+        if moment not in self.awaited:
+            self.awaited.append(moment)
 
     def norm_of_gradient(self) -> float:
         """The length of the gradient in ``.grad``."""

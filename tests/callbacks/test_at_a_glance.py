@@ -103,7 +103,7 @@ def test_adam_is_judged_by_its_own_limit():
 
 
 def test_what_did_not_converge_is_told(console):
-    probe = CurvatureProbe(1, "power", tol=1e-14)
+    probe = CurvatureProbe(1, "power", tol=1e-14, eigenvalue_every=1)
     trained(probe, max_steps=6)
     assert probe.diagnosis().kind == "not_converged"
 

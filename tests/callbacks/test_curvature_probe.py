@@ -334,7 +334,8 @@ def test_preconditioned_eigenvalue_is_that_of_the_dense_matrix(
 ) -> None:
     reference = Reference()
     # On all of the data, where the limit is the classical one.
-    loader, probe = regression_loader(batch_size=48), CurvatureProbe(1, estimator, tol=1e-4)
+    loader = regression_loader(batch_size=48)
+    probe = CurvatureProbe(1, estimator, tol=1e-4, eigenvalue_every=1)
     logger = fit(SmallRegressor(optimizer), reference, probe, loader=loader).logger
     found = logger.curve("curvature/preconditioned_lambda_max")
     assert list(found) == list(range(12))

@@ -428,8 +428,9 @@ def test_resumed_preconditioned_measurement_logs_the_same_bits(fit: Fit, tmp_pat
             super().__init__(lambda p: torch.optim.AdamW(p, lr=0.02))
 
     checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=18, save_top_k=-1, filename="{step}")
-    straight = fit(Adam(), CurvatureProbe(1), checkpoints, max_steps=30).logger
-    resumed = fit(Adam(), CurvatureProbe(1), max_steps=30, ckpt_path=tmp_path / "step=18.ckpt").logger
+    first, second = CurvatureProbe(1, eigenvalue_every=1), CurvatureProbe(1, eigenvalue_every=1)
+    straight = fit(Adam(), first, checkpoints, max_steps=30).logger
+    resumed = fit(Adam(), second, max_steps=30, ckpt_path=tmp_path / "step=18.ckpt").logger
     assert curvature_after(resumed, 18) == curvature_after(straight, 18)
     assert "curvature/preconditioned_lambda_max" in resumed.tags
 
@@ -452,9 +453,8 @@ def test_ascent_that_follows_the_other_end_is_not_passed_off_as_the_largest(fit:
 
 
 def test_what_was_measured_before_an_adams_moments_settled_is_in_no_later_average(fit: Fit) -> None:
-    probe = CurvatureProbe(1)
-    # One eigenvalue only, before: it must not stand for one in another metric either.
-    probe._cadence.follow(10**6)
+    # Two eigenvalues only, before: they must not stand for one in another metric either.
+    probe = CurvatureProbe(1, eigenvalue_every=10**6)
     fit(SmallRegressor(lambda parameters: torch.optim.Adam(parameters, lr=0.01)), probe, max_steps=30)
     first = next(place for place, result in enumerate(probe.results) if place > 1 and result.is_settled)
     before, after = probe.results[first - 1], probe.results[first]

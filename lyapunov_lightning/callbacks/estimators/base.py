@@ -21,7 +21,9 @@ from lyapunov_lightning.curvature.solvers.eigenpairs import Eigenpairs
 from lyapunov_lightning.curvature.stability import Stability, is_adaptive, is_known, learning_rate, stability_of
 from lyapunov_lightning.curvature.tracking.extremes import End
 from lyapunov_lightning.training.callback import Stateful
+from lyapunov_lightning.training.config import HessianConfig
 from lyapunov_lightning.training.lightning_names import Trainer, optimizers_of
+from lyapunov_lightning.training.replica.objective import ProbeBatch
 from lyapunov_lightning.training.reporting.progress import progress, watched
 from lyapunov_lightning.training.sharing import EigenRequest, Step
 
@@ -73,8 +75,12 @@ class MeasuredStep:
         step: The step.
         eigenpairs: Computes the pairs of the estimator's `Estimator.request`, together with those that other callbacks
             want of the same Hessian. At the moment ``"start"`` only: the shared operator is dropped before the step.
+        hessian_on: Makes the Hessian on batches that a callback has kept, or on the step's own if None, at the present
+            parameters.
         warn_once: Warns the user, once for each kind (the first argument) of message (the second one).
         owner: The name of the callback, for progress bars.
+        is_plain: Whether the largest eigenvalue of the Hessian itself is asked for also where the optimizer's limit is
+            one on that of another matrix.
         moment: When in the step it is measured.
 
     """
@@ -82,8 +88,10 @@ class MeasuredStep:
     hessian: LossHessian
     step: Step
     eigenpairs: Callable[[], Eigenpairs]
+    hessian_on: Callable[[HessianConfig, Sequence[ProbeBatch] | None], LossHessian]
     warn_once: Callable[[str, str], None]
     owner: str
+    is_plain: bool = True
     moment: Moment = "start"
 
     @cached_property
@@ -128,6 +136,10 @@ class MeasuredStep:
         elif gradient is None:
             gradient = self.gradient
         return stability_of(optimizer, self.hessian.parameters, self.hessian.layout, gradient)
+
+    def unmeasured(self, stability: Stability | None) -> ProbeResult:
+        """The result where the estimator measures nothing."""
+        return ProbeResult(step=self.step.index, epoch=self.step.epoch, converged=True, **self.limits(stability))
 
     def limits(self, stability: Stability | None) -> Limits:
         """Learning rate and stability limit for a result, as far as they are known."""

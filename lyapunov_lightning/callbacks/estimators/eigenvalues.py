@@ -1,7 +1,7 @@
 """Extreme eigenvalues from Hessian-vector products, by Lanczos's method and by power iteration."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from torch import Tensor
 from typing_extensions import override
@@ -32,40 +32,63 @@ class Eigenvalues(Estimator):
 
     @override
     def measure(self, at: MeasuredStep) -> ProbeResult:
-        pairs = self._pairs(at)
-        stability = at.stability()  # now that the gradient, which it may ask for, has been computed
-        top = None
         # The limit of an adaptive optimizer is one on P⁻¹H (J. Cohen et al., 2022). The largest eigenvalue of H is
-        # measured as well: it is what other optimizers, other runs and the literature are compared by.
-        if pairs.num_largest and stability is not None and not stability.is_on_hessian:
+        # measured beside it, now and then: it is what other optimizers, other runs and the literature are compared by.
+        may_do_without = self._settings.end == "largest" and not at.is_plain
+        stability = at.stability() if may_do_without else None
+        is_alone = stability is not None and not stability.is_on_hessian
+        pairs = None if is_alone else self._pairs(at)
+        if stability is None:
+            stability = at.stability()  # now that the gradient, which it may ask for, has been computed
+        top = None
+        if self._settings.end != "smallest" and stability is not None and not stability.is_on_hessian:
             with at.watched() as operator:
                 top = self._preconditioned.measure(stability.matrix(operator))
-        lambda_max = float(pairs.largest) if pairs.num_largest else None
-        residuals, errors = pairs.residuals.tolist(), pairs.value_errors.tolist()
-        is_both = self._settings.end == "both"
+        found = [one for one in (pairs, top) if one is not None]
+        fields = _plain(pairs, is_both=self._settings.end == "both") if pairs is not None else {}
+        lambda_max = fields.get("lambda_max")
         return ProbeResult(
             step=at.step.index,
             epoch=at.step.epoch,
-            lambda_max=lambda_max,
-            lambda_min=float(pairs.smallest) if len(pairs.smallest) else None,
-            residual=residuals[0],
-            residual_min=residuals[1] if is_both else None,
-            value_error=errors[0],
-            value_error_min=errors[1] if is_both else None,
-            converged=bool(pairs.converged.all()) and (top is None or bool(top.converged)),
-            matvecs=pairs.num_matvecs + (0 if top is None else top.num_matvecs),
+            converged=all(bool(one.converged.all()) for one in found),
+            matvecs=sum(one.num_matvecs for one in found),
             # The paper's learning rate h0 is no learning rate where the loss curves down in every direction.
             inverse_h0=H0_CONVENTION / lambda_max if lambda_max is not None and lambda_max > 0 else None,
             decisive_eigenvalue=_decisive(lambda_max, top, stability),
             preconditioned_lambda_max=None if top is None else float(top.largest),
             preconditioned_residual=None if top is None else float(top.residuals[0]),
             preconditioned_value_error=None if top is None else float(top.value_errors[0]),
+            **fields,
             **at.limits(stability),
         )
 
     @override
     def parts(self) -> dict[str, Stateful]:
         return {"preconditioned": self._preconditioned}
+
+
+class _Plain(TypedDict, total=False):
+    """The fields of `ProbeResult` that come from the eigenpairs of the Hessian itself."""
+
+    lambda_max: float | None
+    lambda_min: float | None
+    residual: float
+    residual_min: float | None
+    value_error: float
+    value_error_min: float | None
+
+
+def _plain(pairs: Eigenpairs, *, is_both: bool) -> _Plain:
+    """What is told of the ends that were asked for."""
+    residuals, errors = pairs.residuals.tolist(), pairs.value_errors.tolist()
+    return {
+        "lambda_max": float(pairs.largest) if pairs.num_largest else None,
+        "lambda_min": float(pairs.smallest) if len(pairs.smallest) else None,
+        "residual": residuals[0],
+        "residual_min": residuals[1] if is_both else None,
+        "value_error": errors[0],
+        "value_error_min": errors[1] if is_both else None,
+    }
 
 
 def _decisive(lambda_max: float | None, top: Eigenpairs | None, stability: Stability | None) -> float | None:
@@ -85,7 +108,9 @@ class LanczosEigenvalues(Eigenvalues):
     the same Hessian share the search.
 
     Where the optimizer's limit is one on the preconditioned Hessian (Adam and its kin, RMSprop, Adagrad, parameter
-    groups of different settings, ``maximize``), that one's largest eigenvalue is searched for as well.
+    groups of different settings, ``maximize``), that one's largest eigenvalue is searched for; with the largest end
+    that of the Hessian itself then comes with the second search and every fifth one after it, and with each where
+    `CurvatureProbe` is told its `eigenvalue_every`.
 
     """
 

@@ -33,7 +33,7 @@ class ProbeResult(Result):
         batch_sharpness: The curvature of a mini-batch along its own step, in the metric of the optimizer; the mean over
             the last measurements.
         batch_sharpness_error: Its standard error.
-        step_sharpness: The batch sharpness of this step alone.
+        step_sharpness: The batch sharpness of this step alone; None where that of earlier steps stands.
         batch_agreement: How far batches agree in their curvature, from 0 to 1.
         noise_ratio: What the second order of the steps takes from the decrease of fresh data, as a share of it: a step
             gains most at 0.5, and nothing at 1.
@@ -98,10 +98,20 @@ class ProbeResult(Result):
 
         """
         found = [self._ratio(self.critical_sharpness), self._ratio(self.batch_sharpness)]
-        if self.batch_sharpness is None or self.batch_agreement is None or self.batch_agreement >= WHOLE_AGREEMENT:
+        if self._is_whole:
             found.append(self.eigenvalue_ratio)
         known = [ratio for ratio in found if ratio is not None]
         return max(known) if known else self.lost_decrease
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the ratio is one of this very step, and not of a batch sharpness that was measured before it."""
+        return self._is_whole or self.step_sharpness is not None
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the eigenvalue counts: where the batches agree, or nobody knows yet whether they do."""
+        return self.batch_sharpness is None or self.batch_agreement is None or self.batch_agreement >= WHOLE_AGREEMENT
 
     @property
     def has_eigenvalue(self) -> bool:
@@ -137,7 +147,8 @@ class ProbeResult(Result):
     @override
     def has_converged(self) -> bool:
         # Exponents look at the symmetry of their own products.
-        return self.converged or self.residual is None or self.exponent is not None
+        is_measured = self.residual is not None or self.preconditioned_residual is not None
+        return self.converged or not is_measured or self.exponent is not None
 
     @override
     def scalars(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What an optimizer's step does along one direction, and up to which curvature that is stable."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -49,28 +50,34 @@ class StepMap:
             decay: What weight decay adds to the curvature of every batch, and is not in the batch sharpness.
 
         """
-        if self.pace <= 0:
-            return math.inf
-        # In units of the classical limit all coefficients are of order 1, whatever the learning rate: roots of
-        # polynomials whose coefficients span 12 decades are lost to rounding.
-        unit = 1 / self.pace
-        if agreement == 1:  # nothing is random, and at a momentum of 1 the general formula is 0 / 0
-            return max(unit - decay, 0.0)
-        delta = self.later - self.memory * self.now
-        sharpness = Polynomial([0.0, unit])
-        mean = agreement * sharpness + decay
-        c1, c2 = self.now * mean - self.kept - self.memory, delta * mean + self.kept * self.memory
-        impulse = (self.now**2 + delta**2) * (1 + c2) - 2 * self.now * delta * c1
-        room = (1 - c2) * ((1 + c2) ** 2 - c1**2) - agreement * (1 - agreement) * sharpness**2 * impulse
-        # Without decay a curvature of 0 leaves the parameter where it is: a root that is no limit. Where there is no
-        # room on its far side nothing is stable, as with a momentum of 1.
-        if room(_NO_CURVATURE) < 0:
-            return 0.0
-        roots = room.trim(_NO_COEFFICIENT).roots()
-        real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
-        # The smallest: stability is lost there, and a room that is positive again beyond is never reached.
-        positive = real[real > _NO_CURVATURE]
-        return float(positive.min()) * unit if len(positive) else math.inf
+        return _limit(self, agreement, decay)
+
+
+@functools.lru_cache(maxsize=256)
+def _limit(step: StepMap, agreement: float, decay: float) -> float:
+    """The same, remembered: its roots take milliseconds, and it is asked again at every step that is logged."""
+    if step.pace <= 0:
+        return math.inf
+    # In units of the classical limit all coefficients are of order 1, whatever the learning rate: roots of
+    # polynomials whose coefficients span 12 decades are lost to rounding.
+    unit = 1 / step.pace
+    if agreement == 1:  # nothing is random, and at a momentum of 1 the general formula is 0 / 0
+        return max(unit - decay, 0.0)
+    delta = step.later - step.memory * step.now
+    sharpness = Polynomial([0.0, unit])
+    mean = agreement * sharpness + decay
+    c1, c2 = step.now * mean - step.kept - step.memory, delta * mean + step.kept * step.memory
+    impulse = (step.now**2 + delta**2) * (1 + c2) - 2 * step.now * delta * c1
+    room = (1 - c2) * ((1 + c2) ** 2 - c1**2) - agreement * (1 - agreement) * sharpness**2 * impulse
+    # Without decay a curvature of 0 leaves the parameter where it is: a root that is no limit. Where there is no
+    # room on its far side nothing is stable, as with a momentum of 1.
+    if room(_NO_CURVATURE) < 0:
+        return 0.0
+    roots = room.trim(_NO_COEFFICIENT).roots()
+    real = roots.real[np.abs(roots.imag) <= _SAME_ROOT * np.abs(roots)]
+    # The smallest: stability is lost there, and a room that is positive again beyond is never reached.
+    positive = real[real > _NO_CURVATURE]
+    return float(positive.min()) * unit if len(positive) else math.inf
 
 
 _NO_CURVATURE = 1e-9

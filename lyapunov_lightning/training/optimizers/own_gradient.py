@@ -17,7 +17,22 @@ _SAME_LOSS = 4
 A second difference has to be 200 of them, see `lyapunov_lightning.curvature.directions.second_difference`."""
 
 
-class OwnGradient:
+class _OnceCompared:
+    """Something of the step's own, which is used once a replay of the step has turned out to have the same."""
+
+    def __init__(self) -> None:
+        self._fits: bool | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the two were the same; None before the comparison."""
+        return {"fits": self._fits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self._fits = state["fits"]
+
+
+class OwnGradient(_OnceCompared):
     """Lets a measurement use the gradient of the step's own backward pass, where it is the same.
 
     ``.grad`` after the backward pass need not be the gradient of the measured loss: dropout masks may differ, a loss
@@ -25,9 +40,6 @@ class OwnGradient:
     for the purpose, and ``.grad`` is used from then on only if the two were the same. Where several batches are
     accumulated they may be the same at one step and not at the next: with a smaller batch among them, or fewer of them.
     """
-
-    def __init__(self) -> None:
-        self._fits: bool | None = None
 
     def may_fit(self, trainer: Trainer) -> bool:
         """Whether to wait for the backward pass: not after a mismatch, nor where ``.grad`` is of several batches."""
@@ -47,16 +59,8 @@ class OwnGradient:
             self._fits = bool(distance <= _ROUNDING_DISTANCE * norm)
         return computed
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the gradients were the same; None before the comparison."""
-        return {"fits": self._fits}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self._fits = state["fits"]
-
-
-class OwnLoss:
+class OwnLoss(_OnceCompared):
     """Lets a measurement use the loss of the training step, where a replay of the step has the same.
 
     As with `OwnGradient` the first one is compared: a step that counts its calls, or a loss scaler, makes it another.
@@ -64,7 +68,7 @@ class OwnLoss:
     """
 
     def __init__(self) -> None:
-        self._fits: bool | None = None
+        super().__init__()
         self._seen: Tensor | None = None
 
     def see(self, loss: Tensor) -> None:
@@ -84,11 +88,3 @@ class OwnLoss:
         if math.isfinite(own - computed):
             self._fits = abs(own - computed) <= _SAME_LOSS * torch.finfo(operator.dtype).eps * abs(computed)
         return computed
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the losses were the same; None before the comparison."""
-        return {"fits": self._fits}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`."""
-        self._fits = state["fits"]

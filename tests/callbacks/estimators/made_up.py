@@ -96,6 +96,7 @@ class MadeUpRun:
             hessian=hessian,
             step=Step(self._trainer, None, None, index),
             eigenpairs=eigenpairs,
+            hessian_on=lambda config, batches: hessian,
             warn_once=lambda kind, message: self.warned.append(message),
             owner="CurvatureProbe",
         )
