@@ -22,9 +22,9 @@ _GAUGED_EVERY = 10
 """Steps from one batch sharpness to the next, at least, where eigenvalues are asked for at steps that are nearer: it
 costs up to three steps, and what counts is the mean over eight of them."""
 
-_PLAIN_FIRST, _PLAIN_EVERY = 1, 5
-"""Of the eigenvalues of a preconditioned Hessian, counted from 0, the first and every how many with which that of the
-Hessian itself is measured too, which costs as much again and which nothing depends on."""
+_PLAIN_EVERY = 5
+"""With every how many eigenvalues of a preconditioned Hessian that of the Hessian itself is measured too: it costs as much
+again, and nothing depends on it. With the first one; where they go by their cost, with the second one."""
 
 
 class Cadence:
@@ -78,7 +78,7 @@ class Cadence:
             self.is_full = self._asked is None or self._count < 2 or self._count % self._asked == 0
         is_dense = self._asked is None and not self._goes_by_cost
         self.is_gauged = is_awaited or not is_dense or step >= self._gauged_from
-        self.is_plain = self._asked is not None or self._eigenvalues % _PLAIN_EVERY == _PLAIN_FIRST
+        self.is_plain = self._asked is not None or self._eigenvalues % _PLAIN_EVERY == self._goes_by_cost
         self._count += 1
         self._eigenvalues += self.is_full
         self._step = step

@@ -74,8 +74,8 @@ class CurvatureProbe(CurvatureCallback):
       loss's second derivative.
     - ``curvature/preconditioned_lambda_max``: the largest eigenvalue of the Hessian as the optimizer sees it, where the
       limit is one on it: with the Adams, RMSprop, Adagrad, parameter groups of different settings and an optimizer that
-      maximizes. ``lambda_max`` then comes with the second one and every fifth after it, unless `eigenvalue_every` or
-      the lower end is asked for. With ``"lyapunov"``, which cannot, it is left out.
+      maximizes. ``lambda_max`` then comes with every fifth of them, unless `eigenvalue_every` or the lower end is
+      asked for. With ``"lyapunov"``, which cannot, it is left out.
     - ``curvature/batch_sharpness``: the mean over the last eight measurements, in the metric of the optimizer.
     - ``curvature/stability_ratio``: what binds, over its limit: under mini-batches the batch sharpness, and where the
       batches agree wholly, as on all of the data, the eigenvalue that counts for this optimizer. The edge of stability

@@ -109,8 +109,8 @@ class LanczosEigenvalues(Eigenvalues):
 
     Where the optimizer's limit is one on the preconditioned Hessian (Adam and its kin, RMSprop, Adagrad, parameter
     groups of different settings, ``maximize``), that one's largest eigenvalue is searched for; with the largest end
-    that of the Hessian itself then comes with the second search and every fifth one after it, and with each where
-    `CurvatureProbe` is told its `eigenvalue_every`.
+    that of the Hessian itself then comes with every fifth search, and with each where `CurvatureProbe` is told its
+    `eigenvalue_every`.
 
     """
 
