@@ -23,8 +23,8 @@ _GAUGED_EVERY = 10
 costs up to three steps, and what counts is the mean over eight of them."""
 
 _PLAIN_EVERY = 5
-"""With every how many eigenvalues of a preconditioned Hessian that of the Hessian itself is measured too: it costs as much
-again, and nothing depends on it. With the first one; where they go by their cost, with the second one."""
+"""With every how many eigenvalues of a preconditioned Hessian that of the Hessian itself is measured too: it costs as
+much again, and nothing depends on it. With the first one; where they go by their cost, with the second one."""
 
 
 class Cadence:
