@@ -1,6 +1,6 @@
 """What everything costs, in one table and one picture: this package beside others.
 
-    make bench ROOT=data                                     # all of it, about 20 minutes on two cores
+    make bench ROOT=data                                     # all of it, 70 minutes on two slow cores
     python -m benchmarks products growth --root data         # some sections, printed
     python -m benchmarks --quick                             # toy sizes: whether it runs, in a minute
 

@@ -62,8 +62,8 @@ class Way:
 WAYS: dict[str, Way] = {
     "CurvatureProbe()": Way(lambda: CurvatureProbe(), 400, 1.1),
     "CurvatureProbe(), 2,000 steps": Way(lambda: CurvatureProbe(), 2000, 1.05, repeats=1, milliseconds=60),
-    "CurvatureProbe(10)": Way(lambda: CurvatureProbe(10), 400, 1.6, repeats=1),
-    'CurvatureProbe(1, "lyapunov")': Way(lambda: CurvatureProbe(1, "lyapunov"), 400, 2.2, repeats=1),
+    "CurvatureProbe(10)": Way(lambda: CurvatureProbe(10), 400, 1.6, repeats=2),
+    'CurvatureProbe(1, "lyapunov")': Way(lambda: CurvatureProbe(1, "lyapunov"), 400, 2.2, repeats=2),
     "SpectrumTracker, every epoch": Way(lambda: SpectrumTracker(schedule=Schedule(every_n_epochs=1)), 0, 2.0),
     "QuasiNewtonLRController()": Way(lambda: QuasiNewtonLRController(), 300, 1.3, milliseconds=60),
     "a step without a measurement": Way(

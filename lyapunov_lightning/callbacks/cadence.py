@@ -76,9 +76,10 @@ class Cadence:
             self.is_full = self._count >= _FIRST_EIGENVALUE and step >= self._due_at
         else:
             self.is_full = self._asked is None or self._count < 2 or self._count % self._asked == 0
-        is_dense = self._asked is None and not self._goes_by_cost
-        self.is_gauged = is_awaited or not is_dense or step >= self._gauged_from
-        self.is_plain = self._asked is not None or self._eigenvalues % _PLAIN_EVERY == self._goes_by_cost
+        is_each_gauged = self._goes_by_cost or self._asked is not None
+        self.is_gauged = is_each_gauged or is_awaited or step >= self._gauged_from
+        first = 1 if self._goes_by_cost else 0
+        self.is_plain = self._asked is not None or self._eigenvalues % _PLAIN_EVERY == first
         self._count += 1
         self._eigenvalues += self.is_full
         self._step = step

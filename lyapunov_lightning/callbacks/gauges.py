@@ -61,8 +61,8 @@ class SharpnessGauge:
     """The batch sharpness of the training's own steps, and the limit at the measured agreement of its batches.
 
     A measurement takes the gradient and one product. A comparison with another batch, the one that was measured last
-    or the fixed data, takes the same again. A glance takes the gradient and three values of the loss, one
-    of which the training may have.
+    or the fixed data, takes the same again. A glance takes the gradient and three values of the loss, one of which the
+    training may have.
 
     Attributes:
         others: The batches that the next measurement is to be compared with. They are not part of the state.

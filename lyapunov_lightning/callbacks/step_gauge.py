@@ -67,11 +67,6 @@ class StepGauge:
         """Whether a batch is kept for the next measurement to be compared with."""
         return self._sharpness.awaits_another
 
-    @property
-    def is_observing(self) -> bool:
-        """Whether a step was begun whose decrease has not been measured yet."""
-        return self._decrease.is_observing
-
     def begin(self, at: MeasuredStep, pending: PendingResult) -> None:
         """Measure the step, by values of its loss where they are enough and come cheaper, or note what is to come."""
         own = self._own_hessian(at)

@@ -712,7 +712,7 @@ def test_a_step_that_cannot_be_observed_is_one_failure_and_leaves_nothing(
     monkeypatch.setattr(DecreaseGauge, "measure", fails)
     probe = CurvatureProbe(1, eigenvalue_every=1)
     assert failures_of(fit, probe, SmallRegressor(lambda p: Own(p, lr=0.1))) == [0.0] * 12
-    assert not probe._gauge.is_observing
+    assert not probe._gauge._decrease.is_observing
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
