@@ -427,7 +427,7 @@ def test_the_matrix_holds(case: Case) -> None:
     if case.skipped:
         pytest.skip("PyTorch differentiates this twice from 2.15 on")
     checking = Checking(case)
-    probe = CurvatureProbe(every_n_steps=1, tol=1e-3, hessian=HessianConfig(method=case.method))
+    probe = CurvatureProbe(every_n_steps=1, tol=1e-3, eigenvalue_every=1, hessian=HessianConfig(method=case.method))
     others: Sequence[Callback] = () if case.claim == "refused" else (checking,)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -53,11 +53,12 @@ class CurvatureProbe(CurvatureCallback):
     all three at the parameters before the step and changes nothing: the run is bit-identical to one without it.
 
     The batch sharpness takes two evaluations of the loss along the gradient that the step has computed, three where the
-    step's loss is not that of its replay, or the gradient and one Hessian-vector product: where the eigenvalue comes
-    from such products too, where the losses do not tell (`lyapunov_lightning.curvature.directions.second_difference`),
-    and at the first measurements and every eighth, which take as much again to compare with another batch. All batches
-    that the step accumulates count. The eigenvalue is measured on the same data, or on fixed data, by one of four
-    estimators (`lyapunov_lightning.callbacks.estimators` says more of each):
+    step's loss is not that of its replay, or the gradient and one Hessian-vector product: where the eigenvalue is
+    measured before the step too, where the losses do not tell
+    (`lyapunov_lightning.curvature.directions.second_difference`), and at the first measurements and every eighth, which
+    take as much again to compare with another batch. All batches that the step accumulates count. The eigenvalue is
+    measured on the same data, or on fixed data, by one of four estimators (`lyapunov_lightning.callbacks.estimators`
+    says more of each):
 
     - ``"lanczos"`` (default): exact Hessian-vector products in a Krylov space that starts from the last probe's
       eigenvectors; stops when the eigenvalue is known to `tol`. 4 to 10 products of about 2 gradients each.

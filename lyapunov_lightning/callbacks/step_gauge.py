@@ -70,9 +70,9 @@ class StepGauge:
     def begin(self, at: MeasuredStep, pending: PendingResult) -> None:
         """Measure the step, by values of its loss where they are enough and come cheaper, or note what is to come."""
         own = self._own_hessian(at)
-        # After a search among its products one more of them costs less than the replays for two losses.
-        has_graph = self._cadence.is_full and own is at.hessian and pending.later is None
-        if has_graph or not self._may_glance(at):
+        # Beside a search one product more costs about what the replays for two losses do, and is exact.
+        is_searched = self._cadence.is_full and pending.later is None
+        if is_searched or not self._may_glance(at):
             if not self._cadence.is_full:
                 pending.result = at.unmeasured(at.stability())
             self._measure(at, pending, own)

@@ -287,7 +287,7 @@ def test_other_callbacks_share_the_computation_of_the_largest_request(
     assert expected["operators"] == 12
     for first_is_own in (True, False):
         counts.update(operators=0, products=0)
-        probe = CurvatureProbe(1, hessian=HessianConfig("fixed", fraction=1.0))
+        probe = CurvatureProbe(1, eigenvalue_every=1, hessian=HessianConfig("fixed", fraction=1.0))
         both = [tracker(), SpectrumTracker(**spectrum), probe]
         logger = fit(tmp_path, *(both if first_is_own else both[::-1])).logger
         # Beside the shared ones: at each of the 12 steps the probe's Hessian of the step's own batch, with one product

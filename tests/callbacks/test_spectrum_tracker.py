@@ -371,11 +371,13 @@ def test_equal_requests_are_computed_once_with_the_products_of_the_largest_alone
     monkeypatch.setattr(HessianOperator, "__init__", counted_init)
     monkeypatch.setattr(HessianOperator, "matvec", counted_matvec)
 
+    fixed = replace(EVERYTHING, data="fixed")
+
     def callbacks() -> list[Callback]:
         return [
-            CurvatureProbe(1, hessian=replace(EVERYTHING, data="fixed"), log_prefix="a"),
+            CurvatureProbe(1, eigenvalue_every=1, hessian=fixed, log_prefix="a"),
             every_step(largest=6, smallest=3, tol=1e-4),
-            CurvatureProbe(1, end="both", hessian=replace(EVERYTHING, data="fixed"), log_prefix="b"),
+            CurvatureProbe(1, end="both", eigenvalue_every=1, hessian=fixed, log_prefix="b"),
         ]
 
     alone = fit(tmp_path, every_step(largest=6, smallest=3, tol=1e-4), max_epochs=1).logger

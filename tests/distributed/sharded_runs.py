@@ -64,8 +64,8 @@ ROOM = {"gathered": None, "layerwise": 6 * 8 * PARAMETERS, "shards": 0}
 """Of which memory which way is taken."""
 
 READING: dict[str, Any] = {
-    "probe": lambda **options: CurvatureProbe(1, end="both", tol=1e-8, **options),
-    "lyapunov": lambda **options: CurvatureProbe(1, "lyapunov", end="both", **options),
+    "probe": lambda **options: CurvatureProbe(1, end="both", tol=1e-8, eigenvalue_every=1, **options),
+    "lyapunov": lambda **options: CurvatureProbe(1, "lyapunov", end="both", eigenvalue_every=1, **options),
     "critical": lambda **options: CurvatureProbe(1, "critical", **options),
     "spectrum": lambda **options: SpectrumTracker(
         2, 3, 2, tol=1e-8, hessian=FIXED, random_vectors=3, density_steps=6, groups={"head": "net.head*"}, **options
@@ -105,7 +105,7 @@ CALLBACKS = {**READING, **ACTING}
 
 QUICK: dict[str, Any] = {
     **CALLBACKS,
-    "probe": lambda **options: CurvatureProbe(1, end="both", tol=0.1, **options),
+    "probe": lambda **options: CurvatureProbe(1, end="both", tol=0.1, eigenvalue_every=1, **options),
     "spectrum": lambda **options: SpectrumTracker(
         2, 2, 1, tol=1e-4, hessian=FIXED, random_vectors=2, groups={"head": "net.head*"}, **options
     ),
