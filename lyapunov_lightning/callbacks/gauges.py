@@ -128,6 +128,7 @@ class SharpnessGauge:
             if fixed is None and self.others is not None and hessian_on is not None:
                 other = hessian_on(self.others)
         if other is not None:
+            own.drop_graphs()  # the other batch's graphs take as much memory, and all products with this one are made
             there = step_direction(other.gradient(keep_graph=True), stability.scale)
             self._sharpness.compare(compared(curvature, direction, product, stability.matrix(other), there))
         return self._gauged(curvature, stability, batches if fixed is None else None)
@@ -287,7 +288,7 @@ class DecreaseGauge:
 
         """
         self._promised = _Promised(own, own.layout.flatten(own.parameters), own.gradient(), own.value())
-        own.reset()  # its kept graphs would take their memory from the step
+        own.drop_graphs()  # they would take their memory from the step
 
     def measure(self) -> Gauged:
         """Observe the step, once it is made; nothing is said while the last steps together have not gone downhill.

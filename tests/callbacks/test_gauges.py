@@ -296,6 +296,23 @@ def test_an_adaptive_optimizer_is_judged_once_it_has_settled(fit: Fit) -> None:
     assert all(result.is_settled for result in plain.results)
 
 
+def test_the_graphs_of_two_batches_are_never_held_together(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    operators: weakref.WeakSet[HessianOperator] = weakref.WeakSet()
+    gradient = HessianOperator.gradient
+
+    def asked(operator: HessianOperator, *args: Any, **options: Any) -> Tensor:
+        held.append(sum(other.graph_bytes > 0 for other in operators if other is not operator))
+        operators.add(operator)
+        return gradient(operator, *args, **options)
+
+    monkeypatch.setattr(HessianOperator, "gradient", asked)
+    probe = CurvatureProbe(1, "lyapunov", eigenvalue_every=1)
+    fit(SmallRegressor(), probe, max_steps=6)
+    assert sum(result.batch_agreement is not None for result in probe.results) == 5
+    assert set(held) == {0}
+
+
 # By values of the loss.
 
 

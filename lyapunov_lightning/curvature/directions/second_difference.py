@@ -4,6 +4,12 @@ The second difference ``(L(θ + du) - 2 L(θ) + L(θ - du)) / d²`` takes forwar
 product costs. It is the curvature between the two points and not at the one between them: with ReLU it counts the kinks
 on the way, which the Hessian of a point does not see, and the training does.
 
+To both sides, though the change of the gradient to one of them would give a curvature as well. Along the gradient of a
+batch the kinks of ReLU are not alike on both sides, however near: downhill the units that raise the loss are switched
+off on the way, and each makes the loss flatten out; uphill those that lower it, and each makes it bend down. On a small
+ResNet in batches of 32 the change of the gradient over a fiftieth of the way to the edge gave 1.3 to 4 times the
+Hessian's curvature downhill, and 0.6 to -1.2 times uphill (five of six places).
+
 Two things limit it. Rounding: the difference has to be far above the last places of the losses. And the distance:
 beyond the edge of stability of the direction the loss is no parabola any more. What shows whether the three values can
 be believed is the first difference, since the slope along the direction is known: noise of whatever kind (TF32, half

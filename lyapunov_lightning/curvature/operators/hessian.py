@@ -244,6 +244,10 @@ class HessianOperator(MeanOperator):
         """
         self._derivatives.raises_at_once = True
 
+    def drop_graphs(self) -> None:
+        """Free the memory of the kept gradient graphs; the next product builds them anew."""
+        self._derivatives.drop_graphs()
+
     def reset(self) -> None:
         """Forget what was found out: gradient graphs, numbers of samples, the lack of a derivative, the step.
 

@@ -58,6 +58,9 @@ class LossHessian(LinearOperator, Protocol):
     def check(self, *, seed: int = 0) -> OperatorCheck:
         """How symmetric and how deterministic the products are."""
 
+    def drop_graphs(self) -> None:
+        """Free the memory of what is kept for further products; the next one builds it anew."""
+
     def reset(self) -> None:
         """Forget what was found out by evaluations."""
 

@@ -84,6 +84,10 @@ class OffloadedHessian(SymmetricOperator):
         """How symmetric and how deterministic the products are."""
         return self._hessian.check(seed=seed)
 
+    def drop_graphs(self) -> None:
+        """Free the memory of what is kept for further products; the next one builds it anew."""
+        self._hessian.drop_graphs()
+
     def reset(self) -> None:
         """Forget what was found out by evaluations."""
         self._hessian.reset()

@@ -117,6 +117,11 @@ class ShardedHessian(SymmetricOperator):
     ) -> Tensor:
         """The mean of a statistic of the mini-batch gradients along some vectors, see `HessianOperator`."""
 
+    def drop_graphs(self) -> None:
+        """Free the memory of this rank's gradient graphs; the next product builds them anew."""
+        if self._own is not None:
+            self._own.drop_graphs()
+
     def reset(self) -> None:
         """Forget everything that evaluations have shown, and gather the parameters anew for the next one."""
         self._own, self._versions, self._trusted = None, None, None

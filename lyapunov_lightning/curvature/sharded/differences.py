@@ -112,6 +112,9 @@ class ShardDifferences(SymmetricOperator):
                 total += statistic(components, self.space.norm(gradient).to(components))
         return total / len(indices)
 
+    def drop_graphs(self) -> None:
+        """There are none."""
+
     def reset(self) -> None:
         """Find the step anew at the next product."""
         self.step = None

@@ -254,6 +254,18 @@ def test_values_and_gradients_are_evaluated_with_the_kernels_of_the_products(how
     assert set(seen) == {how == "finite_difference"}
 
 
+def test_graphs_that_are_dropped_are_built_anew() -> None:
+    problem = mlp()
+    operator = HessianOperator(problem.loss, problem.parameters, problem.batches)
+    direction = vector(operator.size)
+    product = operator.matvec(direction)
+    assert operator.graph_bytes > 0
+    operator.drop_graphs()
+    assert operator.graph_bytes == 0
+    assert torch.equal(operator.matvec(direction), product)
+    assert operator.graph_bytes > 0
+
+
 # What is left alone.
 
 
