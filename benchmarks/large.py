@@ -604,7 +604,8 @@ def basis_vectors(num_parameters: float, wanted: int, devices: int = 1) -> int:
 
     """
     affordable = int(DEFAULT_BASIS_BYTES // (4 * num_parameters / devices))
-    return min(max(32, 2 * wanted + 16), max(affordable, wanted + 4)) + 1
+    least = 8 if wanted == 1 else max(32, 2 * wanted + 16)  # a single eigenvalue is one that `CurvatureProbe` asks for
+    return min(least, max(affordable, wanted + 4)) + 1
 
 
 def reckoned() -> Table:

@@ -6,7 +6,7 @@ request. An operator is dropped when the last of them is done, before the step i
 otherwise take their memory from the training.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -33,6 +33,14 @@ from lyapunov_lightning.training.reporting.telling import described
 _OFFLOADED_BASIS_BYTES = 2**34
 """Bound on a Krylov basis of the default size in the CPU's memory: 33 float32 vectors of a model of 130 million
 parameters."""
+
+_ONE_VALUE_BASIS = 8
+"""The Krylov basis for one largest eigenvalue beside a training. In 300 steps of an MLP and 100 of a transformer with
+AdamW, measured at every tenth, it took 2 and 3 % more products than one of 32, and on 17 made-up spectra 3 % in the
+geometric mean and 10 % at worst."""
+
+_SMALL_VECTOR_BYTES = 2**20
+"""Vectors up to this size are no burden: 33 of them are 33 MiB."""
 
 
 @dataclass(frozen=True)
@@ -308,10 +316,8 @@ class SharedMeasurements:
             arguments = _joined(wanted, shared.operator.space)
             if callback.config.offload:
                 arguments["max_basis_bytes"] = _OFFLOADED_BASIS_BYTES
-            if request.acts and arguments["max_basis_vectors"] is None:
-                # Not by the memory that happens to be free: a training that depends on it would not be repeated.
-                space, bound = shared.operator.space, arguments.get("max_basis_bytes", BASIS_BYTES)
-                arguments["max_basis_vectors"] = least_basis_vectors(space, request.largest, request.smallest, bound)
+            if arguments["max_basis_vectors"] is None:
+                arguments["max_basis_vectors"] = _basis_for(request, arguments, shared.operator.space)
             try:
                 with watched(shared.operator, step.trainer, type(callback).__name__) as operator:
                     # A start without a component along an eigenvector never finds it, however long it searches. With
@@ -395,6 +401,17 @@ def _joined(wanted: Sequence[tuple[EigenRequest, Tensor | None]], space: VectorS
         "start": start,
         "max_basis_vectors": max(max(bounds), largest + smallest + 2) if bounds else None,
     }
+
+
+def _basis_for(request: EigenRequest, arguments: Mapping[str, Any], space: VectorSpace) -> int | None:
+    """How large the basis of a search may be where nobody has said it; None for what `lanczos` makes of it."""
+    largest, smallest = arguments["largest"], arguments["smallest"]
+    least = least_basis_vectors(space, largest, smallest, arguments.get("max_basis_bytes", BASIS_BYTES))
+    if request.acts:
+        # Not by the memory that happens to be free: a training that depends on it would not be repeated.
+        return least
+    is_one = (largest, smallest) == (1, 0) and "value_tol" in arguments
+    return min(least, _ONE_VALUE_BASIS) if is_one and space.vector_bytes > _SMALL_VECTOR_BYTES else None
 
 
 def _restricted(pairs: Eigenpairs, request: EigenRequest) -> Eigenpairs:

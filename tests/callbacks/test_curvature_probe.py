@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lyapunov_lightning import CurvatureProbe, HessianConfig
+from lyapunov_lightning import CurvatureProbe, HessianConfig, SpectrumTracker
+from lyapunov_lightning.curvature import lanczos
 from lyapunov_lightning.curvature.errors import CurvatureWarning
+from lyapunov_lightning.training import sharing
 from tests.callbacks.probing import Fit, Reference, all_near, name_of, sgd, two_groups
 from tests.modules import SmallRegressor, regression_data, regression_loader
 
@@ -50,6 +52,40 @@ def test_both_ends_are_those_of_the_dense_hessian_at_each_step(
     assert slow or set(trainer.logger.curve("curvature_details/converged").values()) == {1.0}
     spread = max(found.values()) / min(found.values())
     assert spread > 1.05, "values that do not change would not tell the steps apart"
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "bytes_of_small", "bound"),
+    [
+        (lambda: [CurvatureProbe(1)], 0, 8),
+        (lambda: [CurvatureProbe(1), CurvatureProbe(1, log_prefix="other")], 0, 8),
+        (lambda: [CurvatureProbe(1)], 2**20, None),
+        (lambda: [CurvatureProbe(1, end="both")], 0, None),
+        (lambda: [CurvatureProbe(1), SpectrumTracker(1, 1, hessian=HessianConfig("batch"))], 0, None),
+        (
+            lambda: [CurvatureProbe(1), SpectrumTracker(1, 1, hessian=HessianConfig("batch"), max_basis_vectors=12)],
+            0,
+            12,
+        ),
+    ],
+    ids=["one", "two alike", "small vectors", "both ends", "beside a tracker", "beside a tracker's bound"],
+)
+def test_one_eigenvalue_takes_the_memory_of_a_few_vectors(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, callbacks: Any, bytes_of_small: int, bound: int | None
+) -> None:
+    asked: list[int | None] = []
+
+    def searched(*args: Any, **options: Any) -> Any:
+        asked.append(options["max_basis_vectors"])
+        return lanczos(*args, **options)
+
+    monkeypatch.setattr(sharing, "lanczos", searched)
+    monkeypatch.setattr(sharing, "_SMALL_VECTOR_BYTES", bytes_of_small)
+    reference, probes = Reference(), callbacks()
+    fit(SmallRegressor(), reference, *probes, max_steps=3)
+    assert asked == [bound] * 3
+    for result in probes[0].results:
+        assert result.lambda_max == pytest.approx(reference.largest[result.step], rel=2e-2)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
